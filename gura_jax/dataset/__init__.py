@@ -1,0 +1,1 @@
+"""Embedding a collection of audio files."""

@@ -1,0 +1,1 @@
+"""The encoders: wav2vec 2.0 and HuBERT, and CREPE."""
