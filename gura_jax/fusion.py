@@ -5,12 +5,13 @@ antialiasing. Paper: Sections 3.2 (feature aggregation) and 3.3 (feature concate
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gura_jax.models.encoder import frame_mask, masked_mean
+from gura_jax.models.encoder import Encoder, frame_mask, masked_mean
 
 
 def weighted_sum(states: Iterable[jax.Array], weights: np.ndarray) -> jax.Array:
@@ -115,8 +116,7 @@ def scene(frames: jax.Array, counts: jax.Array, groups: int = 1) -> jax.Array:
     size = counts // groups  # [B]
     index = jnp.arange(frames.shape[1])[None, :]
     means = [
-        masked_mean(frames, (index >= g * size[:, None]) & (index < (g + 1) * size[:, None]))
-        for g in range(groups)
+        masked_mean(frames, (index >= g * size[:, None]) & (index < (g + 1) * size[:, None])) for g in range(groups)
     ]
     return jnp.concatenate(means, axis=-1)
 
@@ -147,3 +147,66 @@ def combine(
     fused = COMBINATIONS[combination](aligned)  # [B, T, D]
     counts = counts * (fused.shape[1] // num_frames)
     return jnp.where(frame_mask(counts, fused.shape[1])[:, :, None], fused, 0.0), counts
+
+
+class FusedMember(NamedTuple):
+    """A member, ready to be called: its key among the weights, and its encoder for each kind of embedding."""
+
+    name: str
+    encoder: Encoder
+    scene_encoder: Encoder  # the same object where scenes are the mean of the timestamp embedding's frames
+
+
+class Fusion(NamedTuple):
+    """A system, ready to be called."""
+
+    members: tuple[FusedMember, ...]
+    combination: str
+    feature_size: int | None
+    scene_groups: int
+
+
+class Embeddings(NamedTuple):
+    """What :func:`fuse` was asked for; the rest is None."""
+
+    frames: jax.Array | None  # [B, T, D], zero past a clip's count
+    counts: jax.Array | None  # [B] int32
+    scenes: jax.Array | None  # [B, S]
+
+
+Wanted = Literal["frames", "scenes"]
+
+
+def fuse(
+    fusion: Fusion,
+    wanted: frozenset[Wanted],
+    params: Mapping[str, Any],
+    audio: jax.Array,
+    lengths: jax.Array,
+) -> Embeddings:
+    """Embed a padded batch: the one function that is compiled. Pure, and differentiable.
+
+    Args:
+        fusion: the system.
+        wanted: what to compute.
+        params: weights of each member, by its name.
+        audio: [B, N] float32 at 16 kHz; what lies past a clip's length is not looked at.
+        lengths: [B] int32, samples in each clip.
+    """
+    audio = jnp.where(frame_mask(lengths, audio.shape[1]), audio, 0.0)
+
+    def run(encoders: Mapping[str, Encoder]) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {name: encoder(params[name], audio, lengths) for name, encoder in encoders.items()}
+
+    def combined(outputs: Mapping[str, tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        return combine([outputs[m.name] for m in fusion.members], fusion.combination, fusion.feature_size)
+
+    frames = counts = scenes = None
+    own = {m.name: m.scene_encoder for m in fusion.members if m.scene_encoder is not m.encoder}
+    outputs = run({m.name: m.encoder for m in fusion.members if "frames" in wanted or m.name not in own})
+    if "frames" in wanted:
+        frames, counts = combined(outputs)
+    if "scenes" in wanted:
+        fused = combined(outputs | run(own)) if own or frames is None or counts is None else (frames, counts)
+        scenes = scene(*fused, fusion.scene_groups)
+    return Embeddings(frames, counts, scenes)

@@ -53,9 +53,7 @@ class ConvLayer(nnx.Module):
     """Convolution, ReLU, batch norm, max-pool by 2."""
 
     def __init__(self, in_size: int, size: int, shape: LayerShape, *, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(
-            in_size, size, shape.kernel, strides=shape.stride, padding=(shape.padding,), rngs=rngs
-        )
+        self.conv = nnx.Conv(in_size, size, shape.kernel, strides=shape.stride, padding=(shape.padding,), rngs=rngs)
         self.batch_norm = nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -111,24 +109,34 @@ def frame(audio: jax.Array, hop: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrepeFrames:
-    """CREPE as a member: a frame every ``hop`` samples. See :class:`Encoder` for the call."""
+class CrepeConfig:
+    """The size of a CREPE."""
 
     capacity: Capacity
-    hop: int
+    model_type: Literal["crepe"] = "crepe"
 
     def __post_init__(self) -> None:
         if self.capacity not in CAPACITY_MULTIPLIER:
             raise SystemConfigError(
                 f"CREPE capacity: expected one of {', '.join(get_args(Capacity))}, found {self.capacity!r}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class CrepeFrames:
+    """CREPE as a member: a frame every ``hop`` samples. See :class:`Encoder` for the call."""
+
+    config: CrepeConfig
+    hop: int
+
+    def __post_init__(self) -> None:
         if not isinstance(self.hop, int) or self.hop < 1:
             raise SystemConfigError(f"CREPE hop: expected a positive number of samples, found {self.hop!r}")
 
     @property
     def feature_size(self) -> int:
         """D, the size of a frame."""
-        channels = LAYERS[EMBEDDING_LAYERS - 1].channels * CAPACITY_MULTIPLIER[self.capacity]
+        channels = LAYERS[EMBEDDING_LAYERS - 1].channels * CAPACITY_MULTIPLIER[self.config.capacity]
         return channels * EMBEDDING_POSITIONS
 
     @property
@@ -138,25 +146,25 @@ class CrepeFrames:
 
     @property
     def min_samples(self) -> int:
-        """The shortest clip, in samples, that has a frame."""
-        return 1
+        """A clip of n samples has 1 + (n - min_samples) // hop frames."""
+        return 0
 
     @property
     def abstract_params(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Every weight's shape and dtype, by dotted path."""
-        return crepe_functional(self.capacity).abstract
+        return crepe_functional(self.config.capacity).abstract
 
     def random_params(self, seed: int) -> dict[str, jax.Array]:
         """Freshly initialised weights, by dotted path."""
-        return random_params(lambda rngs: Crepe(self.capacity, rngs=rngs), seed)
+        return random_params(lambda rngs: Crepe(self.config.capacity, rngs=rngs), seed)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Embedding [B, T, D] and counts [B]."""
-        return self._frames(crepe_functional(self.capacity).merge(params).embedding, audio, lengths)
+        return self._frames(crepe_functional(self.config.capacity).merge(params).embedding, audio, lengths)
 
     def activation(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Activation of the pitch bins [B, T, 360] and counts [B]."""
-        return self._frames(crepe_functional(self.capacity).merge(params).activation, audio, lengths)
+        return self._frames(crepe_functional(self.config.capacity).merge(params).activation, audio, lengths)
 
     def _frames(
         self, network: Callable[[jax.Array], jax.Array], audio: jax.Array, lengths: jax.Array

