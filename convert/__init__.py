@@ -10,7 +10,11 @@ import numpy as np
 
 import gura_jax
 from gura_jax.checkpoint import Manifest, array_sha256
-from .sources import Source, open_source
+
+try:
+    from .sources import Source, open_source
+except ModuleNotFoundError as error:
+    raise ConversionError(f"PyTorch weights need the package {error.name}: pip install 'gura-jax[convert]'") from None
 from .tables import COMBINE, IGNORED, PREFIXES, REFUSED, TABLES, Transform
 from gura_jax.errors import ConversionError, SystemConfigError
 from gura_jax.models.crepe import CAPACITY_MULTIPLIER, LAYERS, CrepeConfig
@@ -110,8 +114,9 @@ def _plan(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[s
         if refusal:
             faults.append(f"{key}: {refusal}")
             continue
-        row = next(((m.expand(t), how) for p, t, how in table if (m := p.fullmatch(name))), None)
-        if row is None or row[0] not in shapes:
+        rows = [(m.expand(target), transform) for pattern, target, transform in table if (m := pattern.fullmatch(name))]
+        row = next((row for row in rows if row[0] in shapes), None)
+        if row is None:
             faults.append(f"{key} {list(shape)}: unexpected key")
             continue
         plan[key] = _Part(*row)

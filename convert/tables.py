@@ -1,7 +1,8 @@
 """Which source key becomes which array: one table for each kind of checkpoint.
 
 A row is a regular expression that a whole source key must match, the array it fills (a template for
-``re.Match.expand``), and how. ``IGNORED`` and ``REFUSED`` name the rest; a key in none of them is a fault.
+``re.Match.expand``), and how; the first row whose array the encoder has counts. ``IGNORED`` and ``REFUSED``
+name the rest; a key in none of them is a fault.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,6 +112,9 @@ _FAIRSEQ: list[Row] = [
     *_norm(r"feature_extractor\.conv_layers\.(\d+)\.2(?:\.1)?", r"feature_extractor.layers.\1.norm"),
     *_norm(r"layer_norm", "feature_projection.layer_norm"),
     *_dense(r"post_extract_proj", "feature_projection.projection"),
+    # With conv_pos_batch_norm the batch norm comes first, and its keys are the plain convolution's elsewhere.
+    *_batch_norm(r"encoder\.pos_conv\.0", "encoder.pos_conv_embed.batch_norm"),
+    *_conv(r"encoder\.pos_conv\.1", "encoder.pos_conv_embed.conv"),
     *_pos_conv(r"encoder\.pos_conv\.0"),
     *_norm(r"encoder\.layer_norm", "encoder.layer_norm"),
     *_dense(r"encoder\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj", r"encoder.layers.\1.attention.\2_proj"),
@@ -151,8 +155,8 @@ IGNORED: Mapping[str, str] = {
     r"|projector|classifier|tdnn|objective)\..+|layer_weights|label_embs_concat|feature_extractor\.(weight|bias)"
     r"|.+\.num_batches_tracked",
     "fairseq": r"mask_emb|label_embs_concat|(final_proj|project_q|quantizer|input_quantizer|project_inp"
-    r"|target_glu|(w2v_encoder\.)?proj)\..+",
-    "torchaudio": r"aux\.(weight|bias)|(mask_generator|logit_generator)\..+",
+    r"|target_glu|(w2v_encoder\.)?proj)\..+|.+\.num_batches_tracked",
+    "torchaudio": r"aux\.(weight|bias)|(mask_generator|logit_generator|encoder\.readout)\..+",
     "torchcrepe": r".+\.num_batches_tracked",
 }
 

@@ -1,0 +1,108 @@
+"""A stand-in for the Hugging Face hub: real HTTP on a loopback port, as much of it as a download needs."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves ``root/OWNER/NAME/FILE`` as the one commit of each model, from entry to exit of a ``with``.
+
+    Attributes:
+        denied: model -> HTTP status to refuse it with.
+        cut: file name -> how many of its bytes arrive before the connection breaks, whatever range was asked for.
+        downloads: names of the files that were asked for with GET, in order.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.denied: dict[str, int] = {}
+        self.cut: dict[str, int] = {}
+        self.downloads: list[str] = []
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> "HubServer":
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        match self.path.split("?")[0].strip("/").split("/"):
+            case ["api", "models", owner, name] | ["api", "models", owner, name, "revision", _]:
+                if self._allowed(f"{owner}/{name}"):
+                    self._send_info(f"{owner}/{name}")
+            case [owner, name, "resolve", _, file]:
+                if self._allowed(f"{owner}/{name}"):
+                    self._send_file(self.server.root / owner / name / file)
+            case _:
+                self._refuse(404, "EntryNotFound")
+
+    def _allowed(self, repo: str) -> bool:
+        status = self.server.denied.get(repo)
+        if status:
+            self._refuse(status, {403: "GatedRepo"}.get(status, ""))
+        elif not (self.server.root / repo).is_dir():
+            self._refuse(404, "RepoNotFound")
+        else:
+            return True
+        return False
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+
+    def _send_info(self, repo: str) -> None:
+        files = sorted(path.name for path in (self.server.root / repo).iterdir())
+        info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        body = json.dumps(info).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _send_file(self, path: Path) -> None:
+        if not path.is_file():
+            self._refuse(404, "EntryNotFound")
+            return
+        content = path.read_bytes()
+        start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.server.downloads.append(path.name)
+            self.wfile.write(content[start : self.server.cut.get(path.name)])
