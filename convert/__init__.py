@@ -10,16 +10,17 @@ import numpy as np
 
 import gura_jax
 from gura_jax.checkpoint import Manifest, array_sha256
+from gura_jax.errors import ConversionError, SystemConfigError
+from gura_jax.models.crepe import CAPACITY_MULTIPLIER, LAYERS, CrepeConfig
+from gura_jax.models.speech import SpeechConfig
+from gura_jax.systems import ENCODERS, Architecture, encoders, expected
+
+from .tables import COMBINE, IGNORED, PREFIXES, REFUSED, TABLES, Transform
 
 try:
     from .sources import Source, open_source
 except ModuleNotFoundError as error:
     raise ConversionError(f"PyTorch weights need the package {error.name}: pip install 'gura-jax[convert]'") from None
-from .tables import COMBINE, IGNORED, PREFIXES, REFUSED, TABLES, Transform
-from gura_jax.errors import ConversionError, SystemConfigError
-from gura_jax.models.crepe import CAPACITY_MULTIPLIER, LAYERS, CrepeConfig
-from gura_jax.models.speech import SpeechConfig
-from gura_jax.systems import ENCODERS, Architecture, encoders, expected
 
 __all__ = ["Converted", "convert"]
 

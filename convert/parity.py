@@ -35,9 +35,9 @@ from gura_jax.models.crepe import (
     crepe_functional,
     frame,
 )
-from gura_jax.models.speech import SpeechConfig, SpeechFrames, layer_weights
+from gura_jax.models.speech import SpeechFrames, layer_weights
 from gura_jax.parallel import PRECISION
-from gura_jax.systems import CREPE_HOP, CREPE_SCENE_HOP, ENCODERS, Member, System, find_system, tiny
+from gura_jax.systems import CREPE_HOP, CREPE_SCENE_HOP, ENCODERS, Architecture, Member, System, find_system, tiny
 
 from . import convert
 
@@ -186,6 +186,14 @@ def _fused_rows(system: System, clips: Sequence[np.ndarray], outputs: Sequence[S
         yield _row(system.name, name, triples)
 
 
+def synthetic_clip(seconds: float = 1.0) -> np.ndarray:
+    """A clip [n] with voiced, noisy and silent parts, for want of a recording."""
+    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    tone = np.sin(2 * np.pi * (220 * t + 60 * t**2)) + 0.4 * np.sin(2 * np.pi * 660 * t)
+    return (np.where(t < 0.9 * seconds, 0.2 * tone + 0.02 * noise, 0.0)).astype(np.float32)
+
+
 # The reference networks
 
 
@@ -204,7 +212,7 @@ class _Speech:
         states = list(out.hidden_states)
         states[-1] = out.last_hidden_state  # transformers 5 leaves the final layer norm out of hidden_states
         weights = torch.from_numpy(self.weights).to(self.dtype)
-        frames = sum(w * s[0] for w, s in zip(weights, states, strict=True) if w).numpy()
+        frames = torch.stack([w * s[0] for w, s in zip(weights, states, strict=True) if w]).sum(dim=0).numpy()
         return _States({f"state {i}": s[0].numpy() for i, s in enumerate(states)}, frames, frames)
 
 
@@ -272,8 +280,8 @@ def _reference(
     model_classes = {"hubert": transformers.HubertModel, "wav2vec2": transformers.Wav2Vec2Model}
     kind = model_classes[architecture.model_type]
     if weights == "random":
-        architecture = tiny(architecture) if size == "tiny" else architecture
-        model = _random_speech(kind, architecture, seed)
+        small = tiny(architecture) if size == "tiny" else architecture
+        model = _random_speech(kind, small, seed)
         model.save_pretrained(path)
         weights = str(path)
     elif weights == "pretrained":
@@ -287,11 +295,11 @@ def _reference(
     else:
         model = kind.from_pretrained(weights)
     encoder = member.encoder if weights == "pretrained" else weights
-    layers = layer_weights(member.layers, architecture.num_hidden_layers)
+    layers = layer_weights(member.layers, model.config.num_hidden_layers)
     return dataclasses.replace(member, encoder=encoder, weights=None), _Speech(model, layers)
 
 
-def _random_speech(kind: Any, architecture: SpeechConfig, seed: int) -> Any:
+def _random_speech(kind: Any, architecture: Architecture, seed: int) -> Any:
     """A speech encoder with random weights, biases and norms included."""
     config = kind.config_class(**{k: v for k, v in dataclasses.asdict(architecture).items() if k != "model_type"})
     torch.manual_seed(seed)

@@ -153,6 +153,20 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def check_architecture(name: str, wanted: Architecture, found: Architecture, where: str) -> None:
+    """Refuse weights that are of another architecture than encoder ``name``, and name what differs.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    a, b = dataclasses.asdict(wanted), dataclasses.asdict(found)
+    differences = [
+        f"{key}: expected {a.get(key)}, found {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
+    ]
+    if differences:
+        raise CheckpointError(f"{where} holds another architecture than {name}: {'; '.join(differences)}")
+
+
 REDO = "remove it and run gura-jax convert again"
 
 

