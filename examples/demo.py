@@ -22,8 +22,8 @@ def gura_jax(*arguments: str | Path, may_fail: bool = False) -> bool:
     """Run the command line, and show what is run."""
     shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) else a for a in arguments]
     print(f"\n$ gura-jax {shlex.join(shown)}", flush=True)
-    command = [sys.executable, "-c", "from gura_jax.cli import main; main()", *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, check=False)
+    program = Path(sys.executable).with_name("gura-jax")
+    result = subprocess.run([program, *map(str, arguments)], cwd=ROOT, check=False)
     if result.returncode and not may_fail:
         sys.exit(result.returncode)
     return result.returncode == 0
