@@ -196,16 +196,16 @@ def embed(
     parallel: Annotated[Literal["jit", "pmap"], typer.Option(help="How to use several devices.")] = "jit",
 ) -> None:
     """Embed audio files: one scene embedding a file, and frames with --timestamps."""
-    from gura_jax.dataset.embed import embed_files
+    from gura_jax.dataset.embed import embed_files, find_files
     from gura_jax.model import load_model
 
-    described = find_system(system)
+    described, files = find_system(system), find_files(inputs)
     model = load_model(described, weights=_parse_weights(weights), size=size, parallel_by=parallel)
     if model.random_members:
         print(
             f"note: random weights for {', '.join(model.random_members)}: the embeddings mean nothing", file=sys.stderr
         )
-    summary = embed_files(model, inputs, out, timestamps=timestamps, overwrite=overwrite)
+    summary = embed_files(model, files, out, timestamps=timestamps, overwrite=overwrite)
     sizes = f"scenes of {model.scene_embedding_size}"
     if timestamps:
         sizes += f", frames of {model.timestamp_embedding_size}"

