@@ -32,7 +32,6 @@ from gura_jax.models.crepe import (
     PITCH_BINS,
     CrepeConfig,
     CrepeFrames,
-    crepe_functional,
     frame,
 )
 from gura_jax.models.speech import SpeechFrames, layer_weights
@@ -44,6 +43,8 @@ from . import convert
 # Relative distances are of Euclidean norms, over all frames of a clip; the worst clip counts.
 LAYER_BOUND = 1e-5  # to PyTorch: float32 rounding through the deepest encoder stays ten times below
 ORACLE_FACTOR = 2  # no further from the oracle than this many times PyTorch's own distance
+ATTENTION_SCALE = 1.7  # of random queries and keys: scores with a standard deviation of about 3
+CREPE_BATCH = 32  # frames of PyTorch's at once: each takes 10 MB in float64
 ORACLE_FLOOR = 1e-6  # below this, two float32 computations differ from the oracle by chance alone
 
 
@@ -110,6 +111,9 @@ def compare(
             outputs.append(list(zip(single, (network.run(clip) for clip in clips), strict=True)))
             del network, single
             yield from _member_rows(member, clips, outputs[-1])
+            for states in outputs[-1]:
+                for each in states:
+                    each.layers.clear()  # compared, and large
         yield from _fused_rows(dataclasses.replace(described, members=tuple(members)), clips, outputs)
 
 
@@ -159,7 +163,7 @@ def _crepe_layers(model: Model, clip: np.ndarray) -> dict[str, np.ndarray]:
     @jax.jit
     def run(params: Any, audio: jax.Array) -> list[jax.Array]:
         with jax.default_matmul_precision(PRECISION):
-            network = crepe_functional(encoder.config.capacity).merge(params)
+            network = encoder.module(params)
             frames = frame(audio, encoder.hop)[0]
             x, pools = frames[:, :, None], []
             for layer in network.layers[:EMBEDDING_LAYERS]:
@@ -233,7 +237,11 @@ class _Crepe:
 
     def _embed(self, clip: np.ndarray, hop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         audio = torch.from_numpy(clip).to(self.dtype)[None]
-        frames = torch.cat(list(_torchcrepe().preprocess(audio, SAMPLE_RATE, hop)))
+        batches = _torchcrepe().preprocess(audio, SAMPLE_RATE, hop, batch_size=CREPE_BATCH)
+        embedded, layers = zip(*(self._layers(frames) for frames in batches), strict=True)
+        return np.concatenate(embedded), {name: np.concatenate([each[name] for each in layers]) for name in layers[0]}
+
+    def _layers(self, frames: torch.Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         x, layers, first = frames[:, None, :, None], {}, (0, 0, 254, 254)
         for i in range(EMBEDDING_LAYERS):
             conv, norm = getattr(self.model, f"conv{i + 1}"), getattr(self.model, f"conv{i + 1}_BN")
@@ -302,6 +310,7 @@ def _reference(
 def _random_speech(kind: Any, architecture: Architecture, seed: int) -> Any:
     """A speech encoder with random weights, biases and norms included."""
     config = kind.config_class(**{k: v for k, v in dataclasses.asdict(architecture).items() if k != "model_type"})
+    transformers.utils.logging.disable_progress_bar()  # of save_pretrained
     torch.manual_seed(seed)
     model = kind(config)
     _shake(model)
@@ -332,11 +341,15 @@ def _crepe_model(architecture: CrepeConfig, seed: int) -> Any:
 
 @torch.no_grad()
 def _shake(model: torch.nn.Module) -> None:
-    """Move biases and norms off zero and one, so that none of them can be mistaken or left out."""
+    """Make fresh weights such that none of them could be mistaken or left out unseen."""
     for name, tensor in model.state_dict().items():
-        if tensor.ndim == 1 and tensor.is_floating_point():
+        if tensor.ndim == 1 and tensor.is_floating_point():  # biases and norms: off zero and one
             noise = 0.1 * torch.rand_like(tensor)
             tensor.copy_((tensor if "var" not in name else 0.5 + tensor) + noise)
+        elif name.endswith(("original0", "weight_g")):  # off the norm of v
+            tensor.mul_(0.5 + torch.rand_like(tensor))
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):  # attention that is far from uniform
+            tensor.normal_(std=ATTENTION_SCALE / tensor.shape[1] ** 0.5)
 
 
 # The recipe of the authors' code

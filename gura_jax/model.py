@@ -362,7 +362,7 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
     both = encoders(architecture, member.layers)
     if weights == "random":
         params = jax.device_put(both[0].random_params(seed), sharding)
-        return _Loaded(both, params, {"source": "random", "seed": seed})
+        return _Loaded(both, both[0].prepare(params), {"source": "random", "seed": seed})
     folder = home if weights == "pretrained" else Path(weights)
     if not folder.is_dir():
         if weights == "pretrained":
@@ -373,12 +373,13 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
 
         arrays, manifest = convert(folder)
         checkpoint.check_architecture(member.name, architecture, manifest.architecture, str(folder))
-        params = jax.device_put(arrays, sharding)
+        # One by one, so that there are never two copies of all of them.
+        params = {name: jax.device_put(arrays.pop(name), sharding) for name in list(arrays)}
     else:
         manifest = checkpoint.read_manifest(folder)
         checkpoint.check_architecture(member.name, architecture, manifest.architecture, str(folder))
         params = checkpoint.load(folder, both[0].abstract_params, sharding)
-    return _Loaded(both, params, {"source": manifest.source, "fingerprint": manifest.fingerprint})
+    return _Loaded(both, both[0].prepare(params), {"source": manifest.source, "fingerprint": manifest.fingerprint})
 
 
 def _is_hugging_face(folder: Path) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
+
 from gura_jax.errors import SystemConfigError
 from gura_jax.fusion import COMBINATIONS
 from gura_jax.models.crepe import CrepeConfig, CrepeFrames
@@ -292,7 +294,11 @@ def encoders(
 ) -> tuple[SpeechFrames, SpeechFrames] | tuple[CrepeFrames, CrepeFrames]:
     """The encoder of a member for timestamp embeddings, and for scene embeddings."""
     if isinstance(architecture, CrepeConfig):
-        return CrepeFrames(architecture, CREPE_HOP), CrepeFrames(architecture, CREPE_SCENE_HOP)
+        spectral = jax.default_backend() == "cpu"
+        return (
+            CrepeFrames(architecture, CREPE_HOP, spectral),
+            CrepeFrames(architecture, CREPE_SCENE_HOP, spectral),
+        )
     encoder = SpeechFrames(architecture, layers)
     return encoder, encoder
 

@@ -45,33 +45,93 @@ LAYERS = (
     LayerShape(8, 64, 1, (31, 32)),
     LayerShape(16, 64, 1, (31, 32)),
 )
+POSITIONS = (256, 128, 64, 32, 16, 8)  # of each layer's convolution; pooling halves them
+CHANNEL_BLOCK = 128  # channels in one sum of a spectral convolution
 EMBEDDING_LAYERS = 5  # the embedding is the fifth max-pool
-EMBEDDING_POSITIONS = 8  # time steps left after five layers
+
+
+class SpectralConv(nnx.Module):
+    """The convolution of one layer as products in the frequency domain: [F, P, C] -> [F, P, size].
+
+    XLA's CPU convolution of 64 taps over 128 positions or fewer does many times the work that is needed. Here
+    the discrete Fourier transforms are matrix products over the positions, and the filters are transformed once,
+    at load: ``spectrum`` [2, K, G, C / G, size], real and imaginary. Two things keep it as exact as a direct
+    convolution: four real products make a complex one, not three, and channels are summed in G blocks.
+    """
+
+    def __init__(self, in_size: int, size: int, positions: int, shape: LayerShape, *, rngs: nnx.Rngs) -> None:
+        self.length = positions + shape.kernel  # no shorter than the whole convolution: nothing wraps around
+        blocks = -(-in_size // CHANNEL_BLOCK)
+        dims = (2, self.length // 2 + 1, blocks, in_size // blocks, size)
+        self.spectrum = nnx.Param(jnp.zeros(dims, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        F, P, _ = x.shape
+        w_re, w_im = self.spectrum[...]
+        x = x.reshape(F, P, *w_re.shape[1:3])
+        forward, inverse = dft(P, self.length)
+        re, im = (jnp.einsum("kp,fpgc->kfgc", matrix, x) for matrix in forward)
+
+        def product(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.einsum("kfgc,kgco->kgfo", a, b).sum(axis=1)
+
+        real = product(re, w_re) - product(im, w_im)  # [K, F, size]
+        imaginary = product(re, w_im) + product(im, w_re)
+        y = jnp.einsum("pk,kfo->fpo", inverse[0], real) + jnp.einsum("pk,kfo->fpo", inverse[1], imaginary)
+        return y + self.bias[...][None, None, :]
+
+
+def dft(positions: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices [2, K, P] into and [2, P, K] out of the frequency domain, real and imaginary, for P positions."""
+    k = np.arange(length // 2 + 1)
+    angle = 2 * np.pi / length * np.outer(k, np.arange(positions))
+    weight = np.where((k == 0) | (2 * k == length), 1, 2)[:, None] / length  # the other half is conjugate
+    forward = np.stack([np.cos(angle), -np.sin(angle)])
+    inverse = np.stack([weight * np.cos(angle), -weight * np.sin(angle)]).transpose(0, 2, 1)
+    return forward.astype(np.float32), inverse.astype(np.float32)
+
+
+def spectrum(kernel: np.ndarray, positions: int, shape: LayerShape) -> np.ndarray:
+    """Filters [taps, C, size] as :class:`SpectralConv` takes them, computed in float64."""
+    length = positions + shape.kernel
+    taps = np.arange(shape.kernel) - shape.padding[0]
+    angle = 2 * np.pi / length * np.outer(np.arange(length // 2 + 1), taps)
+    re, im = (np.tensordot(f(angle), kernel.astype(np.float64), 1) for f in (np.cos, np.sin))
+    blocks = -(-kernel.shape[1] // CHANNEL_BLOCK)
+    return np.stack([re, im]).astype(np.float32).reshape(2, len(angle), blocks, -1, kernel.shape[2])
 
 
 class ConvLayer(nnx.Module):
     """Convolution, ReLU, batch norm, max-pool by 2."""
 
-    def __init__(self, in_size: int, size: int, shape: LayerShape, *, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(in_size, size, shape.kernel, strides=shape.stride, padding=(shape.padding,), rngs=rngs)
+    def __init__(
+        self, in_size: int, size: int, positions: int, shape: LayerShape, spectral: bool, *, rngs: nnx.Rngs
+    ) -> None:
+        if spectral and shape.stride == 1:
+            self.conv = SpectralConv(in_size, size, positions, shape, rngs=rngs)
+        else:
+            self.conv = nnx.Conv(in_size, size, shape.kernel, strides=shape.stride, padding=(shape.padding,), rngs=rngs)
         self.batch_norm = nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.batch_norm(jax.nn.relu(self.conv(x)))  # [F, P, C]
-        F, P, C = x.shape
-        return x.reshape(F, P // 2, 2, C).max(axis=2)
+        return jnp.maximum(x[:, 0::2], x[:, 1::2])
 
 
 class Crepe(nnx.Module):
-    """Normalised frames [F, 1024] to the embedding, or to the activation of 360 pitch bins."""
+    """Normalised frames [F, 1024] to the embedding, or to the activation of 360 pitch bins.
 
-    def __init__(self, capacity: Capacity, *, rngs: nnx.Rngs) -> None:
+    ``spectral`` computes all layers but the first in the frequency domain: the same to rounding.
+    """
+
+    def __init__(self, capacity: Capacity, *, spectral: bool = False, rngs: nnx.Rngs) -> None:
         sizes = [layer.channels * CAPACITY_MULTIPLIER[capacity] for layer in LAYERS]
         self.layers = nnx.List(
-            ConvLayer(in_size, size, layer, rngs=rngs)
-            for in_size, size, layer in zip([1, *sizes], sizes, LAYERS, strict=False)
+            ConvLayer(in_size, size, positions, layer, spectral, rngs=rngs)
+            for in_size, size, positions, layer in zip([1, *sizes], sizes, POSITIONS, LAYERS, strict=False)
         )
-        self.classifier = nnx.Linear(sizes[-1] * EMBEDDING_POSITIONS // 2, PITCH_BINS, rngs=rngs)
+        self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, rngs=rngs)
 
     def embedding(self, frames: jax.Array) -> jax.Array:
         """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
@@ -82,15 +142,15 @@ class Crepe(nnx.Module):
 
     def activation(self, frames: jax.Array) -> jax.Array:
         """[F, 1024] -> [F, 360] in (0, 1)."""
-        x = self.embedding(frames).reshape(len(frames), -1, EMBEDDING_POSITIONS).transpose(0, 2, 1)
+        x = self.embedding(frames).reshape(len(frames), -1, POSITIONS[-1]).transpose(0, 2, 1)
         x = self.layers[EMBEDDING_LAYERS](x)  # [F, 4, C]
         return jax.nn.sigmoid(self.classifier(x.reshape(len(frames), -1)))
 
 
 @functools.cache
-def crepe_functional(capacity: Capacity) -> Functional:
+def crepe_functional(capacity: Capacity, spectral: bool = False) -> Functional:
     """CREPE as a pure function of a flat dict of weights."""
-    return functional(lambda rngs: Crepe(capacity, rngs=rngs))
+    return functional(lambda rngs: Crepe(capacity, spectral=spectral, rngs=rngs))
 
 
 def frame(audio: jax.Array, hop: int) -> jax.Array:
@@ -124,10 +184,14 @@ class CrepeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CrepeFrames:
-    """CREPE as a member: a frame every ``hop`` samples. See :class:`Encoder` for the call."""
+    """CREPE as a member: a frame every ``hop`` samples. See :class:`Encoder` for the call.
+
+    ``spectral`` is for CPUs; the weights are then those that :meth:`prepare` makes of a checkpoint's.
+    """
 
     config: CrepeConfig
     hop: int
+    spectral: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.hop, int) or self.hop < 1:
@@ -137,7 +201,7 @@ class CrepeFrames:
     def feature_size(self) -> int:
         """D, the size of a frame."""
         channels = LAYERS[EMBEDDING_LAYERS - 1].channels * CAPACITY_MULTIPLIER[self.config.capacity]
-        return channels * EMBEDDING_POSITIONS
+        return channels * POSITIONS[EMBEDDING_LAYERS]
 
     @property
     def offset(self) -> float:
@@ -151,20 +215,36 @@ class CrepeFrames:
 
     @property
     def abstract_params(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Every weight's shape and dtype, by dotted path."""
+        """Every weight's shape and dtype in a checkpoint, by dotted path."""
         return crepe_functional(self.config.capacity).abstract
 
     def random_params(self, seed: int) -> dict[str, jax.Array]:
-        """Freshly initialised weights, by dotted path."""
+        """Freshly initialised weights, by dotted path, as in a checkpoint."""
         return random_params(lambda rngs: Crepe(self.config.capacity, rngs=rngs), seed)
+
+    def prepare(self, params: Params) -> Params:
+        """The weights that a call takes, from a checkpoint's; done once."""
+        if not self.spectral:
+            return params
+        prepared = dict(params)
+        for i, (positions, layer) in enumerate(zip(POSITIONS, LAYERS, strict=True)):
+            if layer.stride == 1:
+                kernel = prepared.pop(f"layers.{i}.conv.kernel")
+                filters = spectrum(np.asarray(kernel.addressable_data(0)), positions, layer)
+                prepared[f"layers.{i}.conv.spectrum"] = jax.device_put(filters, kernel.sharding)
+        return prepared
+
+    def module(self, params: Params) -> Crepe:
+        """The network with these weights, inside a compiled function."""
+        return crepe_functional(self.config.capacity, self.spectral).merge(params)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Embedding [B, T, D] and counts [B]."""
-        return self._frames(crepe_functional(self.config.capacity).merge(params).embedding, audio, lengths)
+        return self._frames(self.module(params).embedding, audio, lengths)
 
     def activation(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Activation of the pitch bins [B, T, 360] and counts [B]."""
-        return self._frames(crepe_functional(self.config.capacity).merge(params).activation, audio, lengths)
+        return self._frames(self.module(params).activation, audio, lengths)
 
     def _frames(
         self, network: Callable[[jax.Array], jax.Array], audio: jax.Array, lengths: jax.Array

@@ -477,6 +477,10 @@ class SpeechFrames:
         """Freshly initialised weights, by dotted path."""
         return random_params(lambda rngs: SpeechEncoder(self.config, rngs=rngs), seed)
 
+    def prepare(self, params: Params) -> Params:
+        """The weights that a call takes: a checkpoint's, as they are."""
+        return params
+
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
         states, counts = speech_functional(self.config).merge(params)(audio, lengths)
