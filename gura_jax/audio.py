@@ -26,6 +26,7 @@ _MP3_SLACK = 2 * 1152
 _MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 _MP3_READ_AHEAD = 8192  # bytes: what may follow the last frame, the tags at a file's end
 _STREAMED = 0x7FFF0000  # bytes: programs that write to a pipe put such a size in a WAV header
+_UNKNOWN = np.iinfo(np.int64).max  # frames, says libsndfile of a FLAC that was written to a pipe
 
 # libsndfile shortens a cut file to what is there, and says so only in its log.
 _LOGGED_SIZE = re.compile(r"^ *(?:data|riff|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -57,6 +58,8 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "no such file"
             raise AudioError(f"{path}: expected an audio file, found {found}")
+        if Path(path).suffix.lower() == ".raw":  # soundfile takes it for samples without a header
+            raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV")
         with open(path, "rb") as file, ForwardSoundFile(file) as sound:
             clip = _decode(path, sound)
             _check_complete(path, file, sound)
@@ -65,8 +68,6 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
             f"{path}: cannot be decoded ({error.error_string.strip(' .')}): expected a complete file in a format that "
             "soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...)"
         ) from None
-    except TypeError:  # soundfile takes the suffix .raw for samples without a header
-        raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV") from None
     except OSError as error:
         raise AudioError(f"{path}: cannot be read: {error.strerror or error}") from None
     return check_clip(clip, name=str(path))
@@ -85,6 +86,7 @@ def _decode(path: str | os.PathLike[str], sound: "soundfile.SoundFile") -> np.nd
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if rate != SAMPLE_RATE else None
     parts: list[np.ndarray] = []
     read = 0
+    promised = sound.frames if sound.frames < _UNKNOWN else 0
     block_frames = BLOCK_VALUES // sound.channels
     # Asked for more than the header promises, the decoder would run on past it and drop the rest.
     while len(block := sound.read(min(block_frames, sound.frames - read), dtype="float32", always_2d=True)):
@@ -94,7 +96,7 @@ def _decode(path: str | os.PathLike[str], sound: "soundfile.SoundFile") -> np.nd
             bad = (read + int(np.argmin(np.isfinite(mono)))) / rate
             raise AudioError(f"{path}: expected finite samples, found NaN or infinity at {bad:.3f} s")
         read += len(block)
-        if read > MAX_SECONDS * rate:
+        if max(read, promised) > MAX_SECONDS * rate:
             raise AudioError(f"{path}: expected at most {MAX_SECONDS // 3600} hours, found more: cut it into parts")
         parts.append(stream.resample_chunk(mono) if stream else mono)
     if not read:
@@ -123,7 +125,7 @@ def _check_complete(path: str | os.PathLike[str], file: BinaryIO, sound: "soundf
                 f"{path}: expected an MP3 whose header says its length, found one without, which soundfile reads only "
                 f"in part ({read / sound.samplerate:.1f} s): rewrite it with ffmpeg -i IN.mp3 -c copy OUT.mp3"
             )
-    elif read < promised < np.iinfo(np.int64).max:  # the largest stands for unknown
+    elif read < promised < _UNKNOWN:
         cut = True
     if cut:
         raise AudioError(

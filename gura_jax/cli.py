@@ -1,5 +1,6 @@
 """The command line: ``gura-jax``."""
 
+import io
 import json
 import resource
 import sys
@@ -41,6 +42,9 @@ SizeOption = Annotated[Literal["tiny"] | None, typer.Option(help="tiny: small sp
 
 def main() -> None:
     """Run the command line; errors that gura_jax raises on purpose become one message, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
     try:
         app()
     except GuraError as error:
@@ -202,14 +206,14 @@ def embed(
     described, files = find_system(system), find_files(inputs)
     model = load_model(described, weights=_parse_weights(weights), size=size, parallel_by=parallel)
     if model.random_members:
-        print(
-            f"note: random weights for {', '.join(model.random_members)}: the embeddings mean nothing", file=sys.stderr
-        )
+        names = ", ".join(model.random_members)
+        print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
     summary = embed_files(model, files, out, timestamps=timestamps, overwrite=overwrite)
     sizes = f"scenes of {model.scene_embedding_size}"
     if timestamps:
         sizes += f", frames of {model.timestamp_embedding_size}"
-    print(f"{summary.clips} clips, {summary.seconds:.1f} s of audio, by {described.name} ({sizes}) -> {out}")
+    if summary.clips:
+        print(f"{summary.clips} clips, {summary.seconds:.1f} s of audio, by {described.name} ({sizes}) -> {out}")
     if summary.failed:
         print(f"{len(summary.failed)} inputs failed:", file=sys.stderr)
         for failure in summary.failed:

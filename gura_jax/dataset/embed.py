@@ -74,7 +74,8 @@ def embed_files(
                     summary.clips += 1
                     summary.seconds += len(clip.audio) / SAMPLE_RATE
     finally:
-        writer.finish(_description(model, timestamps, summary))
+        if summary.clips:  # also when interrupted; but an older store is not replaced by nothing
+            writer.finish(_description(model, timestamps, summary))
     return summary
 
 
@@ -89,6 +90,7 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
     import soundfile
 
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
+    suffixes.remove(".raw")  # samples without a header: of unknown rate
     files: dict[Path, str] = {}
     ids: set[str] = set()
     for given in inputs:

@@ -1,0 +1,273 @@
+"""gura_jax/audio.py: what decodes to what, and every file and array that is refused."""
+
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import librosa
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import gura_jax.audio
+from gura_jax.audio import MIN_SAMPLES, PEAK_LIMIT, SAMPLE_RATE, check_audio, check_clip, load_audio
+from gura_jax.errors import AudioError
+
+
+def signal(n: int, channels: int = 1, seed: int = 0) -> np.ndarray:
+    out = 0.1 * np.random.default_rng(seed).standard_normal((n, channels))
+    return out[:, 0] if channels == 1 else out
+
+
+def reference(path: Path) -> np.ndarray:
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    return librosa.resample(samples.mean(axis=1), orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate", "channels"),
+    [
+        ("wav", 16_000, 1),
+        ("wav", 192_000, 8),
+        ("wav", 8_000, 1),
+        ("flac", 44_100, 2),
+        ("ogg", 48_000, 2),
+        ("mp3", 22_050, 2),
+        ("aiff", 11_025, 1),
+        ("caf", 96_000, 3),
+    ],
+)
+def test_decoding_equals_librosa_in_blocks_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, rate: int, channels: int
+) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    soundfile.write(path, signal(rate + 17, channels), rate)
+    expected = reference(path)
+    for values in (1 << 20, 5000):
+        monkeypatch.setattr(gura_jax.audio, "BLOCK_VALUES", values)
+        found = load_audio(path)
+        assert found.dtype == np.float32
+        # What the MP3 decoder computes in its last bit depends on what it computed before.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7 if suffix == "mp3" else 0)
+
+
+def variable_mp3(path: Path) -> Path:
+    """Noise, then silence: frames of very different sizes."""
+    soundfile.write(path, np.concatenate([signal(200_000), np.zeros(200_000)]), 44_100)
+    return path
+
+
+def test_an_mp3_of_variable_bit_rate_is_decoded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = variable_mp3(tmp_path / "variable.mp3")
+    expected = reference(path)
+    monkeypatch.setattr(gura_jax.audio, "BLOCK_VALUES", 5000)
+    np.testing.assert_allclose(load_audio(path), expected, rtol=0, atol=1e-7)
+
+
+def test_an_mp3_without_its_length_is_refused_not_cut(tmp_path: Path) -> None:
+    path = variable_mp3(tmp_path / "untagged.mp3")
+    data = path.read_bytes()
+    second_frame = data.index(data[:2], 100)
+    path.write_bytes(data[second_frame:])
+    with pytest.raises(AudioError, match=r"untagged\.mp3: expected an MP3 whose header says its length"):
+        load_audio(path)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff", "caf", "w64", "au"])
+@pytest.mark.parametrize("part", [0.9, 0.5, 0.02])
+def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str, part: float) -> None:
+    path = tmp_path / f"cut.{suffix}"
+    soundfile.write(path, signal(100_000), 44_100)
+    assert len(load_audio(path)) == 36_282
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    with pytest.raises(AudioError, match=rf"cut\.{suffix}: "):
+        load_audio(path)
+
+
+def wav(rate: int = SAMPLE_RATE, claimed: int = 2000, channels: int = 1) -> bytes:
+    """A 16-bit WAV of 1000 samples, with a header that may say otherwise."""
+    size = 2 * channels
+    fmt = struct.pack("<HHIIHH", 1, channels, rate, min(rate * size, 2**32 - 1), size, 16)
+    head = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", claimed)
+    return b"RIFF" + struct.pack("<I", min(len(head) + claimed, 2**32 - 1)) + head + bytes(2000)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be decoded"),
+        (b"not audio at all\n" * 100, "cannot be decoded"),
+        (wav(claimed=0), "no samples"),
+        (wav(rate=48_000), r"at least 400 samples at 16 kHz \(25 ms\), found 334"),
+        (wav(rate=1), "sample rate from 1000 to 768000 Hz, found 1:"),
+        (wav(rate=2**31 - 1), "sample rate from 1000 to 768000 Hz, found 2147483647"),
+        (wav(rate=2**32 - 1), "cannot be decoded"),
+        (wav(channels=0), "cannot be decoded"),
+        (wav(channels=30_000), "cannot be decoded"),
+        (wav(claimed=1_000_000_000), "cut short"),
+    ],
+)
+def test_bad_wav_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.wav"
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=rf"bad\.wav: .*{message}"):
+        load_audio(path)
+
+
+def test_a_wav_written_to_a_pipe_is_not_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "piped.wav"
+    path.write_bytes(wav(claimed=2**32 - 1))
+    assert len(load_audio(path)) == 1000
+
+
+def flac_claiming(path: Path, frames: int) -> Path:
+    """A FLAC whose header says another number of frames (36 bits at byte 21)."""
+    soundfile.write(path, signal(48_000), SAMPLE_RATE)
+    data = bytearray(path.read_bytes())
+    data[21] = data[21] & 0xF0 | frames >> 32
+    data[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("frames", "message"), [(2**36 - 1, "at most 6 hours"), (300_000_000, "cut short")])
+def test_a_header_that_promises_gigabytes_does_not_allocate_them(tmp_path: Path, frames: int, message: str) -> None:
+    path = flac_claiming(tmp_path / "huge.flac", frames)
+    tracemalloc.start()
+    with pytest.raises(AudioError, match=rf"huge\.flac: .*{message}"):
+        load_audio(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_a_flac_written_to_a_pipe_does_not_say_its_length(tmp_path: Path) -> None:
+    assert len(load_audio(flac_claiming(tmp_path / "piped.flac", 0))) == 48_000
+
+
+def test_a_recording_of_too_many_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gura_jax.audio, "MAX_SECONDS", 2)
+    for claimed in (0, 48_000):  # unknown, and known at once
+        with pytest.raises(AudioError, match=r"long\.flac: expected at most .* hours, found more"):
+            load_audio(flac_claiming(tmp_path / "long.flac", claimed))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, "NaN or infinity at 0.250 s"),
+        (np.inf, "NaN or infinity at 0.250 s"),
+        (3e38, "NaN or infinity at 0.250 s"),  # the sum of both channels overflows
+        (9000.0, "a peak of 9000"),
+    ],
+)
+def test_bad_samples_in_a_file(tmp_path: Path, value: float, message: str) -> None:
+    path = tmp_path / "bad.wav"
+    samples = signal(16_000, 2)
+    samples[4000] = value
+    soundfile.write(path, samples, SAMPLE_RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match=rf"bad\.wav: .*{message}"):
+        load_audio(path)
+
+
+def test_what_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"missing\.wav: expected an audio file, found no such file"):
+        load_audio(tmp_path / "missing.wav")
+    with pytest.raises(AudioError, match=f"{tmp_path.name}: expected an audio file, found a folder"):
+        load_audio(tmp_path)
+    (tmp_path / "headless.raw").write_bytes(bytes(9000))
+    with pytest.raises(AudioError, match=r"headless\.raw: expected a format with a header"):
+        load_audio(tmp_path / "headless.raw")
+    with pytest.raises(AudioError, match="cannot be read: File name too long"):
+        load_audio(tmp_path / f"{'x' * 300}.wav")
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        st.integers(MIN_SAMPLES, MIN_SAMPLES + 3),
+        elements=st.floats(width=16),
+        fill=st.floats(-1, 1, width=16),
+    )
+)
+def test_check_clip_passes_exactly_the_finite_and_moderate(clip: np.ndarray) -> None:
+    if np.isfinite(clip).all() and (np.abs(clip) <= PEAK_LIMIT).all():
+        found = check_clip(clip)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, clip)
+    else:
+        with pytest.raises(AudioError, match=r"expected (finite samples|samples in)"):
+            check_clip(clip)
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (np.zeros(399, np.float32), r"clip: expected at least 400 samples at 16 kHz \(25 ms\), found 399"),
+        (np.zeros(0, np.float32), "found 0"),
+        (np.zeros(400, np.int16), "found int16: divide by the full scale, 32768"),
+        (np.zeros(400, np.uint8), "found uint8: divide by the full scale, 255"),
+        (np.zeros(400, np.complex64), "found complex64"),
+        (np.zeros(400, bool), "found bool"),
+        (np.array(["a"] * 400), "found <U1"),
+        (np.array([None] * 400), "found object"),
+        (np.full(400, 1e300), "a peak of 1e\\+300"),
+        (np.float32(0.5), r"found shape \(\)"),
+        (np.zeros((1, 400), np.float32), r"found shape \(1, 400\)"),
+        ([[0.0], [0.0, 1.0]], "found list"),
+    ],
+)
+def test_check_clip_refuses(clip: Any, message: str) -> None:
+    with pytest.raises(AudioError, match=message):
+        check_clip(clip, "clip")
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray, list, tuple, lambda a: [jnp.asarray(clip) for clip in a]])
+def test_check_audio_accepts(make: Callable[[np.ndarray], Any]) -> None:
+    clips = signal(1000).reshape(2, 500).astype(np.float32)
+    found = check_audio(make(clips))
+    assert [type(clip) for clip in found] == [np.ndarray] * 2
+    np.testing.assert_array_equal(found, clips)
+
+
+def test_check_audio_accepts_clips_of_different_lengths() -> None:
+    assert [len(clip) for clip in check_audio([signal(400), signal(900)])] == [400, 900]
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [
+        (signal(400), r"found shape \(400,\): pass audio\[None\]"),
+        (np.zeros((1, 2, 400)), r"found shape \(1, 2, 400\)"),
+        (np.zeros((0, 400)), "at least one clip"),
+        ([], "at least one clip"),
+        ([0.0] * 400, r"audio\[0\]: expected a clip of one axis"),
+        ([signal(400), signal(400), signal(399)], r"audio\[2\]: .*found 399"),
+        ("speech.wav", r"found shape \(\)"),
+        (None, r"found shape \(\)"),
+    ],
+)
+def test_check_audio_refuses(audio: Any, message: str) -> None:
+    with pytest.raises(AudioError, match=message):
+        check_audio(audio)
+
+
+def test_a_traced_array_is_refused_by_name() -> None:
+    with pytest.raises(AudioError, match="expected an array of samples, found DynamicJaxprTracer"):
+        jax.jit(check_audio)(jnp.zeros((1, 400)))
+
+
+def test_importing_is_light() -> None:
+    script = "import sys, gura_jax.audio, gura_jax.dataset.store, gura_jax.plot; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert not {"librosa", "soundfile", "soxr", "matplotlib", "pyarrow", "scipy.cluster"} & set(run.stdout.split())
