@@ -1,5 +1,6 @@
 """The main job, from nothing: convert weights, embed the example clips, draw them. Run by ``make demo``."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def picture(system: str) -> Path:
             )
         )
     path = OUT / f"{system}.png"
-    embedding_figure(clips, path, title=system)
+    random = json.loads((store / "run.json").read_text())["random_weights"]
+    embedding_figure(clips, path, title=system + (f" (random weights: {', '.join(random)})" if random else ""))
     return path
 
 
@@ -62,15 +64,15 @@ def main() -> None:
             "\nNot all pretrained speech encoders can be had here (see above), so the fusion runs with random weights\n"
             "in their place: the same computation, but those thirds of its embedding mean nothing."
         )
-    gura_jax(
-        "embed", AUDIO, "--system", FUSION, "--out", OUT / FUSION, "--timestamps", "--overwrite", *weights
-    )
+    gura_jax("embed", AUDIO, "--system", FUSION, "--out", OUT / FUSION, "--timestamps", "--overwrite", *weights)
 
     pictures = [picture(system) for system in ("crepe", FUSION)]
     print("\nMade in demo/:")
     for system in ("crepe", FUSION):
         scene, frames = (np.load(OUT / system / f"{kind}-00000.npy", mmap_mode="r") for kind in ("scene", "frames"))
-        print(f"  {system}/: scene embeddings {scene.shape}, frames {frames.shape}, one row of meta-00000.parquet a clip")
+        print(
+            f"  {system}/: scene embeddings {scene.shape}, frames {frames.shape}, one row of meta-00000.parquet a clip"
+        )
     for path in pictures:
         print(f"  {path.relative_to(OUT)}: each clip's spectrogram above its embedding over time")
 
