@@ -285,11 +285,9 @@ def _reference(
         converted = convert(path.with_suffix(".pth"))
         checkpoint.save(path, converted.params, converted.manifest)
         return dataclasses.replace(member, encoder=str(path), weights=None), _Crepe(model)
-    model_classes = {"hubert": transformers.HubertModel, "wav2vec2": transformers.Wav2Vec2Model}
-    kind = model_classes[architecture.model_type]
+    kind = MODEL_CLASSES[architecture.model_type]
     if weights == "random":
-        small = tiny(architecture) if size == "tiny" else architecture
-        model = _random_speech(kind, small, seed)
+        model = random_speech(tiny(architecture) if size == "tiny" else architecture, seed)
         model.save_pretrained(path)
         weights = str(path)
     elif weights == "pretrained":
@@ -307,12 +305,16 @@ def _reference(
     return dataclasses.replace(member, encoder=encoder, weights=None), _Speech(model, layers)
 
 
-def _random_speech(kind: Any, architecture: Architecture, seed: int) -> Any:
-    """A speech encoder with random weights, biases and norms included."""
+MODEL_CLASSES: Mapping[str, Any] = {"hubert": transformers.HubertModel, "wav2vec2": transformers.Wav2Vec2Model}
+
+
+def random_speech(architecture: Architecture, seed: int) -> Any:
+    """transformers' model of a speech encoder, with random weights, biases and norms included."""
+    kind = MODEL_CLASSES[architecture.model_type]
     config = kind.config_class(**{k: v for k, v in dataclasses.asdict(architecture).items() if k != "model_type"})
     transformers.utils.logging.disable_progress_bar()  # of save_pretrained
     torch.manual_seed(seed)
-    model = kind(config)
+    model = kind(config).eval()
     _shake(model)
     return model
 
