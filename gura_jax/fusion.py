@@ -58,22 +58,22 @@ def resample_time(x: jax.Array, counts: jax.Array, new_counts: jax.Array, num_fr
     Returns:
         [B, num_frames, D]; rows past ``new_counts[b]`` repeat the clip's last frame.
     """
-    i = jnp.arange(num_frames, dtype=jnp.int32)[None, :]
-    m, n = counts[:, None], new_counts[:, None]
-    # Frame i lies at ((2 i + 1) m - n) / (2 n), whose numerator overflows int32 past ten minutes:
-    # long division of (2 i + 1) m by 2 n in two digits of base 1024.
+    i = jnp.arange(num_frames, dtype=jnp.uint32)[None, :]
+    m, n = counts[:, None].astype(jnp.uint32), new_counts[:, None].astype(jnp.uint32)
+    # Frame i lies at ((2 i + 1) m - n) / (2 n), whose numerator overflows 32 bits past ten minutes:
+    # long division of (2 i + 1) m by 2 n in two digits of base 1024, which holds for ten hours.
     factor = 2 * jnp.minimum(i, n - 1) + 1  # [B, num_frames]
     upper = (factor // 1024) * m
     lower = upper % (2 * n) * 1024 + factor % 1024 * m
     quotient, remainder = upper // (2 * n) * 1024 + lower // (2 * n), lower % (2 * n)
     below = remainder < n  # subtracting n / (2 n) = one half borrows
-    low = quotient - below.astype(jnp.int32)
+    low = quotient.astype(jnp.int32) - below.astype(jnp.int32)
     remainder = jnp.where(below, remainder + n, remainder - n)
     first = low < 0  # before the first frame's centre: the first frame
     weight = jnp.where(first, 0.0, remainder.astype(x.dtype) / (2 * n).astype(x.dtype))
-    low = jnp.clip(low, 0, m - 1)
+    low, last = jnp.clip(low, 0), counts[:, None] - 1
     a = jnp.take_along_axis(x, low[:, :, None], axis=1)
-    b = jnp.take_along_axis(x, jnp.minimum(low + 1, m - 1)[:, :, None], axis=1)
+    b = jnp.take_along_axis(x, jnp.minimum(low + 1, last)[:, :, None], axis=1)
     return a + (b - a) * weight[:, :, None]
 
 

@@ -25,6 +25,7 @@ from gura_jax.systems import (
     encoders,
     expected,
     find_system,
+    is_folder,
     tiny,
 )
 
@@ -338,6 +339,9 @@ def load_model(
     )
 
 
+PROTOCOL = ("feature_size", "hop", "offset", "min_samples", "__call__")
+
+
 class _Loaded(NamedTuple):
     encoders: tuple[Encoder, Encoder]
     params: Any
@@ -346,6 +350,14 @@ class _Loaded(NamedTuple):
 
 def _load_member(member: Member, weights: str, size: str | None, seed: int, sharding: jax.sharding.Sharding) -> _Loaded:
     if not isinstance(member.encoder, str):
+        missing = [name for name in PROTOCOL if not hasattr(member.encoder, name)]
+        if missing or isinstance(member.encoder, type):
+            raise SystemConfigError(
+                f"member {member.name!r}: expected an encoder, by name, path, or as an object that has "
+                f"{', '.join(PROTOCOL)} (see gura_jax.Encoder), found {member.encoder!r}"
+            )
+        if weights not in ("pretrained", "random"):
+            raise SystemConfigError(f"member {member.name!r} brings its own weights: {weights} is of no use to it")
         return _Loaded(
             (member.encoder, member.encoder),
             jax.device_put(getattr(member.encoder, "params", {}), sharding),
@@ -391,7 +403,7 @@ def find_encoder(encoder: str) -> tuple[Path, Architecture]:
     if encoder in ENCODERS:
         return checkpoint.checkpoint_folder() / encoder, ENCODERS[encoder].architecture
     folder = Path(encoder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise SystemConfigError(f"encoder {expected(encoder, ENCODERS)} (or the path of a folder)")
     if not _is_hugging_face(folder):
         return folder, checkpoint.read_manifest(folder).architecture

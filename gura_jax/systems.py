@@ -107,6 +107,10 @@ class Member:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for field in ("name", "weights"):
+            value = getattr(self, field)
+            if not isinstance(value, str) and not (field == "weights" and value is None):
+                raise SystemConfigError(f"{field}: expected text, found {value!r}")
         if not self.name:
             name = Path(self.encoder).name if isinstance(self.encoder, str) else type(self.encoder).__name__
             object.__setattr__(self, "name", name)
@@ -136,6 +140,12 @@ class System:
     scene_groups: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise SystemConfigError(f"system name: expected text, found {self.name!r}")
+        if not isinstance(self.members, (tuple, list)) or not all(isinstance(m, Member) for m in self.members):
+            raise SystemConfigError(
+                f"system {self.name!r}: members: expected a tuple of Member, found {self.members!r}"
+            )
         object.__setattr__(self, "members", tuple(self.members))
         names = [m.name for m in self.members]
         if not names:
@@ -144,7 +154,7 @@ class System:
             raise SystemConfigError(
                 f"system {self.name!r}: two members are called {max(names, key=names.count)!r}: give each a name"
             )
-        if self.combination not in COMBINATIONS:
+        if not isinstance(self.combination, str) or self.combination not in COMBINATIONS:
             raise SystemConfigError(f"system {self.name!r}: combination: {expected(self.combination, COMBINATIONS)}")
         for field in ("feature_size", "scene_groups"):
             value = getattr(self, field)
@@ -215,6 +225,8 @@ def find_system(system: "str | Path | System") -> System:
     """
     if isinstance(system, System):
         return system
+    if not isinstance(system, (str, Path)):
+        raise SystemConfigError(f"system: expected a name, the path of a file, or a System, found {system!r}")
     if str(system) in SYSTEMS:
         return SYSTEMS[str(system)]
     if Path(system).suffix in FILE_SUFFIXES:
@@ -260,23 +272,29 @@ def _system_from_dict(content: Any, path: Path) -> System:
     if "members" in fields:
         if not isinstance(fields["members"], list):
             raise SystemConfigError("members: expected a list of tables ([[members]])")
-        fields["members"] = tuple(_member_from_dict(m, path.parent) for m in fields["members"])
+        members = []
+        for i, member in enumerate(fields["members"]):
+            try:
+                members.append(_member_from_dict(member, path.parent))
+            except SystemConfigError as error:
+                raise SystemConfigError(f"members[{i}]: {error}") from None
+        fields["members"] = tuple(members)
     elif base is None:
         raise SystemConfigError("expected members, or extends with the name of a system")
     if base is None:
         return System(**fields)
-    if base not in SYSTEMS:
+    if not isinstance(base, str) or base not in SYSTEMS:
         raise SystemConfigError(f"extends: {expected(base, SYSTEMS)}")
     return dataclasses.replace(SYSTEMS[base], **fields)
 
 
 def _member_from_dict(content: Any, folder: Path) -> Member:
-    if not isinstance(content, dict) or not isinstance(content.get("encoder"), str):
+    if not isinstance(content, dict) or not content.get("encoder") or not isinstance(content["encoder"], str):
         raise SystemConfigError("each member needs an encoder, by name or path")
     fields = _known_keys(content, Member)
-    for key in ("encoder", "weights"):
+    for key, names in (("encoder", ENCODERS), ("weights", ("pretrained", "random"))):
         value = fields.get(key)
-        if isinstance(value, str) and value not in ENCODERS and (folder / value).exists():
+        if isinstance(value, str) and value not in names and is_folder(folder / value):
             fields[key] = str(folder / value)
     return Member(**fields)
 
@@ -289,11 +307,25 @@ def _known_keys(content: Mapping[str, Any], kind: type[System | Member], *more: 
     return dict(content)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there, whatever text was given as its path."""
+    try:
+        return bool(path.name) and path.is_dir()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
+
+
 def encoders(
     architecture: Architecture, layers: Layers
 ) -> tuple[SpeechFrames, SpeechFrames] | tuple[CrepeFrames, CrepeFrames]:
-    """The encoder of a member for timestamp embeddings, and for scene embeddings."""
+    """The encoder of a member for timestamp embeddings, and for scene embeddings.
+
+    Raises:
+        SystemConfigError: layers that it does not have.
+    """
     if isinstance(architecture, CrepeConfig):
+        if layers != "last":
+            raise SystemConfigError(f"layers: CREPE has one embedding, and no choice of layers; found {layers!r}")
         spectral = jax.default_backend() == "cpu"
         return (
             CrepeFrames(architecture, CREPE_HOP, spectral),

@@ -273,6 +273,7 @@ def pitch(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     activation = np.asarray(activation)
     bins = activation.argmax(axis=-1)
     near = np.abs(np.arange(PITCH_BINS) - bins[..., None]) <= 4
-    weights = np.where(near, activation, 0.0).astype(np.float64)
+    # The smallest number stands in for zeros, so that no activation at all still has a mean.
+    weights = np.where(near, np.maximum(activation, np.finfo(np.float32).tiny), 0.0).astype(np.float64)
     cents = (weights * (CENTS_OF_BIN_0 + CENTS_PER_BIN * np.arange(PITCH_BINS))).sum(-1) / weights.sum(-1)
     return bins, 10.0 * 2.0 ** (cents / 1200.0)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -196,10 +196,6 @@ IGNORED = re.compile(
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_weight(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
 
 
 class MaskedGroupNorm(nnx.Module):
@@ -419,18 +415,22 @@ def layer_weights(layers: Layers, num_hidden_layers: int) -> np.ndarray:
     """
     num_states = num_hidden_layers + 1
     weights = np.zeros(num_states, np.float32)
+    listed: Sequence[Any] = layers if isinstance(layers, (tuple, list)) else ()
     if isinstance(layers, str):
         chosen = {"last": slice(-1, None), "mean": slice(None), "mean_blocks": slice(1, None)}.get(layers)
         if chosen is not None:
             weights[chosen] = 1.0
             return weights / weights.sum()
-    elif layers and all(isinstance(x, int) and not isinstance(x, bool) for x in layers):
-        states = {int(x) % num_states for x in layers if -num_states <= x < num_states}
-        if len(states) == len(layers):  # in range, and distinct
+    elif listed and all(isinstance(x, int) and not isinstance(x, bool) for x in listed):
+        states = {x % num_states for x in listed if -num_states <= x < num_states}
+        if len(states) == len(listed):  # in range, and distinct
             weights[list(states)] = 1.0
             return weights / weights.sum()
-    elif len(layers) == num_states and any(layers) and all(map(_is_weight, layers)):
-        return np.asarray(layers, np.float32)
+    elif len(listed) == num_states and all(isinstance(x, float) for x in listed):
+        with np.errstate(over="ignore"):
+            weights[:] = listed
+        if np.isfinite(weights).all() and weights.any():
+            return weights
     raise SystemConfigError(
         f"layers: expected 'last', 'mean', 'mean_blocks', distinct integers from {-num_states} to "
         f"{num_states - 1}, or {num_states} finite floats, not all zero (one for each hidden state of this "
