@@ -207,7 +207,7 @@ def check_audio(audio: Any) -> list[np.ndarray]:
 def _as_array(values: Any, name: str) -> np.ndarray:
     try:
         return np.asarray(values)
-    except (TypeError, ValueError):  # a traced jax array; nested lists of unequal lengths
+    except (TypeError, ValueError, RuntimeError):  # a traced jax array; unequal lists; a torch tensor with a gradient
         raise AudioError(f"{name}: expected an array of samples, found {type(values).__name__}") from None
 
 

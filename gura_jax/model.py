@@ -5,13 +5,13 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 
 from gura_jax import checkpoint, parallel
-from gura_jax.audio import SAMPLE_RATE, check_audio
+from gura_jax.audio import MIN_SAMPLES, SAMPLE_RATE, check_audio
 from gura_jax.errors import AudioError, CheckpointError, SystemConfigError
 from gura_jax.fusion import PAPER_FRAMES, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
 from gura_jax.models.crepe import CrepeFrames
@@ -64,8 +64,9 @@ class Model:
         self.system, self.fusion, self.params, self.weights = system, fusion, params, weights
         self._compile = compile_batch
         self._functions: dict[Any, parallel.BatchFunction] = {}
-        first = fusion.members[0].encoder
+        first = fusion.members[0].scene_encoder
         self.min_samples = max(
+            MIN_SAMPLES,
             *(e.min_samples for m in fusion.members for e in (m.encoder, m.scene_encoder)),
             first.min_samples + (fusion.scene_groups - 1) * first.hop,
         )
@@ -177,7 +178,7 @@ class Model:
         """
         name, encoder = self._member(SpeechFrames, member)
         num_states = encoder.config.num_hidden_layers + 1
-        chosen = tuple(range(num_states) if states is None else states)
+        chosen = tuple(range(num_states) if states is None else states if isinstance(states, Sequence) else ())
         if not chosen or not all(isinstance(s, int) and -num_states <= s < num_states for s in chosen):
             raise SystemConfigError(
                 f"states: expected integers from 0 to {num_states - 1} (or negative, from the end), found {states!r}"
@@ -199,14 +200,12 @@ class Model:
 
     def timestamps(self, samples: int) -> np.ndarray:
         """Times [T] of a clip's frames, in milliseconds: the centre of what each frame's convolutions see."""
+        if self.fusion.combination == "interleave_time":  # the frames of all members in turn, spread evenly
+            total = PAPER_FRAMES * len(self.fusion.members)
+            return (np.arange(total) + 0.5) * (samples / total) * (1000 / SAMPLE_RATE)
         first = self.fusion.members[0].encoder
         counts = 1 + (samples - first.min_samples) // first.hop
-        index = np.arange(counts, dtype=np.float64)
-        if self.fusion.combination == "interleave_time":
-            # The frames of all members in turn, spread evenly over the clip.
-            total = PAPER_FRAMES * len(self.fusion.members)
-            index = (np.arange(total) + 0.5) * counts / total - 0.5
-        return (first.offset + first.hop * index) * (1000 / SAMPLE_RATE)
+        return (first.offset + first.hop * np.arange(counts)) * (1000 / SAMPLE_RATE)
 
     def _member(self, kind: type[Any], name: str | None) -> tuple[str, Any]:
         members = {m.name: m.encoder for m in self.fusion.members if isinstance(m.encoder, kind)}
@@ -307,6 +306,10 @@ def load_model(
         CheckpointError: weights that are missing, damaged, or of another architecture.
     """
     described = find_system(system)
+    if parallel_by not in get_args(parallel.Parallel):
+        raise SystemConfigError(f"parallel_by: {expected(parallel_by, get_args(parallel.Parallel))}")
+    if devices is not None and not devices:
+        raise SystemConfigError("devices: expected at least one, found none")
     if size not in (None, "tiny"):
         raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
     names = [m.name for m in described.members]

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from gura_jax.errors import SystemConfigError
 
 Parallel = Literal["jit", "pmap"]
 BatchFunction = Callable[[Any, Any, Any], Any]
@@ -40,8 +38,6 @@ def compile_batch(function: BatchFunction, mesh: Mesh, parallel: Parallel = "jit
         mesh: from :func:`make_mesh`.
         parallel: ``"jit"``, or ``"pmap"`` for the older interface.
     """
-    if parallel not in get_args(Parallel):
-        raise SystemConfigError(f"parallel: expected {' or '.join(get_args(Parallel))}, found {parallel!r}")
     devices = mesh.devices.size
     batch = PartitionSpec("data")
 

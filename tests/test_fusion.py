@@ -307,7 +307,6 @@ def test_combine_in_a_padded_batch(combination: str, size: int | None) -> None:
         for b, n in enumerate(own):
             x[b, n:] = 1e9  # any value past a clip's count
     pairs = [(jnp.asarray(x), counts(*own)) for x, own in zip(members, lengths, strict=True)]
-    # Compiled: with the paper's constant 1024 frames, XLA once took minutes to simplify signed divisions.
     out, new = jax.jit(lambda pairs: combine(pairs, combination, size))(pairs)
     for b in range(3):
         expected = by_hand([x[b, : own[b]] for x, own in zip(members, lengths, strict=True)], combination, size)

@@ -244,8 +244,12 @@ def test_chosen_hidden_states_come_in_the_order_asked() -> None:
         chex.assert_trees_all_close(row[:, :count], stacked[[3, 0, 1]], rtol=1e-4, atol=1e-5)
 
 
+# Little but the hidden states, so that holding them all would be the peak.
+DEEP_AND_WIDE = {"num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 1, "conv_dim": [2] * 7}
+
+
 def temporary_bytes(layers: Any, stacked: bool = False) -> int:
-    config = SpeechConfig.from_transformers({**VARIANTS["hubert large"], "num_hidden_layers": 8})
+    config = SpeechConfig.from_transformers({**VARIANTS["hubert large"], **DEEP_AND_WIDE})
     frames = SpeechFrames(config, layers)
 
     def run(params: Any, audio: Any, lengths: Any) -> Any:
@@ -261,7 +265,7 @@ def temporary_bytes(layers: Any, stacked: bool = False) -> int:
 
 
 def test_the_layer_mean_holds_one_state_at_a_time() -> None:
-    state = 199 * 32 * 4  # bytes of one hidden state of four seconds
+    state = 199 * 256 * 4  # bytes of one hidden state of four seconds
     last = temporary_bytes("last")
     assert temporary_bytes("mean") - last <= 2 * state  # the running sum, and slack for how buffers are shared
     assert temporary_bytes("mean", stacked=True) - last > 6 * state  # the measure can tell
