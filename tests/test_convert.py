@@ -309,7 +309,7 @@ def test_forward_is_pytorchs(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = model(torch.from_numpy(audio)).last_hidden_state.numpy()
     assert isinstance(manifest.architecture, SpeechConfig)
-    frames, counts = SpeechFrames(manifest.architecture)(jax.device_put(params), audio, np.array([900], np.int32))
+    frames, counts = jax.jit(SpeechFrames(manifest.architecture))(params, audio, np.array([900], np.int32))
     assert frames.shape == wanted.shape
     assert counts.tolist() == [wanted.shape[1]]
     assert np.linalg.norm(frames - wanted) < FORWARD_BOUND * np.linalg.norm(wanted)

@@ -265,6 +265,7 @@ def temporary_bytes(layers: Any, stacked: bool = False) -> int:
 
 
 def test_the_layer_mean_holds_one_state_at_a_time() -> None:
+    """XLA likes to put all the additions into one loop at the end, which takes every state as an operand."""
     state = 199 * 256 * 4  # bytes of one hidden state of four seconds
     last = temporary_bytes("last")
     assert temporary_bytes("mean") - last <= 2 * state  # the running sum, and slack for how buffers are shared

@@ -64,6 +64,7 @@ def embed_files(
 
     writer = ShardWriter(out, timestamps=timestamps, overwrite=overwrite)
     summary = Summary()
+    complete = False
     try:
         with tqdm(files, desc=model.system.name, unit="clip", disable=None) as progress:
             for group in _groups(_decoded(model, progress, summary)):
@@ -73,9 +74,11 @@ def embed_files(
                     writer.add(clip.id, clip.path, len(clip.audio), scene, frames, times)
                     summary.clips += 1
                     summary.seconds += len(clip.audio) / SAMPLE_RATE
+        complete = True
     finally:
-        if summary.clips:  # also when interrupted; but an older store is not replaced by nothing
-            writer.finish(_description(model, timestamps, summary))
+        # Also when interrupted; but an older store is replaced neither by nothing nor, if it can stay, by a part.
+        if summary.clips and (complete or not writer.replaces):
+            writer.finish(_description(model, timestamps, summary) | {"complete": complete})
     return summary
 
 
@@ -106,7 +109,8 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
             named = [(given.name, given)]
         for name, path in named:
             if path not in files:  # named once before
-                files[path] = name if name not in ids else str(path)
+                candidates = itertools.chain((name, str(path)), (f"{path}#{i}" for i in itertools.count(2)))
+                files[path] = next(candidate for candidate in candidates if candidate not in ids)
                 ids.add(files[path])
     if not files:
         raise AudioError(f"expected audio files, found none in {', '.join(map(str, inputs))}")

@@ -65,6 +65,11 @@ class ShardWriter:
         self._shard = 0
         self._start_shard()
 
+    @property
+    def replaces(self) -> bool:
+        """Whether an older store is still there, to be replaced by the first files that are written."""
+        return bool(self._old)
+
     def _start_shard(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._scenes: list[np.ndarray] = []

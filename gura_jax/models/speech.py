@@ -171,7 +171,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 IGNORED = re.compile(
     r"""
     # regularisation and masking, in training only
-    layerdrop | apply_spec_augment | mask_\w+ | (hidden|activation|attention|final|feat\w*)_dropout(_prob)?
+    layerdrop | apply_spec_augment | (no_)?mask_\w+ | freeze_feat_extract_train
+    | (hidden|activation|attention|final|feat\w*)_dropout(_prob)?
     | gradient_checkpointing | initializer_(range|factor)
     # what is built on the encoder
     | ctc_\w+ | vocab_size | use_weighted_layer_sum | classifier_proj_size | tdnn_\w+ | xvector_output_dim
