@@ -282,7 +282,7 @@ def test_layers_past_the_last_one_that_counts_are_not_computed() -> None:
 
     per_block = (products("last") - products((0,))) / config.num_hidden_layers
     assert per_block > 0
-    assert products((2, 1)) == products((0,)) + 2 * per_block
+    assert products((2,)) == products((0,)) + 2 * per_block
 
 
 @pytest.mark.parametrize(
