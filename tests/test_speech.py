@@ -264,6 +264,7 @@ def temporary_bytes(layers: Any, stacked: bool = False) -> int:
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.xfail(strict=True, reason="XLA's CPU compiler puts the running sum off until it holds the states")
 def test_the_layer_mean_holds_one_state_at_a_time() -> None:
     """XLA likes to put all the additions into one loop at the end, which takes every state as an operand."""
     state = 199 * 256 * 4  # bytes of one hidden state of four seconds
