@@ -61,7 +61,7 @@ def resample_time(x: jax.Array, counts: jax.Array, new_counts: jax.Array, num_fr
     i = jnp.arange(num_frames, dtype=jnp.uint32)[None, :]
     m, n = counts[:, None].astype(jnp.uint32), new_counts[:, None].astype(jnp.uint32)
     # Frame i lies at ((2 i + 1) m - n) / (2 n), whose numerator overflows 32 bits past ten minutes:
-    # long division of (2 i + 1) m by 2 n in two digits of base 1024, which holds for ten hours.
+    # long division of (2 i + 1) m by 2 n in two digits of base 1024, which holds for seven hours.
     factor = 2 * jnp.minimum(i, n - 1) + 1  # [B, num_frames]
     upper = (factor // 1024) * m
     lower = upper % (2 * n) * 1024 + factor % 1024 * m

@@ -128,7 +128,8 @@ class SpeechConfig:
         if known.get("model_type") not in ("hubert", "wav2vec2"):
             faults.append(f"model_type: expected hubert or wav2vec2, found {known.get('model_type')!r}")
         layers = config.get("num_feat_extract_layers")
-        if layers is not None and layers != len(known.get("conv_dim", cls.conv_dim)):
+        dims = known.get("conv_dim", cls.conv_dim)
+        if layers is not None and isinstance(dims, tuple) and layers != len(dims):
             faults.append(f"num_feat_extract_layers: expected the length of conv_dim, found {layers!r}")
         for name, value in config.items():
             if name in fields or name == "num_feat_extract_layers" or IGNORED.fullmatch(name):
