@@ -25,7 +25,7 @@ from gura_jax import checkpoint
 from gura_jax.audio import SAMPLE_RATE, check_audio
 from gura_jax.errors import ConversionError, SystemConfigError
 from gura_jax.fusion import PAPER_FRAMES
-from gura_jax.model import Model, find_encoder, is_hugging_face, load_model
+from gura_jax.model import Model, find_encoder, find_folder, is_hugging_face, load_model
 from gura_jax.models.crepe import (
     BATCH_NORM_EPS,
     CAPACITY_MULTIPLIER,
@@ -328,7 +328,7 @@ def _reference(
         )
     path = folder / member.name
     home, architecture = find_encoder(member.encoder)
-    chosen = home if weights == "pretrained" else Path(weights)  # unless they are to be random
+    chosen = home if weights == "pretrained" else find_folder(weights)  # unless they are to be random
     if isinstance(architecture, CrepeConfig):
         model = _crepe_model(architecture, seed)
         if weights == "random":

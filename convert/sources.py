@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from gura_jax.errors import ConversionError
+from gura_jax.errors import ConversionError, DownloadError
 
 Kind = Literal["transformers", "fairseq", "torchaudio", "torchcrepe"]
 
@@ -214,29 +214,30 @@ def _open_hub(repo: str) -> Source:
     except ConversionError:
         raise
     except Exception as error:  # huggingface_hub's version decides which HTTP library's errors arrive
-        refusal = _refusal(api.endpoint, repo, error)
+        kind, refusal = _refusal(api.endpoint, repo, error)
         try:
             folder = Path(api.hf_hub_download(repo, CONFIG, local_files_only=True)).parent
             return _open_folder(folder, f"{repo}@{folder.name}")
         except LocalEntryNotFoundError:
-            raise ConversionError(refusal) from error
+            raise kind(refusal) from error
         except ConversionError as fault:
-            raise ConversionError(f"{refusal}\nIn the cache there is only a part: {fault}") from error
+            raise kind(f"{refusal}\nIn the cache there is only a part: {fault}") from error
     return _open_folder(folder, f"{repo}@{folder.name}")
 
 
-def _refusal(endpoint: str, repo: str, error: BaseException) -> str:
+def _refusal(endpoint: str, repo: str, error: BaseException) -> tuple[type[ConversionError], str]:
+    """The error to raise, and its message."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:  # "not in the cache either"
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 404:
-        return f"{endpoint} has no model {repo}: check the spelling"
+        return ConversionError, f"{endpoint} has no model {repo}: check the spelling"
     if status in (401, 403):
-        return (
+        return ConversionError, (
             f"{endpoint} does not give access to {repo} (HTTP {status}): it is not there, private, or gated. "
             f"Check the spelling, accept its terms at {endpoint}/{repo}, and log in with: hf auth login"
         )
-    return (
+    return DownloadError, (
         f"cannot download {repo} from {endpoint} ({_first_line(error)}). With a network, run this again: the "
         f"files that arrived whole are kept. Without one, fetch {CONFIG} and model.safetensors (or else "
         "pytorch_model.bin; of a sharded checkpoint the .index.json and every shard that it names) from "

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from gura_jax.audio import load_audio
+from gura_jax.cli import EXIT_NO_DOWNLOAD
 from gura_jax.plot import Clip, embedding_figure
 
 ROOT = Path(__file__).parent.parent
@@ -19,13 +20,13 @@ SPEECH_ENCODERS = ("hubert-base", "wav2vec2-base")
 FUSION = "fusion_cat_xwc_base"
 
 
-def gura_jax(*arguments: str | Path, may_fail: bool = False) -> bool:
-    """Run the command line, and show what is run."""
+def gura_jax(*arguments: str | Path) -> bool:
+    """Run the command line, and show what is run; False where weights cannot be downloaded."""
     shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) else a for a in arguments]
     print(f"\n$ gura-jax {shlex.join(shown)}", flush=True)
     program = Path(sys.executable).with_name("gura-jax")
     result = subprocess.run([program, *map(str, arguments)], cwd=ROOT, check=False)
-    if result.returncode and not may_fail:
+    if result.returncode not in (0, EXIT_NO_DOWNLOAD):
         sys.exit(result.returncode)
     return result.returncode == 0
 
@@ -57,7 +58,7 @@ def main() -> None:
 
     weights = []
     for encoder in SPEECH_ENCODERS:
-        if not gura_jax("convert", encoder, may_fail=True):
+        if not gura_jax("convert", encoder):
             weights += ["--weights", f"{encoder}=random"]
     if weights:
         print(

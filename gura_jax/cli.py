@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from gura_jax import __version__, checkpoint
-from gura_jax.errors import CheckpointError, GuraError, SystemConfigError
+from gura_jax.errors import CheckpointError, DownloadError, GuraError, SystemConfigError
 from gura_jax.fusion import fused_size
 from gura_jax.systems import ENCODERS, SYSTEMS, System, encoders, find_system
 
 EXIT_FAILED = 1  # nothing, or not what was asked for, was done
 EXIT_SOME_INPUTS_FAILED = 3
+EXIT_NO_DOWNLOAD = 4  # weights are not here, and could not be fetched
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
@@ -50,7 +51,7 @@ def main() -> None:
         app()
     except GuraError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_NO_DOWNLOAD if isinstance(error, DownloadError) else EXIT_FAILED)
 
 
 def _version(wanted: bool) -> None:
@@ -97,9 +98,14 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         print(f"{row['name']:26} {row['frame_size']:5} {row['scene_size']:5}  {members}")
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
     for name, entry in ENCODERS.items():
-        have = (checkpoint.checkpoint_folder() / name / checkpoint.MANIFEST).is_file()
-        state = "converted" if have else f"run: gura-jax convert {name}" if entry.source else "no published weights"
+        state = (
+            "converted" if _have(name) else f"run: gura-jax convert {name}" if entry.source else "no published weights"
+        )
         print(f"  {name:16} {state}")
+
+
+def _have(encoder: str) -> bool:
+    return (checkpoint.checkpoint_folder() / encoder / checkpoint.MANIFEST).is_file()
 
 
 def _system_row(system: System) -> dict[str, Any]:
@@ -108,7 +114,10 @@ def _system_row(system: System) -> dict[str, Any]:
     speech = {m.name: ENCODERS[str(m.encoder)].architecture.model_type != "crepe" for m in system.members}
     return {
         "name": system.name,
-        "members": [{"encoder": m.encoder, "layers": m.layers if speech[m.name] else None} for m in system.members],
+        "members": [
+            {"encoder": m.encoder, "layers": m.layers if speech[m.name] else None, "converted": _have(str(m.encoder))}
+            for m in system.members
+        ],
         "combination": system.combination,
         "frame_size": frame_size,
         "scene_size": frame_size * system.scene_groups,
@@ -150,6 +159,7 @@ def convert(
             raise CheckpointError(f"checkpoint name: expected a plain name, found {job_name!r}")
         path = folder / job_name
         if path.exists() and not overwrite:
+            checkpoint.read_manifest(path)  # raises where there is but half a checkpoint
             print(f"{job_name}: {path} exists already; --overwrite converts it again")
             continue
         start = time.perf_counter()

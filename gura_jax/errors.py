@@ -25,5 +25,9 @@ class ConversionError(GuraError):
     """PyTorch weights that cannot be converted; the message lists everything that is wrong."""
 
 
+class DownloadError(ConversionError):
+    """PyTorch weights that cannot be downloaded: no network, or a server that fails."""
+
+
 class StoreError(GuraError):
     """An output folder that cannot be written, or stored embeddings that cannot be read."""

@@ -27,9 +27,14 @@ def weighted_sum(states: Iterable[jax.Array], weights: np.ndarray) -> jax.Array:
     for i, state in zip(range(last + 1), states, strict=False):
         if weights[i]:
             term = state if weights[i] == 1.0 else state * weights[i]
-            total = term if total is None else total + term
+            total = term if total is None else _add_now(total, term)
     assert total is not None
     return total
+
+
+def _add_now(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a + b, as a matrix product: XLA puts additions off into one loop at the end, and holds every state till then."""
+    return jnp.einsum("kbtd,k->btd", jnp.stack([a, b]), jnp.ones(2, a.dtype), precision="highest")
 
 
 def resample_features(x: jax.Array, size: int) -> jax.Array:

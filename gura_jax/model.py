@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -48,7 +49,8 @@ class Model:
         sample_rate: 16000, Hz.
         timestamp_embedding_size: D, the size of a frame.
         scene_embedding_size: S, the size of a scene embedding.
-        min_samples: the shortest clip that can be embedded, in samples.
+        min_samples: the shortest clip that has a frame, in samples.
+        min_scene_samples: the shortest clip that has a scene embedding, in samples.
     """
 
     sample_rate = SAMPLE_RATE
@@ -68,8 +70,10 @@ class Model:
         self.min_samples = max(
             MIN_SAMPLES,
             *(e.min_samples for m in fusion.members for e in (m.encoder, m.scene_encoder)),
-            first.min_samples + (fusion.scene_groups - 1) * first.hop,
         )
+        # Interleaved in time, every clip has the same number of frames, and so enough for the groups.
+        enough = 0 if fusion.combination == "interleave_time" else (fusion.scene_groups - 1) * first.hop
+        self.min_scene_samples = max(self.min_samples, first.min_samples + enough)
         sizes = [m.encoder.feature_size for m in fusion.members]
         self.timestamp_embedding_size = fused_size(sizes, fusion.combination, fusion.feature_size)
         self.scene_embedding_size = fusion.scene_groups * self.timestamp_embedding_size
@@ -121,7 +125,8 @@ class Model:
         """Embed clips, each with its frames, times and scene; in the order given.
 
         Raises:
-            AudioError: see :func:`gura_jax.audio.check_audio`; or a clip shorter than ``min_samples``.
+            AudioError: see :func:`gura_jax.audio.check_audio`; or a clip shorter than
+                ``min_samples``, or than ``min_scene_samples`` where scenes are wanted.
         """
 
         def compute(batch: np.ndarray, lengths: np.ndarray) -> list[ClipEmbedding]:
@@ -134,7 +139,7 @@ class Model:
                 for b in range(len(batch))
             ]
 
-        return self._batches(audio, compute, batch_size, self.min_samples)
+        return self._batches(audio, compute, batch_size, self.min_scene_samples if scenes else self.min_samples)
 
     def timestamp_embeddings(self, audio: Audio, *, batch_size: int = BATCH_SIZE) -> tuple[Any, Any]:
         """Frames and their times.
@@ -178,8 +183,11 @@ class Model:
         """
         name, encoder = self._member(SpeechFrames, member)
         num_states = encoder.config.num_hidden_layers + 1
-        chosen = tuple(range(num_states) if states is None else states if isinstance(states, Sequence) else ())
-        if not chosen or not all(isinstance(s, int) and -num_states <= s < num_states for s in chosen):
+        try:
+            chosen = tuple(range(num_states) if states is None else map(operator.index, states))
+        except TypeError:
+            chosen = ()
+        if not chosen or not all(-num_states <= s < num_states for s in chosen):
             raise SystemConfigError(
                 f"states: expected integers from 0 to {num_states - 1} (or negative, from the end), found {states!r}"
             )
@@ -241,6 +249,8 @@ class Model:
         min_samples: int,
     ) -> list[Any]:
         """Check the clips, compute them in batches of like length, and put the results back in order."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise SystemConfigError(f"batch_size: expected a positive number of clips, found {batch_size!r}")
         clips = check_audio(audio)
         for i, clip in enumerate(clips):
             if len(clip) < min_samples:
@@ -255,7 +265,7 @@ class Model:
         while start < len(order):
             longest = len(clips[order[start]])
             samples = longest if one_length else parallel.bucket_length(longest)
-            rows = max(1, min(batch_size, BATCH_SAMPLES // samples))
+            rows = min(batch_size, max(1, BATCH_SAMPLES // samples))
             chosen = order[start : start + rows]
             start += rows
             # The last batch is filled up with silence, unless it is the only one: one shape for all.
@@ -378,8 +388,8 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
     if weights == "random":
         params = jax.device_put(both[0].random_params(seed), sharding)
         return _Loaded(both, both[0].prepare(params), {"source": "random", "seed": seed})
-    folder = home if weights == "pretrained" else Path(weights)
-    if not folder.is_dir():
+    folder = home if weights == "pretrained" else find_folder(weights)
+    if not is_folder(folder):
         if weights == "pretrained":
             raise CheckpointError(_how_to_get(member.encoder, folder))
         raise CheckpointError(f"member {member.name!r}: expected a checkpoint or Hugging Face folder at {weights}")
@@ -402,13 +412,21 @@ def is_hugging_face(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / checkpoint.MANIFEST).is_file()
 
 
+def find_folder(name: str) -> Path:
+    """The folder of this path; else that of the converted checkpoint of this name."""
+    return Path(name) if is_folder(Path(name)) else checkpoint.checkpoint_folder() / name
+
+
 def find_encoder(encoder: str) -> tuple[Path, Architecture]:
     """Where the weights of a registered encoder are, or of one in a folder, and its architecture."""
     if encoder in ENCODERS:
         return checkpoint.checkpoint_folder() / encoder, ENCODERS[encoder].architecture
-    folder = Path(encoder)
+    folder = find_folder(encoder)
     if not is_folder(folder):
-        raise SystemConfigError(f"encoder {expected(encoder, ENCODERS)} (or the path of a folder)")
+        raise SystemConfigError(
+            f"encoder {expected(encoder, ENCODERS)} (or the path of a folder, or a checkpoint's name in "
+            f"{checkpoint.checkpoint_folder()})"
+        )
     if not is_hugging_face(folder):
         return folder, checkpoint.read_manifest(folder).architecture
     try:

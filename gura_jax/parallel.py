@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -67,14 +68,19 @@ def compile_batch(function: BatchFunction, mesh: Mesh, parallel: Parallel = "jit
         size = audio.shape[0]
         missing = -size % devices
         if missing:
-            audio = np.pad(audio, ((0, missing), (0, 0)))
-            lengths = np.pad(lengths, (0, missing), constant_values=audio.shape[1])
+            audio = _pad(audio, ((0, missing), (0, 0)), 0)
+            lengths = _pad(lengths, (0, missing), audio.shape[1])
         if parallel == "jit":
             audio, lengths = jax.device_put((audio, lengths), NamedSharding(mesh, batch))
         out = call(params, audio, lengths)
         return jax.tree.map(lambda x: x[:size], out) if missing else out
 
     return run
+
+
+def _pad(x: Any, width: Any, value: int) -> Any:
+    """Pad an array where it is: on the host or on a device; and it may be traced, for a gradient."""
+    return (jnp if isinstance(x, jax.Array) else np).pad(x, width, constant_values=value)
 
 
 def bucket_length(samples: int) -> int:

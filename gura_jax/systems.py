@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from gura_jax.errors import SystemConfigError
-from gura_jax.fusion import COMBINATIONS
+from gura_jax.fusion import COMBINATIONS, PAPER_FRAMES
 from gura_jax.models.crepe import CrepeConfig, CrepeFrames
 from gura_jax.models.encoder import Encoder
 from gura_jax.models.speech import Layers, SpeechConfig, SpeechFrames
@@ -162,6 +162,11 @@ class System:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SystemConfigError(f"system {self.name!r}: {field}: expected a positive integer, found {value!r}")
+        if self.combination == "interleave_time" and self.scene_groups > (frames := PAPER_FRAMES * len(names)):
+            raise SystemConfigError(
+                f"system {self.name!r}: scene_groups: expected at most the {frames} frames of a clip, "
+                f"found {self.scene_groups}"
+            )
 
 
 def expected(found: object, known: Iterable[str]) -> str:

@@ -14,6 +14,8 @@ import soundfile
 
 import gura_jax
 from gura_jax import checkpoint
+from gura_jax.cli import EXIT_NO_DOWNLOAD
+from gura_jax.dataset.embed import find_files
 
 pytest.importorskip("torch")
 
@@ -65,6 +67,7 @@ def test_systems(gura: Run) -> None:
     assert (rows["fusion_cat_xwc_time"]["frame_size"], rows["fusion_cat_xwc_time"]["scene_size"]) == (3072, 15360)
     text = gura("systems").stdout
     assert "run: gura-jax convert hubert-xlarge" in text
+    assert not any(member["converted"] for member in rows["fusion_hubert_xlarge"]["members"])
     assert all(name in text for name in rows)
 
 
@@ -135,7 +138,6 @@ def test_bad_inputs_do_not_stop_the_others(gura: Run, clip: Path, tmp_path: Path
         (("embed", "{empty}", "-s", "crepe", "--weights", "random", "--out", "{out}"), "expected audio files"),
         (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "{clip}"), "{clip}"),
         (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "/proc/nope"), "/proc/nope"),
-        (("convert", "hubert-base"), "http://127.0.0.1:9/facebook/hubert-base-ls960"),
         (("convert", "{clip}"), "clip.flac"),
         (("convert", "crepe-small"), "nobody published weights"),
         (("convert", "crepe-tiny", "--name", "../evil"), "../evil"),
@@ -151,6 +153,38 @@ def test_misuse(gura: Run, clip: Path, tmp_path: Path, arguments: tuple[str, ...
     assert "error: " in result.stderr
     assert expected.format(**places) in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_downloaded(gura: Run) -> None:
+    """An exit code of its own, so that a script can tell it from weights that are wrong."""
+    result = gura("convert", "hubert-base", code=EXIT_NO_DOWNLOAD)
+    assert "http://127.0.0.1:9/facebook/hubert-base-ls960" in result.stderr
+
+
+def test_half_a_checkpoint_is_not_taken_for_one(gura: Run, checkpoints: Path) -> None:
+    (checkpoints / "half" / "params").mkdir(parents=True)
+    assert str(checkpoints / "half") in gura("convert", "crepe-tiny", "--name", "half", code=1).stderr
+    gura("convert", "crepe-tiny", "--name", "half", "--overwrite")
+    assert "exists already" in gura("convert", "crepe-tiny", "--name", "half").stdout
+
+
+def test_a_checkpoint_by_its_name(gura: Run, clip: Path, tmp_path: Path) -> None:
+    gura("convert", "crepe-tiny", "--name", "mine")
+    path = tmp_path / "system.toml"
+    path.write_text('[[members]]\nencoder = "mine"\n')
+    gura("embed", clip, "-s", path, "--out", tmp_path / "out")
+    assert np.load(tmp_path / "out" / "scene-00000.npy").shape == (1, 256)
+    path.write_text('[[members]]\nencoder = "crepe-tiny"\nweights = "mine"\n')
+    gura("embed", clip, "-s", path, "--out", tmp_path / "other")
+
+
+def test_a_file_named_in_two_ways_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a/x.wav", "x.wav"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    found = find_files([Path("x.wav"), tmp_path / "x.wav", Path("a/../x.wav"), Path("a")])
+    assert [name for name, _ in found] == ["x.wav", "a/x.wav"]
 
 
 def test_unknown_option_is_misuse(gura: Run) -> None:

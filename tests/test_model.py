@@ -1,5 +1,6 @@
 """load_model, and the model that a user holds."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -38,6 +39,7 @@ SPEECH_ONLY = System("only", (SPEECH,))
 CREPE = System("pitch", (PAIR,))
 FIVE = System("five", (SPEECH, PAIR), "interleave", 64, scene_groups=5)
 TIME = System("time", (SPEECH, PAIR), "interleave_time", 8)
+FIVE_IN_TIME = System("five in time", (SPEECH, PAIR), "interleave_time", 8, scene_groups=5)
 TINY_LAYERS = 3  # of every speech encoder of size="tiny"
 
 
@@ -250,8 +252,9 @@ def test_members_of_one_kind_have_weights_of_their_own() -> None:
 # Audio
 
 
-def refused(audio: Any, system: System = CREPE) -> str:
-    for method in (model(system).timestamp_embeddings, model(system).scene_embeddings, model(system).embed):
+def refused(audio: Any, system: System = CREPE, *, scenes_only: bool = False) -> str:
+    methods = [model(system).scene_embeddings, model(system).embed]
+    for method in methods if scenes_only else [*methods, model(system).timestamp_embeddings]:
         with pytest.raises(AudioError) as caught:
             method(audio)
     return str(caught.value)  # pyright: ignore[reportPossiblyUnbound]
@@ -311,14 +314,14 @@ def test_the_shortest_clips(system: System, n: int) -> None:
 
 def test_min_samples_is_what_is_refused_below() -> None:
     for system in (CREPE, FUSED, SPEECH_ONLY, FIVE):
-        short = np.zeros((1, model(system).min_samples - 1), np.float32)
-        assert f"{model(system).min_samples} samples" in refused(short, system)
+        short = np.zeros((1, model(system).min_scene_samples - 1), np.float32)
+        assert f"{model(system).min_scene_samples} samples" in refused(short, system, scenes_only=True)
 
 
 def test_too_few_frames_for_the_groups() -> None:
     """NaN of the wrong width in the authors' code."""
-    assert model(FIVE).min_samples == 400 + 4 * 320
-    message = refused([clips(1679)[0]], FIVE)
+    assert model(FIVE).min_scene_samples == 400 + 4 * 320
+    message = refused([clips(1679)[0]], FIVE, scenes_only=True)
     assert "1680 samples" in message
     assert "found 1679" in message
     assert "five" in message
@@ -327,11 +330,25 @@ def test_too_few_frames_for_the_groups() -> None:
     assert np.isfinite(scene).all()
 
 
+def test_frames_need_no_groups() -> None:
+    frames, times = model(FIVE).timestamp_embeddings([clips(400)[0]])
+    assert frames[0].shape == (1, 128)
+    assert times[0].shape == (1,)
+
+
+def test_groups_of_frames_interleaved_in_time() -> None:
+    """Every clip has 1024 frames of each member."""
+    assert model(FIVE_IN_TIME).min_scene_samples == 400
+    assert np.isfinite(model(FIVE_IN_TIME).scene_embeddings([clips(400)[0]])).all()
+    with pytest.raises(SystemConfigError, match="2048 frames"):
+        dataclasses.replace(FIVE_IN_TIME, scene_groups=2049)
+
+
 @pytest.mark.parametrize("groups", [2, 5])
 def test_groups_of_crepe_alone(groups: int) -> None:
     """Its scenes have a longer hop than its timestamps: fewer frames."""
     alone = model(System("alone", (PAIR,), scene_groups=groups))
-    scene = alone.scene_embeddings([clips(max(400, alone.min_samples))[0]])
+    scene = alone.scene_embeddings([clips(alone.min_scene_samples)[0]])
     assert np.isfinite(scene).all()
 
 
@@ -520,6 +537,18 @@ def test_chosen_hidden_states(chosen: Any) -> None:
     some = model(FUSED).hidden_states(audio, states=chosen, member="speech")[0]
     assert some.shape == (len(chosen), 4, 32)
     assert difference(some, every[list(chosen)]) < MEAN_BOUND
+
+
+def test_states_as_numpy_has_them() -> None:
+    audio = clips(1600)
+    a, b = (model(FUSED).hidden_states(audio, states=states)[0] for states in (np.arange(2), (0, 1)))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
+def test_wrong_batch_size(batch_size: Any) -> None:
+    with pytest.raises(SystemConfigError, match="batch_size: expected a positive number"):
+        model(FUSED).embed(clips(1600), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("states", [(), (4,), (-5,), (0, 4), (1.0,), ("0",), "all", (None,), 2])

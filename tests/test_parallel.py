@@ -115,6 +115,14 @@ def test_batches_of_any_size(parallel: Parallel, devices: int, size: int) -> Non
 
 
 @ways
+def test_gradients_of_a_batch_that_does_not_divide(parallel: Parallel) -> None:
+    run = compile_batch(summed, make_mesh(), parallel)
+    params = jax.device_put({"w": np.float32(2.0)}, replicated(make_mesh()))
+    gradient = jax.grad(lambda audio: run(params, audio, jnp.full(3, 5))[0].sum())(jnp.ones((3, 5), jnp.float32))
+    np.testing.assert_array_equal(gradient, np.full((3, 5), 2.0, np.float32))
+
+
+@ways
 def test_filled_up_rows_are_whole_clips_of_silence(parallel: Parallel) -> None:
     """Not clips of no length, whose mean over frames would be NaN."""
     seen: list[Any] = []

@@ -88,19 +88,19 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
     An id is the path within its folder, or the file's name; where two would be the same, the path as given.
 
     Raises:
-        AudioError: there is none.
+        AudioError: there is none, or a folder that cannot be listed.
     """
     import soundfile
 
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
     suffixes.remove(".raw")  # samples without a header: of unknown rate
-    files: dict[Path, str] = {}
+    files: dict[str, tuple[str, Path]] = {}  # by absolute path: a file may be named in several ways
     ids: set[str] = set()
     for given in inputs:
         if given.is_dir():
             found = sorted(
                 Path(root) / name
-                for root, _, names in os.walk(given)
+                for root, _, names in os.walk(given, onerror=_cannot_list)
                 for name in names
                 if Path(name).suffix.lower() in suffixes and not name.startswith(".")
             )
@@ -108,13 +108,18 @@ def find_files(inputs: Sequence[Path]) -> list[tuple[str, Path]]:
         else:
             named = [(given.name, given)]
         for name, path in named:
-            if path not in files:  # named once before
+            absolute = os.path.abspath(path)
+            if absolute not in files:
                 candidates = itertools.chain((name, str(path)), (f"{path}#{i}" for i in itertools.count(2)))
-                files[path] = next(candidate for candidate in candidates if candidate not in ids)
-                ids.add(files[path])
+                files[absolute] = next(candidate for candidate in candidates if candidate not in ids), path
+                ids.add(files[absolute][0])
     if not files:
         raise AudioError(f"expected audio files, found none in {', '.join(map(str, inputs))}")
-    return [(name, path) for path, name in files.items()]
+    return list(files.values())
+
+
+def _cannot_list(error: OSError) -> None:
+    raise AudioError(f"{error.filename}: expected a folder that can be listed, found: {error.strerror}")
 
 
 def _decoded(model: Model, files: Iterable[tuple[str, Path]], summary: Summary) -> Iterator[_Clip]:
@@ -122,9 +127,9 @@ def _decoded(model: Model, files: Iterable[tuple[str, Path]], summary: Summary) 
     for name, path in files:
         try:
             audio = load_audio(path)
-            if len(audio) < model.min_samples:
+            if len(audio) < model.min_scene_samples:
                 raise AudioError(
-                    f"{path}: expected at least {model.min_samples} samples at 16 kHz for {model.system.name}, "
+                    f"{path}: expected at least {model.min_scene_samples} samples at 16 kHz for {model.system.name}, "
                     f"found {len(audio)}"
                 )
         except AudioError as error:

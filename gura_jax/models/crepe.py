@@ -229,7 +229,7 @@ class CrepeFrames:
         prepared = dict(params)
         for i, (positions, layer) in enumerate(zip(POSITIONS, LAYERS, strict=True)):
             if layer.stride == 1:
-                kernel = prepared.pop(f"layers.{i}.conv.kernel")
+                kernel = jax.device_put(prepared.pop(f"layers.{i}.conv.kernel"))
                 filters = spectrum(np.asarray(kernel.addressable_data(0)), positions, layer)
                 prepared[f"layers.{i}.conv.spectrum"] = jax.device_put(filters, kernel.sharding)
         return prepared

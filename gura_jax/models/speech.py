@@ -131,6 +131,9 @@ class SpeechConfig:
         dims = known.get("conv_dim", cls.conv_dim)
         if layers is not None and isinstance(dims, tuple) and layers != len(dims):
             faults.append(f"num_feat_extract_layers: expected the length of conv_dim, found {layers!r}")
+        for name, default in (("conv_pos_batch_norm", False), ("feat_proj_layer_norm", True)):
+            if known.get("model_type") == "wav2vec2" and known.get(name, default) != default:
+                faults.append(f"{name} = {known[name]!r} is of HuBERT only: transformers' wav2vec 2.0 ignores it")
         for name, value in config.items():
             if name in fields or name == "num_feat_extract_layers" or IGNORED.fullmatch(name):
                 continue
