@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -167,7 +167,7 @@ class Model:
         audio: Audio,
         *,
         member: str | None = None,
-        states: Sequence[int] | None = None,
+        states: Iterable[int] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> Any:
         """Hidden states of a speech encoder.
