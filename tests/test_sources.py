@@ -767,7 +767,6 @@ def test_hub_connection_that_breaks(hub: HubServer, monkeypatch: pytest.MonkeyPa
     message = refusal("owner/name")
     assert "cannot download owner/name" in message
     assert "only a part" in message
-    assert hub.downloads.count("pytorch_model.bin") > 1
     hub.cut.clear()
     assert_holds(open_source("owner/name"), small_state())
 
