@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -305,7 +306,8 @@ def load_model(
     Args:
         system: a name (see ``gura-jax systems``), the path of a TOML or YAML file, or a :class:`System`.
         weights: ``"pretrained"``, from the checkpoint folder; ``"random"``, for trying out; or for some members,
-            by name, either of these or the path of a checkpoint or of a Hugging Face folder.
+            by name, either of these or the path of a checkpoint or of PyTorch weights that
+            :func:`gura_jax.convert.convert` takes.
         size: ``"tiny"`` puts a small speech encoder of the same kind in the place of each, with random weights.
         seed: of random weights.
         parallel_by: ``"jit"`` or ``"pmap"``, over ``devices``.
@@ -388,12 +390,15 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
     if weights == "random":
         params = jax.device_put(both[0].random_params(seed), sharding)
         return _Loaded(both, both[0].prepare(params), {"source": "random", "seed": seed})
-    folder = home if weights == "pretrained" else find_folder(weights)
-    if not is_folder(folder):
+    is_file = weights != "pretrained" and os.path.isfile(weights)
+    folder = home if weights == "pretrained" else Path(weights) if is_file else find_folder(weights)
+    if not is_file and not is_folder(folder):
         if weights == "pretrained":
             raise CheckpointError(_how_to_get(member.encoder, folder))
-        raise CheckpointError(f"member {member.name!r}: expected a checkpoint or Hugging Face folder at {weights}")
-    if is_hugging_face(folder):
+        raise CheckpointError(
+            f"member {member.name!r}: expected a checkpoint, or a folder or file of PyTorch weights, at {weights}"
+        )
+    if is_file or is_hugging_face(folder):
         from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
 
         arrays, manifest = convert(folder)

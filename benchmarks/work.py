@@ -1,0 +1,85 @@
+"""What is measured: systems, clips, and the arithmetic that they take, counted from shapes."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gura_jax.audio import SAMPLE_RATE
+from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, LAYERS, POSITIONS, CrepeConfig
+from gura_jax.models.speech import SpeechConfig
+from gura_jax.systems import CREPE_HOP, ENCODERS, SYSTEMS, Architecture, Member, System
+
+# Every encoder size with its layers averaged, the two CREPEs, and the headline.
+CASES: Mapping[str, System] = {
+    system.name: system
+    for system in (
+        System("hubert-base", (Member("hubert-base", "mean"),)),
+        System("hubert-large", (Member("hubert-large", "mean"),)),
+        System("wav2vec2-base", (Member("wav2vec2-base", "mean"),)),
+        SYSTEMS["fusion_hubert_xlarge"],
+        SYSTEMS["fusion_wav2vec2"],
+        SYSTEMS["crepe"],
+        System("crepe-tiny", (Member("crepe-tiny"),)),
+        SYSTEMS["fusion_cat_xwc"],
+    )
+}
+
+
+def _seconds(name: str) -> list[float]:
+    if name == "mixed":
+        return [float(x) for x in np.random.default_rng(0).uniform(0.5, 10.0, 12)]
+    count, length = name.split("x")
+    return [float(length)] * int(count)
+
+
+# Clips in one call, by name: how many times how many seconds.
+WORKLOADS: Mapping[str, list[float]] = {name: _seconds(name) for name in ("4x4", "16x1", "1x30", "mixed", "1x600")}
+
+
+def clips(workload: str) -> list[np.ndarray]:
+    """Speech-like clips [samples]: a gliding tone with harmonics, under an envelope, in noise."""
+    made = []
+    for seed, seconds in enumerate(WORKLOADS[workload]):
+        t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+        phase = 2 * np.pi * np.cumsum(140 + 60 * np.sin(2 * np.pi * 0.7 * t + seed)) / SAMPLE_RATE
+        voice = sum(np.sin(k * phase) / k for k in range(1, 9))
+        noise = np.random.default_rng(seed).standard_normal(len(t))
+        made.append((0.15 * np.sin(2 * np.pi * 1.5 * t) ** 2 * voice + 0.02 * noise).astype(np.float32))
+    return made
+
+
+def flops(system: System, workload: str) -> float:
+    """Floating-point operations of the convolutions and matrix products, as the layers define them."""
+    return sum(
+        _flops(ENCODERS[str(member.encoder)].architecture, int(seconds * SAMPLE_RATE))
+        for member in system.members
+        for seconds in WORKLOADS[workload]
+    )
+
+
+def _flops(architecture: Architecture, samples: int) -> float:
+    return (
+        _crepe_flops(architecture, samples)
+        if isinstance(architecture, CrepeConfig)
+        else _speech_flops(architecture, samples)
+    )
+
+
+def _crepe_flops(config: CrepeConfig, samples: int) -> float:
+    multiplier = CAPACITY_MULTIPLIER[config.capacity]
+    sizes = [1, *(layer.channels * multiplier for layer in LAYERS)]
+    frame = sum(2 * POSITIONS[i] * LAYERS[i].kernel * sizes[i] * sizes[i + 1] for i in range(EMBEDDING_LAYERS))
+    return frame * (1 + samples // CREPE_HOP)
+
+
+def _speech_flops(config: SpeechConfig, samples: int) -> float:
+    total, length, in_size = 0.0, samples, 1
+    for size, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        length = (length - kernel) // stride + 1
+        total += 2.0 * length * kernel * in_size * size
+        in_size = size
+    D, T = config.hidden_size, length
+    total += 2.0 * T * in_size * D
+    total += 2.0 * T * config.num_conv_pos_embeddings * D * D / config.num_conv_pos_embedding_groups
+    block = 2.0 * T * (4 * D * D + 2 * D * config.intermediate_size) + 4.0 * T * T * D
+    return total + config.num_hidden_layers * block
