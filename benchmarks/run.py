@@ -76,11 +76,13 @@ def contenders(peers: list[str], system: str, weights: Path, flax_path: Path | N
             contender.process.wait()
 
 
-def compare(
-    system: str, ours: str, peer: str, workloads: list[str], rounds: int, weights: Path, flax_path: Path | None
-) -> Iterator[dict[str, Any]]:
+def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row a workload: both contenders' times, in turns."""
-    with contenders([ours, peer], system, weights, flax_path) as pair, tempfile.TemporaryDirectory() as folder:
+    ours, rounds = arguments.ours, arguments.rounds
+    with (
+        contenders([ours, peer], system, arguments.weights, arguments.flax_path) as pair,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         rate = 0.0
         for workload in workloads:
             outputs, first, times, peaks = [], [], [[], []], [0.0, 0.0]
@@ -197,8 +199,8 @@ def main() -> None:
     about = machine()
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
-        f"{about['date']}; {about['machine']}; Python {about['python']}; {versions}. Random weights, the same for both; "
-        f"float32 unless named; medians of {arguments.rounds} rounds in turns.",
+        f"{about['date']}; {about['machine']}; Python {about['python']}; {versions}. Random weights, "
+        f"the same for both; float32 unless named; medians of {arguments.rounds} rounds in turns.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + "---|" * len(HEADINGS),
@@ -210,15 +212,7 @@ def main() -> None:
         for peer in arguments.peers:
             if peer == "flax" and system != "fusion_wav2vec2":  # transformers' Flax has no HuBERT
                 continue
-            for row in compare(
-                system,
-                arguments.ours,
-                peer,
-                arguments.workloads,
-                arguments.rounds,
-                arguments.weights,
-                arguments.flax_path,
-            ):
+            for row in compare(system, peer, arguments.workloads, arguments):
                 rows.append(row)
                 lines.append(markdown_row(row))
                 print(lines[-1], flush=True)

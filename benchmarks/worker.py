@@ -3,6 +3,7 @@
 python benchmarks/worker.py PEER SYSTEM WEIGHTS_FOLDER
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import work
 
+FLAX_MODEL = "FlaxWav2Vec2Model"  # of transformers 4 alone
 MATRIX = 2048  # of the square matrix product whose rate is the machine's
 
 Embed = Callable[[Sequence[np.ndarray]], Any]
@@ -65,10 +67,8 @@ def peak() -> int:
 
 
 def reset_peak() -> None:
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def load(peer: str, system: Any, weights: Mapping[str, Path]) -> tuple[Embed, Callable[[], object]]:
@@ -103,12 +103,13 @@ def load_flax(weights: Mapping[str, Path]) -> tuple[Embed, Any]:
     import transformers
 
     (path,) = weights.values()
-    model: Any = transformers.FlaxWav2Vec2Model.from_pretrained(path, from_pt=True)
+    kind: Any = getattr(transformers, FLAX_MODEL)
+    model = kind.from_pretrained(path, from_pt=True)
 
     @jax.jit
-    def frames(params: Any, audio: jax.Array) -> jax.Array:
+    def frames(params: Any, audio: jax.Array) -> Any:
         states = model(audio, params=params, output_hidden_states=True).hidden_states
-        return sum(states[1:], start=states[0]) / len(states)
+        return sum(states) / len(states)
 
     def embed(clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         batches = [clips] if len({len(clip) for clip in clips}) == 1 else [[clip] for clip in clips]

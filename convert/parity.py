@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -178,8 +179,9 @@ def _speech_layers(model: Model, clips: Sequence[np.ndarray]) -> list[dict[str, 
         with jax.default_matmul_precision(PRECISION):
             network = speech_functional(encoder.config).merge(params)
             x, counts, out = audio[:, :, None], lengths, {}
+            statistics = network.feature_extractor.statistics(audio, lengths)
             for i, layer in enumerate(network.feature_extractor.layers):
-                x, counts = layer(x, counts)
+                x, counts = layer(x, statistics), (counts - layer.kernel) // layer.stride + 1
                 out[f"convolution {i}"] = x, counts
             x = network.feature_projection(x)
             mask = frame_mask(counts, x.shape[1])
@@ -204,11 +206,12 @@ def _crepe_layers(model: Model, clip: np.ndarray) -> dict[str, np.ndarray]:
     def run(params: Any, audio: jax.Array) -> list[jax.Array]:
         with jax.default_matmul_precision(PRECISION):
             network = encoder.module(params)
-            frames = frame(audio, encoder.hop)[0]
-            x, pools = frames[:, :, None], []
+            numbers = jnp.arange(1 + audio.shape[1] // encoder.hop, dtype=jnp.int32)
+            frames = frame(audio, encoder.hop, jnp.zeros_like(numbers), numbers)
+            x, pools = frames.T[:, :, None], []
             for layer in network.layers[:EMBEDDING_LAYERS]:
                 x = layer(x)
-                pools.append(x)
+                pools.append(x.swapaxes(0, 1))
             return [*pools, network.activation(frames)]
 
     out = run(model.params[model.fusion.members[0].name], clip[None])

@@ -17,7 +17,7 @@ from gura_jax.audio import MIN_SAMPLES, SAMPLE_RATE, check_audio
 from gura_jax.errors import AudioError, CheckpointError, SystemConfigError
 from gura_jax.fusion import PAPER_FRAMES, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
 from gura_jax.models.crepe import CrepeFrames
-from gura_jax.models.encoder import Encoder
+from gura_jax.models.encoder import DTypeName, Encoder
 from gura_jax.models.speech import SpeechConfig, SpeechFrames
 from gura_jax.systems import (
     ENCODERS,
@@ -32,7 +32,6 @@ from gura_jax.systems import (
 )
 
 BATCH_SIZE = 16  # clips
-BATCH_SAMPLES = BATCH_SIZE * 20 * SAMPLE_RATE  # a batch of longer clips has fewer of them
 PITCH_HOP = 160  # samples: 10 ms, CREPE's own
 
 Audio = np.ndarray | jax.Array | Sequence[np.ndarray]
@@ -47,6 +46,8 @@ class Model:
         fusion: its encoders and how they are combined.
         params: the weights on the devices, by member and dotted path.
         weights: where each member's weights came from, by member.
+        compilation: the devices, and how functions are compiled for them.
+        dtype: of convolutions and matrix products.
         sample_rate: 16000, Hz.
         timestamp_embedding_size: D, the size of a frame.
         scene_embedding_size: S, the size of a scene embedding.
@@ -62,10 +63,11 @@ class Model:
         fusion: Fusion,
         params: Mapping[str, Any],
         weights: Mapping[str, Mapping[str, Any]],
-        compile_batch: Callable[[parallel.BatchFunction], parallel.BatchFunction],
+        compilation: parallel.Compilation,
+        dtype: DTypeName = "float32",
     ) -> None:
         self.system, self.fusion, self.params, self.weights = system, fusion, params, weights
-        self._compile = compile_batch
+        self.compilation, self.dtype = compilation, dtype
         self._functions: dict[Any, parallel.BatchFunction] = {}
         first = fusion.members[0].scene_encoder
         self.min_samples = max(
@@ -113,7 +115,7 @@ class Model:
     def _compiled(self, key: Any, function: parallel.BatchFunction) -> parallel.BatchFunction:
         """Compile a function once."""
         if key not in self._functions:
-            self._functions[key] = self._compile(function)
+            self._functions[key] = parallel.compile_batch(function, self.compilation)
         return self._functions[key]
 
     def fuse(self, params: Mapping[str, Any], audio: jax.Array, lengths: jax.Array) -> Embeddings:
@@ -259,23 +261,15 @@ class Model:
                     f"audio[{i}]: expected at least {min_samples} samples "
                     f"({1000 * min_samples / SAMPLE_RATE:g} ms) for {self.system.name}, found {len(clip)}"
                 )
-        order = sorted(range(len(clips)), key=lambda i: -len(clips[i]))
-        one_length = len(clips[order[0]]) == len(clips[order[-1]])
         results: list[Any] = [None] * len(clips)
-        start = 0
-        while start < len(order):
-            longest = len(clips[order[start]])
-            samples = longest if one_length else parallel.bucket_length(longest)
-            rows = min(batch_size, max(1, BATCH_SAMPLES // samples))
-            chosen = order[start : start + rows]
-            start += rows
-            # The last batch is filled up with silence, unless it is the only one: one shape for all.
-            batch = np.zeros((rows if len(order) > rows else len(chosen), samples), np.float32)
-            lengths = np.full(len(batch), samples, np.int32)
-            for row, i in enumerate(chosen):
+        for packed in parallel.pack([len(clip) for clip in clips], batch_size, self.compilation.mesh.size):
+            # Rows that no clip fills hold silence.
+            batch = np.zeros((packed.rows, packed.samples), np.float32)
+            lengths = np.full(packed.rows, packed.samples, np.int32)
+            for row, i in enumerate(packed.clips):
                 batch[row, : len(clips[i])] = clips[i]
                 lengths[row] = len(clips[i])
-            for i, result in zip(chosen, compute(batch, lengths), strict=False):
+            for i, result in zip(packed.clips, compute(batch, lengths), strict=False):
                 results[i] = result
         return results
 
@@ -300,6 +294,8 @@ def load_model(
     seed: int = 0,
     parallel_by: parallel.Parallel = "jit",
     devices: Sequence[Any] | None = None,
+    dtype: DTypeName = "float32",
+    precision: parallel.Precision = "highest",
 ) -> Model:
     """Load a system.
 
@@ -312,6 +308,9 @@ def load_model(
         seed: of random weights.
         parallel_by: ``"jit"`` or ``"pmap"``, over ``devices``.
         devices: by default all local ones.
+        dtype: of convolutions and matrix products; norms, softmax and sums, and what comes out, are float32. On a
+            CPU CREPE stays in float32.
+        precision: of float32 products: ``"highest"``, or ``"default"``, which is TF32 on a GPU and bfloat16 on a TPU.
 
     Raises:
         SystemConfigError: an unknown system, member or encoder.
@@ -322,6 +321,12 @@ def load_model(
         raise SystemConfigError(f"parallel_by: {expected(parallel_by, get_args(parallel.Parallel))}")
     if devices is not None and not devices:
         raise SystemConfigError("devices: expected at least one, found none")
+    for option, value, choices in (
+        ("dtype", dtype, get_args(DTypeName)),
+        ("precision", precision, get_args(parallel.Precision)),
+    ):
+        if value not in choices:
+            raise SystemConfigError(f"{option}: {expected(value, choices)}")
     if size not in (None, "tiny"):
         raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
     names = [m.name for m in described.members]
@@ -341,17 +346,11 @@ def load_model(
     members, params, sources = [], {}, {}
     for index, member in enumerate(described.members):
         source = str(chosen.get(member.name, member.weights or "pretrained"))
-        loaded = _load_member(member, source, size, seed + index, sharding)
+        loaded = _load_member(member, source, size, seed + index, sharding, dtype)
         members.append(FusedMember(member.name, *loaded.encoders))
         params[member.name], sources[member.name] = loaded.params, loaded.source
     fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
-    return Model(
-        described,
-        fusion,
-        params,
-        sources,
-        functools.partial(parallel.compile_batch, mesh=mesh, parallel=parallel_by),
-    )
+    return Model(described, fusion, params, sources, parallel.Compilation(mesh, parallel_by, precision), dtype)
 
 
 PROTOCOL = ("feature_size", "hop", "offset", "min_samples", "__call__")
@@ -363,7 +362,9 @@ class _Loaded(NamedTuple):
     source: Mapping[str, Any]
 
 
-def _load_member(member: Member, weights: str, size: str | None, seed: int, sharding: jax.sharding.Sharding) -> _Loaded:
+def _load_member(
+    member: Member, weights: str, size: str | None, seed: int, sharding: jax.sharding.Sharding, dtype: DTypeName
+) -> _Loaded:
     if not isinstance(member.encoder, str):
         missing = [name for name in PROTOCOL if not hasattr(member.encoder, name)]
         if missing or isinstance(member.encoder, type):
@@ -386,7 +387,7 @@ def _load_member(member: Member, weights: str, size: str | None, seed: int, shar
                 "(--weights random on the command line)"
             )
         architecture = tiny(architecture)
-    both = encoders(architecture, member.layers)
+    both = encoders(architecture, member.layers, dtype)
     if weights == "random":
         params = jax.device_put(both[0].random_params(seed), sharding)
         return _Loaded(both, both[0].prepare(params), {"source": "random", "seed": seed})

@@ -1,19 +1,25 @@
 """Devices: the mesh, placement, padding to the device count, and the only place that compiles."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gura_jax.audio import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
+
 Parallel = Literal["jit", "pmap"]
 BatchFunction = Callable[[Any, Any, Any], Any]
 """(params, audio [B, N], lengths [B]) -> a pytree of arrays [B, ...], each row a function of its own clip."""
 
-PRECISION = "highest"  # of float32 matrix products: the default is TF32 on GPU and bfloat16 on TPU
+Precision = Literal["highest", "default"]
+PRECISION: Precision = "highest"  # of float32 matrix products: the default is TF32 on GPU and bfloat16 on TPU
 BUCKETS_PER_OCTAVE = 4  # clip lengths are padded by 12 % on average, 25 % at most
 
 
@@ -27,7 +33,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def compile_batch(function: BatchFunction, mesh: Mesh, parallel: Parallel = "jit") -> BatchFunction:
+class Compilation(NamedTuple):
+    """How functions are compiled: for which devices, by what, and the precision of their float32 products."""
+
+    mesh: Mesh
+    parallel: Parallel = "jit"
+    precision: Precision = PRECISION
+
+
+def compile_batch(function: BatchFunction, compilation: Compilation) -> BatchFunction:
     """Compile a function over batches that are sharded across the mesh.
 
     The result takes weights placed with :func:`replicated`, and batches of any size: it pads them to a multiple
@@ -36,14 +50,15 @@ def compile_batch(function: BatchFunction, mesh: Mesh, parallel: Parallel = "jit
 
     Args:
         function: see :data:`BatchFunction`.
-        mesh: from :func:`make_mesh`.
-        parallel: ``"jit"``, or ``"pmap"`` for the older interface.
+        compilation: devices from :func:`make_mesh`; ``"jit"``, or ``"pmap"`` for the older interface.
     """
+    mesh, parallel, precision = compilation
+    shapes: set[tuple[int, ...]] = set()
     devices = mesh.devices.size
     batch = PartitionSpec("data")
 
     def precise(params: Any, audio: jax.Array, lengths: jax.Array) -> Any:
-        with jax.default_matmul_precision(PRECISION):
+        with jax.default_matmul_precision(precision):
             return function(params, audio, lengths)
 
     if parallel == "pmap":
@@ -70,6 +85,11 @@ def compile_batch(function: BatchFunction, mesh: Mesh, parallel: Parallel = "jit
         if missing:
             audio = _pad(audio, ((0, missing), (0, 0)), 0)
             lengths = _pad(lengths, (0, missing), audio.shape[1])
+        if audio.shape not in shapes:
+            shapes.add(audio.shape)
+            logger.info(
+                "shape %d: compiling for %d clips of %.2f s", len(shapes), audio.shape[0], audio.shape[1] / SAMPLE_RATE
+            )
         if parallel == "jit":
             audio, lengths = jax.device_put((audio, lengths), NamedSharding(mesh, batch))
         out = call(params, audio, lengths)
@@ -81,6 +101,63 @@ def compile_batch(function: BatchFunction, mesh: Mesh, parallel: Parallel = "jit
 def _pad(x: Any, width: Any, value: int) -> Any:
     """Pad an array where it is: on the host or on a device; and it may be traced, for a gradient."""
     return (jnp if isinstance(x, jax.Array) else np).pad(x, width, constant_values=value)
+
+
+class Batch(NamedTuple):
+    """Clips that are computed together, padded to ``samples``; rows past the last clip hold silence."""
+
+    rows: int
+    samples: int
+    clips: tuple[int, ...]
+
+
+class Limits(NamedTuple):
+    """What makes a good batch on a kind of device, in samples."""
+
+    batch: int  # no more than this, but for one longer clip a device
+    overhead: int  # what a batch costs beyond its samples: reading the weights, launching kernels
+
+
+LIMITS = {"cpu": Limits(32 * SAMPLE_RATE, SAMPLE_RATE // 2)}
+ACCELERATOR_LIMITS = Limits(320 * SAMPLE_RATE, 16 * SAMPLE_RATE)
+
+
+def pack(lengths: Sequence[int], max_rows: int, devices: int) -> list[Batch]:
+    """Cut clips into batches such that the least is computed, padding and silent rows included.
+
+    Rows are a power of two times the devices, and lengths those of :func:`bucket_length`, so that shapes are few.
+    Where all clips are of one length, that is the length, and a single batch has as many rows as clips.
+
+    Args:
+        lengths: of the clips, in samples.
+        max_rows: clips in a batch, at most; but a row for each device at least.
+        devices: that a batch is sharded over.
+
+    Returns:
+        Batches, the longest clips first.
+    """
+    limits = LIMITS.get(jax.default_backend(), ACCELERATOR_LIMITS)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    one_length = lengths[order[0]] == lengths[order[-1]]
+    padded = [lengths[i] if one_length else bucket_length(lengths[i]) for i in order]
+    if one_length and len(order) <= max_rows and len(order) * padded[0] <= max(limits.batch, padded[0]):
+        return [Batch(len(order), padded[0], tuple(order))]
+    sizes = [devices]
+    while 2 * sizes[-1] <= max_rows:
+        sizes.append(2 * sizes[-1])
+    best: list[tuple[int, int]] = [(0, 0)] * (len(order) + 1)  # cost of the clips from i on, rows of their first batch
+    for i in reversed(range(len(order))):
+        best[i] = min(
+            (rows * padded[i] + limits.overhead + best[min(i + rows, len(order))][0], rows)
+            for rows in sizes
+            if rows == devices or rows * padded[i] <= limits.batch
+        )
+    batches, i = [], 0
+    while i < len(order):
+        rows = best[i][1]
+        batches.append(Batch(rows, padded[i], tuple(order[i : i + rows])))
+        i += rows
+    return batches
 
 
 def bucket_length(samples: int) -> int:

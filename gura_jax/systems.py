@@ -16,7 +16,7 @@ import jax
 from gura_jax.errors import SystemConfigError
 from gura_jax.fusion import COMBINATIONS, PAPER_FRAMES
 from gura_jax.models.crepe import CrepeConfig, CrepeFrames
-from gura_jax.models.encoder import Encoder
+from gura_jax.models.encoder import DTypeName, Encoder
 from gura_jax.models.speech import Layers, SpeechConfig, SpeechFrames
 
 CREPE_HOP = 800  # samples: 50 ms, for timestamp embeddings
@@ -321,7 +321,7 @@ def is_folder(path: Path) -> bool:
 
 
 def encoders(
-    architecture: Architecture, layers: Layers
+    architecture: Architecture, layers: Layers, dtype: DTypeName = "float32"
 ) -> tuple[SpeechFrames, SpeechFrames] | tuple[CrepeFrames, CrepeFrames]:
     """The encoder of a member for timestamp embeddings, and for scene embeddings.
 
@@ -333,10 +333,10 @@ def encoders(
             raise SystemConfigError(f"layers: CREPE has one embedding, and no choice of layers; found {layers!r}")
         spectral = jax.default_backend() == "cpu"
         return (
-            CrepeFrames(architecture, CREPE_HOP, spectral),
-            CrepeFrames(architecture, CREPE_SCENE_HOP, spectral),
+            CrepeFrames(architecture, CREPE_HOP, spectral, dtype),
+            CrepeFrames(architecture, CREPE_SCENE_HOP, spectral, dtype),
         )
-    encoder = SpeechFrames(architecture, layers)
+    encoder = SpeechFrames(architecture, layers, dtype)
     return encoder, encoder
 
 

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from gura_jax import Member, Model, System, load_model
-from gura_jax.parallel import BUCKETS_PER_OCTAVE, Parallel, bucket_length, compile_batch, make_mesh, replicated
+from gura_jax.parallel import (
+    BUCKETS_PER_OCTAVE,
+    Compilation,
+    Parallel,
+    bucket_length,
+    compile_batch,
+    make_mesh,
+    replicated,
+)
 
 DEVICES_BOUND = 1e-6  # relative norm: each device runs the same program on fewer rows
 EXACT_BUCKETS = 4 * BUCKETS_PER_OCTAVE  # below this many samples an octave has fewer lengths than buckets
@@ -102,7 +110,7 @@ def summed(params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array
 def test_batches_of_any_size(parallel: Parallel, devices: int, size: int) -> None:
     """Padded to a multiple of the devices, trimmed, and in order."""
     mesh = make_mesh(jax.local_devices()[:devices])
-    run = compile_batch(summed, mesh, parallel)
+    run = compile_batch(summed, Compilation(mesh, parallel))
     params = jax.device_put({"w": np.float32(2.0)}, replicated(mesh))
     audio = np.arange(size * 5, dtype=np.float32).reshape(size, 5)
     lengths = np.arange(size, dtype=np.int32)
@@ -116,7 +124,7 @@ def test_batches_of_any_size(parallel: Parallel, devices: int, size: int) -> Non
 
 @ways
 def test_gradients_of_a_batch_that_does_not_divide(parallel: Parallel) -> None:
-    run = compile_batch(summed, make_mesh(), parallel)
+    run = compile_batch(summed, Compilation(make_mesh(), parallel))
     params = jax.device_put({"w": np.float32(2.0)}, replicated(make_mesh()))
     gradient = jax.grad(lambda audio: run(params, audio, jnp.full(3, 5))[0].sum())(jnp.ones((3, 5), jnp.float32))
     np.testing.assert_array_equal(gradient, np.full((3, 5), 2.0, np.float32))
@@ -132,7 +140,7 @@ def test_filled_up_rows_are_whole_clips_of_silence(parallel: Parallel) -> None:
         return lengths
 
     mesh = make_mesh()
-    compile_batch(watch, mesh, parallel)({}, np.ones((9, 4), np.float32), np.full(9, 3, np.int32))
+    compile_batch(watch, Compilation(mesh, parallel))({}, np.ones((9, 4), np.float32), np.full(9, 3, np.int32))
     jax.effects_barrier()
     assert len(seen) == 8
     assert sorted(np.concatenate([lengths for _, lengths in seen]).tolist()) == [3] * 9 + [4] * 7
@@ -155,7 +163,7 @@ def compiled_text(function: Any, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, *a
 
     with monkeypatch.context() as patch:
         patch.setattr(jax, "jit", spy)
-        compile_batch(function, mesh, "jit")
+        compile_batch(function, Compilation(mesh, "jit"))
     assert len(jitted) == 1
     text = jitted[0].lower(*arguments).compile().as_text()
     assert f"num_partitions={mesh.size}" in text
@@ -217,7 +225,7 @@ def test_traced_once(parallel: Parallel) -> None:
         return audio.sum(axis=1) + params["w"]
 
     mesh = make_mesh()
-    run = compile_batch(counted, mesh, parallel)
+    run = compile_batch(counted, Compilation(mesh, parallel))
     params = jax.device_put({"w": np.float32(1)}, replicated(mesh))
     for size in (16, 15, 9, 12, 16):
         run(params, np.zeros((size, 8), np.float32), np.full(size, 8, np.int32))
@@ -254,7 +262,7 @@ def test_weights_stay_where_they_are(parallel: Parallel) -> None:
 @ways
 def test_weights_that_are_elsewhere_would_be_seen(parallel: Parallel) -> None:
     """The guard of the test above is none in name only: weights on one device are refused, by jit always."""
-    run = compile_batch(summed, make_mesh(), parallel)
+    run = compile_batch(summed, Compilation(make_mesh(), parallel))
     params = jax.device_put({"w": np.float32(2)}, jax.local_devices()[0])
     audio, lengths = np.zeros((8, 5), np.float32), np.zeros(8, np.int32)
     with (
@@ -268,7 +276,7 @@ def test_weights_that_are_elsewhere_would_be_seen(parallel: Parallel) -> None:
 def test_outputs_are_spread_over_the_devices(parallel: Parallel) -> None:
     """A batch that the devices divide is not gathered on one of them."""
     mesh = make_mesh()
-    run = compile_batch(summed, mesh, parallel)
+    run = compile_batch(summed, Compilation(mesh, parallel))
     params = jax.device_put({"w": np.float32(2)}, replicated(mesh))
     out = run(params, np.ones((16, 5), np.float32), np.zeros(16, np.int32))
     for leaf in jax.tree.leaves(out):

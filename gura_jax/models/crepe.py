@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.encoder import Functional, Params, functional, random_params
+from gura_jax.models.encoder import DType, DTypeName, Functional, Params, functional, kernels_as, random_params
 
 WINDOW = 1024  # samples a frame sees
 BATCH_NORM_EPS = 0.0010000000474974513  # 0.001 in float32, as Keras stored it
@@ -22,7 +22,9 @@ MIN_STD = 1e-10  # floor of a frame's standard deviation
 PITCH_BINS = 360
 CENTS_PER_BIN = 20
 CENTS_OF_BIN_0 = 1997.3794084376191  # over 10 Hz
-FRAMES_AT_ONCE = 256  # frames in one pass of the convolutions: the widest activation is then 256 MiB
+# Frames in one pass: on a CPU few enough for its caches (benchmarks/README.md), elsewhere enough to fill the device.
+FRAMES_AT_ONCE = {"cpu": 64}
+ACCELERATOR_FRAMES_AT_ONCE = 1024
 
 Capacity = Literal["tiny", "small", "medium", "large", "full"]
 CAPACITY_MULTIPLIER: Mapping[str, int] = {"tiny": 4, "small": 8, "medium": 16, "large": 24, "full": 32}
@@ -46,50 +48,46 @@ LAYERS = (
     LayerShape(16, 64, 1, (31, 32)),
 )
 POSITIONS = (256, 128, 64, 32, 16, 8)  # of each layer's convolution; pooling halves them
-CHANNEL_BLOCK = 128  # channels in one sum of a spectral convolution
 EMBEDDING_LAYERS = 5  # the embedding is the fifth max-pool
 
 
 class SpectralConv(nnx.Module):
-    """The convolution of one layer as products in the frequency domain: [F, P, C] -> [F, P, size].
+    """The convolution of one layer as products in the frequency domain: [P, F, C] -> [P, F, size].
 
     XLA's CPU convolution of 64 taps over 128 positions or fewer does many times the work that is needed. Here
     the discrete Fourier transforms are matrix products over the positions, and the filters are transformed once,
-    at load: ``spectrum`` [2, K, G, C / G, size], real and imaginary. Two things keep it as exact as a direct
-    convolution: four real products make a complex one, not three, and channels are summed in G blocks.
+    at load: ``spectrum`` [K, C, 2 * size], real and imaginary parts side by side. With positions and frequencies
+    as the first axis, no product needs a transposition. Four real products make a complex one, not three, which
+    would round more.
     """
 
     def __init__(self, in_size: int, size: int, positions: int, shape: LayerShape, *, rngs: nnx.Rngs) -> None:
         self.length = positions + shape.kernel  # no shorter than the whole convolution: nothing wraps around
-        blocks = -(-in_size // CHANNEL_BLOCK)
-        dims = (2, self.length // 2 + 1, blocks, in_size // blocks, size)
-        self.spectrum = nnx.Param(jnp.zeros(dims, jnp.float32))
+        self.spectrum = nnx.Param(jnp.zeros((self.length // 2 + 1, in_size, 2 * size), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        F, P, _ = x.shape
-        w_re, w_im = self.spectrum[...]
-        x = x.reshape(F, P, *w_re.shape[1:3])
+        P, F, C = x.shape
         forward, inverse = dft(P, self.length)
-        re, im = (jnp.einsum("kp,fpgc->kfgc", matrix, x) for matrix in forward)
-
-        def product(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.einsum("kfgc,kgco->kgfo", a, b).sum(axis=1)
-
-        real = product(re, w_re) - product(im, w_im)  # [K, F, size]
-        imaginary = product(re, w_im) + product(im, w_re)
-        y = jnp.einsum("pk,kfo->fpo", inverse[0], real) + jnp.einsum("pk,kfo->fpo", inverse[1], imaginary)
-        return y + self.bias[...][None, None, :]
+        x = jnp.einsum("kp,pfc->kfc", forward, x).reshape(-1, 2 * F, C)  # [K, 2 F, C], real parts and imaginary
+        (re_re, re_im), (im_re, im_im) = (
+            jnp.split(half, 2, axis=-1) for half in jnp.split(jnp.einsum("kfc,kco->kfo", x, self.spectrum[...]), 2, 1)
+        )  # [K, F, size]
+        y = jnp.stack([re_re - im_im, re_im + im_re], axis=1).reshape(len(forward), F, -1)  # [2 K, F, size]
+        return jnp.einsum("pk,kfo->pfo", inverse, y) + self.bias[...][None, None, :]
 
 
 def dft(positions: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices [2, K, P] into and [2, P, K] out of the frequency domain, real and imaginary, for P positions."""
+    """Matrices [2 K, P] into and [P, 2 K] out of the frequency domain, for P positions.
+
+    A row of real and a row of imaginary parts for each frequency, one after the other.
+    """
     k = np.arange(length // 2 + 1)
     angle = 2 * np.pi / length * np.outer(k, np.arange(positions))
-    weight = np.where((k == 0) | (2 * k == length), 1, 2)[:, None] / length  # the other half is conjugate
-    forward = np.stack([np.cos(angle), -np.sin(angle)])
-    inverse = np.stack([weight * np.cos(angle), -weight * np.sin(angle)]).transpose(0, 2, 1)
-    return forward.astype(np.float32), inverse.astype(np.float32)
+    weight = np.where((k == 0) | (2 * k == length), 1, 2)[:, None, None] / length  # the other half is conjugate
+    forward = np.stack([np.cos(angle), -np.sin(angle)], axis=1)  # [K, 2, P]
+    inverse = (weight * forward).reshape(-1, positions).T
+    return forward.reshape(-1, positions).astype(np.float32), inverse.astype(np.float32)
 
 
 def spectrum(kernel: np.ndarray, positions: int, shape: LayerShape) -> np.ndarray:
@@ -97,71 +95,97 @@ def spectrum(kernel: np.ndarray, positions: int, shape: LayerShape) -> np.ndarra
     length = positions + shape.kernel
     taps = np.arange(shape.kernel) - shape.padding[0]
     angle = 2 * np.pi / length * np.outer(np.arange(length // 2 + 1), taps)
-    re, im = (np.tensordot(f(angle), kernel.astype(np.float64), 1) for f in (np.cos, np.sin))
-    blocks = -(-kernel.shape[1] // CHANNEL_BLOCK)
-    return np.stack([re, im]).astype(np.float32).reshape(2, len(angle), blocks, -1, kernel.shape[2])
+    parts = [np.tensordot(f(angle), kernel.astype(np.float64), 1).astype(np.float32) for f in (np.cos, np.sin)]
+    return np.concatenate(parts, axis=-1)
 
 
 class ConvLayer(nnx.Module):
-    """Convolution, ReLU, batch norm, max-pool by 2."""
+    """Convolution, ReLU, batch norm, max-pool by 2: [P, F, C] -> [P / 2, F, size], positions first."""
 
     def __init__(
-        self, in_size: int, size: int, positions: int, shape: LayerShape, spectral: bool, *, rngs: nnx.Rngs
+        self,
+        in_size: int,
+        size: int,
+        positions: int,
+        shape: LayerShape,
+        spectral: bool,
+        dtype: DType,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         if spectral and shape.stride == 1:
             self.conv = SpectralConv(in_size, size, positions, shape, rngs=rngs)
         else:
-            self.conv = nnx.Conv(in_size, size, shape.kernel, strides=shape.stride, padding=(shape.padding,), rngs=rngs)
-        self.batch_norm = nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, rngs=rngs)
+            self.conv = nnx.Conv(
+                in_size,
+                size,
+                shape.kernel,
+                strides=shape.stride,
+                padding=(shape.padding,),
+                dtype=jnp.float32 if spectral else dtype,
+                rngs=rngs,
+            )
+        self.batch_norm = nnx.BatchNorm(
+            size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.batch_norm(jax.nn.relu(self.conv(x)))  # [F, P, C]
-        return jnp.maximum(x[:, 0::2], x[:, 1::2])
+        x = self.conv(x) if isinstance(self.conv, SpectralConv) else self.conv(x.swapaxes(0, 1)).swapaxes(0, 1)
+        x = self.batch_norm(jax.nn.relu(x))
+        return jnp.maximum(x[0::2], x[1::2])
 
 
 class Crepe(nnx.Module):
     """Normalised frames [F, 1024] to the embedding, or to the activation of 360 pitch bins.
 
-    ``spectral`` computes all layers but the first in the frequency domain: the same to rounding.
+    ``spectral`` computes all layers but the first in the frequency domain: the same to rounding; and then all
+    is float32. Else ``dtype`` is that of the convolutions.
     """
 
-    def __init__(self, capacity: Capacity, *, spectral: bool = False, rngs: nnx.Rngs) -> None:
+    def __init__(self, capacity: Capacity, spectral: bool, dtype: DType, *, rngs: nnx.Rngs) -> None:
         sizes = [layer.channels * CAPACITY_MULTIPLIER[capacity] for layer in LAYERS]
         self.layers = nnx.List(
-            ConvLayer(in_size, size, positions, layer, spectral, rngs=rngs)
+            ConvLayer(in_size, size, positions, layer, spectral, dtype, rngs=rngs)
             for in_size, size, positions, layer in zip([1, *sizes], sizes, POSITIONS, LAYERS, strict=False)
         )
         self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, rngs=rngs)
 
     def embedding(self, frames: jax.Array) -> jax.Array:
         """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
-        x = frames[:, :, None]
+        x = frames.T[:, :, None]  # [1024, F, 1]
         for layer in self.layers[:EMBEDDING_LAYERS]:
             x = layer(x)
-        return x.transpose(0, 2, 1).reshape(len(frames), -1)
+        return x.transpose(1, 2, 0).reshape(len(frames), -1)
 
     def activation(self, frames: jax.Array) -> jax.Array:
         """[F, 1024] -> [F, 360] in (0, 1)."""
-        x = self.embedding(frames).reshape(len(frames), -1, POSITIONS[-1]).transpose(0, 2, 1)
-        x = self.layers[EMBEDDING_LAYERS](x)  # [F, 4, C]
-        return jax.nn.sigmoid(self.classifier(x.reshape(len(frames), -1)))
+        x = self.embedding(frames).reshape(len(frames), -1, POSITIONS[-1]).transpose(2, 0, 1)
+        x = self.layers[EMBEDDING_LAYERS](x)  # [4, F, C]
+        return jax.nn.sigmoid(self.classifier(x.swapaxes(0, 1).reshape(len(frames), -1)))
 
 
 @functools.cache
-def crepe_functional(capacity: Capacity, spectral: bool = False) -> Functional:
+def crepe_functional(capacity: Capacity, spectral: bool = False, dtype: DTypeName = "float32") -> Functional:
     """CREPE as a pure function of a flat dict of weights."""
-    return functional(lambda rngs: Crepe(capacity, spectral=spectral, rngs=rngs))
+    return functional(lambda rngs: Crepe(capacity, spectral, jnp.dtype(dtype), rngs=rngs))
 
 
-def frame(audio: jax.Array, hop: int) -> jax.Array:
-    """Normalised frames, centred on every ``hop`` samples: [B, N] -> [B, 1 + N // hop, 1024].
+def frame(audio: jax.Array, hop: int, clips: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Normalised frames, centred on every ``hop`` samples.
 
     Zero padding of 512 samples on both sides; each frame has its mean taken off and is divided by its
     unbiased standard deviation, floored at 1e-10.
+
+    Args:
+        audio: [B, N].
+        hop: in samples.
+        clips, numbers: [F], the clip of each frame, and which it is: from 0 to N // hop.
+
+    Returns:
+        [F, 1024].
     """
-    num_frames = 1 + audio.shape[1] // hop
     padded = jnp.pad(audio, ((0, 0), (WINDOW // 2, WINDOW // 2)))
-    frames = padded[:, np.arange(num_frames)[:, None] * hop + np.arange(WINDOW)[None, :]]
+    frames = padded[clips[:, None], (numbers * hop)[:, None] + np.arange(WINDOW, dtype=np.int32)[None, :]]
     frames = frames - frames.mean(axis=-1, keepdims=True)
     variance = jnp.square(frames).sum(axis=-1, keepdims=True) / (WINDOW - 1)
     # The floor is taken under the root, where its gradient is finite for silence too.
@@ -192,6 +216,7 @@ class CrepeFrames:
     config: CrepeConfig
     hop: int
     spectral: bool = False
+    dtype: DTypeName = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.hop, int) or self.hop < 1:
@@ -220,12 +245,12 @@ class CrepeFrames:
 
     def random_params(self, seed: int) -> dict[str, jax.Array]:
         """Freshly initialised weights, by dotted path, as in a checkpoint."""
-        return random_params(lambda rngs: Crepe(self.config.capacity, rngs=rngs), seed)
+        return random_params(lambda rngs: Crepe(self.config.capacity, False, jnp.dtype(jnp.float32), rngs=rngs), seed)
 
     def prepare(self, params: Params) -> Params:
         """The weights that a call takes, from a checkpoint's; done once."""
         if not self.spectral:
-            return params
+            return kernels_as(params, self.dtype)
         prepared = dict(params)
         for i, (positions, layer) in enumerate(zip(POSITIONS, LAYERS, strict=True)):
             if layer.stride == 1:
@@ -236,7 +261,7 @@ class CrepeFrames:
 
     def module(self, params: Params) -> Crepe:
         """The network with these weights, inside a compiled function."""
-        return crepe_functional(self.config.capacity, self.spectral).merge(params)
+        return crepe_functional(self.config.capacity, self.spectral, self.dtype).merge(params)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Embedding [B, T, D] and counts [B]."""
@@ -249,16 +274,17 @@ class CrepeFrames:
     def _frames(
         self, network: Callable[[jax.Array], jax.Array], audio: jax.Array, lengths: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        frames = frame(audio, self.hop)
-        B, T, _ = frames.shape
-        flat = frames.reshape(B * T, WINDOW)
-        if B * T <= FRAMES_AT_ONCE:
-            out = network(flat)
-        else:
-            flat = jnp.pad(flat, ((0, -B * T % FRAMES_AT_ONCE), (0, 0)))
-            out = jax.lax.map(network, flat.reshape(-1, FRAMES_AT_ONCE, WINDOW))
-            out = out.reshape(-1, out.shape[-1])[: B * T]
-        return out.reshape(B, T, -1), 1 + lengths // self.hop
+        """The network over the frames of all clips, a block at a time."""
+        B, T = len(audio), 1 + audio.shape[1] // self.hop
+        blocks = -(-B * T // FRAMES_AT_ONCE.get(jax.default_backend(), ACCELERATOR_FRAMES_AT_ONCE))
+        size = -(-B * T // blocks)
+
+        def block(start: jax.Array) -> jax.Array:
+            index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), B * T - 1)
+            return network(frame(audio, self.hop, index // T, index % T))
+
+        out = jax.lax.map(block, size * jnp.arange(blocks, dtype=jnp.int32))  # [blocks, size, D]
+        return out.reshape(blocks * size, -1)[: B * T].reshape(B, T, -1), 1 + lengths // self.hop
 
 
 def pitch(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

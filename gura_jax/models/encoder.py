@@ -1,14 +1,19 @@
 """What every member of a system offers, and the seam between NNX modules and pure functions."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 
 Params = Mapping[str, jax.Array]
 """An encoder's weights by dotted path in the module, as ``encoder.layers.0.attention.q_proj.kernel``."""
+
+DType = np.dtype
+DTypeName = Literal["float32", "bfloat16"]
+"""Of convolutions and matrix products; norms, softmax and sums are always float32."""
 
 SUM_BLOCK = 256  # frames; sums of a block and of the blocks of a ten-minute clip are then about equally long
 
@@ -79,6 +84,13 @@ def random_params(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> dict[st
     """Freshly initialised parameters of the module that ``build`` makes, by dotted path."""
     flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(build(nnx.Rngs(seed)))))
     return {".".join(map(str, path)): array for path, array in flat.items()}
+
+
+def kernels_as(params: Params, dtype: DTypeName) -> Params:
+    """The weights with those of convolutions and matrix products in ``dtype``; the small ones stay as they are."""
+    if dtype == "float32":
+        return params
+    return {name: array.astype(dtype) if name.endswith(".kernel") else array for name, array in params.items()}
 
 
 def frame_mask(counts: jax.Array, num_frames: int) -> jax.Array:

@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,49 @@ from flax import nnx
 
 from gura_jax.errors import SystemConfigError
 from gura_jax.fusion import weighted_sum
-from gura_jax.models.encoder import Functional, Params, frame_mask, functional, masked_mean, random_params
+from gura_jax.models.encoder import (
+    DType,
+    DTypeName,
+    Functional,
+    Params,
+    frame_mask,
+    functional,
+    kernels_as,
+    masked_mean,
+    random_params,
+)
 
 CONV_NORM_EPS = 1e-5  # PyTorch's default: the feature encoder ignores the config's layer_norm_eps
 BATCH_NORM_EPS = 1e-5  # PyTorch's default, for conv_pos_batch_norm
+MASKED_SCORE = -1e30  # of attention to what is past a clip's end: its exponential is zero
+
+
+class Blocks(NamedTuple):
+    """How much is computed at once; the results are the same but for rounding."""
+
+    frames: int  # of the feature encoder, whose first layer has 64 times as many
+    clips: int  # whose block of frames is computed at once
+    scores: int  # bytes of attention scores
+
+
+# On a CPU what fits into its caches is faster by a third (benchmarks/README.md); on a GPU or TPU what fills it.
+BLOCKS = {"cpu": Blocks(64, 1, 16 << 20)}
+ACCELERATOR_BLOCKS = Blocks(1024, 16, 1 << 30)
+
+
+def blocks() -> Blocks:
+    """Those of the backend in use."""
+    return BLOCKS.get(jax.default_backend(), ACCELERATOR_BLOCKS)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """By erf, as PyTorch has it; ``jax.nn.gelu`` takes erfc, which takes longer."""
+    half, root = (jnp.asarray(value, x.dtype) for value in (0.5, math.sqrt(0.5)))
+    return half * x * (1 + jax.lax.erf(x * root))
+
 
 ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -203,29 +239,34 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+class Statistics(NamedTuple):
+    """Mean and variance of each channel over a clip's own frames: [B, C] each."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
 class MaskedGroupNorm(nnx.Module):
-    """GroupNorm with one group a channel, its statistics over each clip's own frames."""
+    """GroupNorm with one group a channel, given the statistics over each clip's own frames."""
 
     def __init__(self, size: int, *, rngs: nnx.Rngs) -> None:
         self.scale = nnx.Param(jnp.ones(size, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
 
-    def __call__(self, x: jax.Array, counts: jax.Array) -> jax.Array:
-        mask = frame_mask(counts, x.shape[1])
-        centred = x - masked_mean(x, mask)[:, None, :]  # [B, T, C]
-        variance = masked_mean(jnp.square(centred), mask)[:, None, :]
+    def __call__(self, x: jax.Array, statistics: Statistics) -> jax.Array:
+        mean, variance = (each[:, None, :] for each in statistics)
         scale = jax.lax.rsqrt(variance + CONV_NORM_EPS) * self.scale[...][None, None, :]
-        return centred * scale + self.bias[...][None, None, :]
+        return (x - mean) * scale + self.bias[...][None, None, :]
 
 
 def _layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 class ConvLayer(nnx.Module):
     """One layer of the feature encoder: convolution, norm (if any), activation."""
 
-    def __init__(self, config: SpeechConfig, index: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, index: int, dtype: DType, *, rngs: nnx.Rngs) -> None:
         in_size = config.conv_dim[index - 1] if index else 1
         size = config.conv_dim[index]
         self.kernel, self.stride = config.conv_kernel[index], config.conv_stride[index]
@@ -237,6 +278,7 @@ class ConvLayer(nnx.Module):
             strides=self.stride,
             padding="VALID",
             use_bias=config.conv_bias,
+            dtype=dtype,
             rngs=rngs,
         )
         if config.feat_extract_norm == "layer":
@@ -244,50 +286,123 @@ class ConvLayer(nnx.Module):
         else:
             self.norm = MaskedGroupNorm(size, rngs=rngs) if index == 0 else None
 
-    def __call__(self, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = self.conv(x)  # [B, T, C]
-        counts = (counts - self.kernel) // self.stride + 1
+    def __call__(self, x: jax.Array, statistics: Statistics | None) -> jax.Array:
+        """[B, T, C] -> [B, (T - kernel) // stride + 1, C']; ``statistics`` are for group norm."""
+        x = self.conv(x)
         if isinstance(self.norm, MaskedGroupNorm):
-            x = self.norm(x, counts)
+            assert statistics is not None
+            x = self.norm(x.astype(jnp.float32), statistics)
         elif self.norm is not None:
             x = self.norm(x)
-        return self.activation(x), counts
+        return self.activation(x)
 
 
 class FeatureExtractor(nnx.Module):
-    """Waveform to frames: seven strided convolutions. No padding, so frames past a clip touch none within."""
+    """Waveform to frames: seven strided convolutions, in blocks of frames.
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List(ConvLayer(config, i, rngs=rngs) for i in range(len(config.conv_dim)))
+    No padding, so frames past a clip touch none within; and a block of frames is a function of its own samples
+    alone, but for group norm, whose statistics over the clip are computed first, in blocks too.
+    """
+
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
+        self.window, self.hop = config.window, config.hop
+        self.layers = nnx.List(ConvLayer(config, i, dtype, rngs=rngs) for i in range(len(config.conv_dim)))
 
     def __call__(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, counts = audio[:, :, None], lengths  # [B, N, 1]
-        for layer in self.layers:
-            x, counts = layer(x, counts)
-        return x, counts  # [B, T, C], [B]
+        """Audio [B, N], lengths [B] -> frames [B, T, C], counts [B]."""
+        num_frames = (audio.shape[1] - self.window) // self.hop + 1
+        statistics = self.statistics(audio, lengths)
+
+        def layers(window: jax.Array, clip: jax.Array, start: jax.Array) -> jax.Array:
+            own = None if statistics is None else Statistics(*(each[clip][None] for each in statistics))
+            x = window[None, :, None]
+            for layer in self.layers:
+                x = layer(x, own)
+            return x[0]
+
+        x = _in_blocks(layers, audio, num_frames, self.window, self.hop)  # [B, n, F, C]
+        x = x.reshape(len(audio), -1, x.shape[-1])[:, :num_frames]
+        return x, (lengths - self.window) // self.hop + 1
+
+    def statistics(self, audio: jax.Array, lengths: jax.Array) -> Statistics | None:
+        """What group norm needs of whole clips: block by block, put together as Chan et al. (1983) do."""
+        first = self.layers[0]
+        if not isinstance(first.norm, MaskedGroupNorm):
+            return None
+        num_frames = (audio.shape[1] - first.kernel) // first.stride + 1
+        counts = (lengths - first.kernel) // first.stride + 1  # [B]
+
+        def moments(window: jax.Array, clip: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            x = first.conv(window[None, :, None]).astype(jnp.float32)  # [1, F, C]
+            mask = (start + jnp.arange(x.shape[1]) < counts[clip])[None, :]
+            count = mask.sum(dtype=x.dtype)
+            mean = masked_mean(x, mask)
+            mean = jnp.where(count > 0, mean, 0.0)
+            squares = jnp.where(mask[:, :, None], jnp.square(x - mean[:, None, :]), 0.0)
+            return count, mean[0], squares.sum(axis=(0, 1))
+
+        scale = self.hop // first.stride
+        count, mean, squares = _in_blocks(moments, audio, num_frames, first.kernel, first.stride, scale)
+        total = count.sum(axis=1)[:, None]  # [B, 1], of [B, n]
+        overall = (count[:, :, None] * mean).sum(axis=1) / total
+        between = (count[:, :, None] * jnp.square(mean - overall[:, None, :])).sum(axis=1)
+        return Statistics(overall, (squares.sum(axis=1) + between) / total)
+
+
+def _in_blocks(
+    function: Callable[..., Any], audio: jax.Array, num_frames: int, window: int, hop: int, scale: int = 1
+) -> Any:
+    """Call a function of a block's samples for all blocks of all clips, some at a time.
+
+    Args:
+        function: (samples [W], clip [], first frame []) -> a pytree of arrays.
+        audio: [B, N].
+        num_frames: how many there are.
+        window, hop: of a frame, in samples.
+        scale: how many times as many frames as :class:`Blocks` says are in one block.
+
+    Returns:
+        What the function returned, each array [B, n, ...].
+    """
+    B = len(audio)
+    n = -(-num_frames // (blocks().frames * scale))
+    frames = -(-num_frames // n)  # of a block
+    samples = (frames - 1) * hop + window
+    missing = max(0, (n - 1) * frames * hop + samples - audio.shape[1])
+    audio = jnp.pad(audio, ((0, 0), (0, missing)))
+
+    def block(index: jax.Array) -> Any:
+        clip, start = index // n, index % n * frames
+        one = jax.lax.dynamic_slice(audio, (clip, start * hop), (1, samples))[0]
+        return function(one, clip, start)
+
+    out = jax.lax.map(block, jnp.arange(B * n, dtype=jnp.int32), batch_size=blocks().clips)
+    return jax.tree.map(lambda x: x.reshape(B, n, *x.shape[1:]), out)
 
 
 class FeatureProjection(nnx.Module):
     """Layer norm and linear projection to the transformer's width."""
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
         size = config.conv_dim[-1]
         use_norm = config.feat_proj_layer_norm
         self.layer_norm = _layer_norm(size, config.layer_norm_eps, rngs) if use_norm else None
-        self.projection = nnx.Linear(size, config.hidden_size, rngs=rngs)
+        self.projection = nnx.Linear(size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.projection(x if self.layer_norm is None else self.layer_norm(x))
+        return self.projection(x if self.layer_norm is None else self.layer_norm(x)).astype(jnp.float32)
 
 
 class ConvolutionalPositionalEmbedding(nnx.Module):
     """Grouped convolution over time; zero past each clip's end, as if the clip stood alone."""
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
         size, kernel = config.hidden_size, config.num_conv_pos_embeddings
         self.activation = ACTIVATIONS[config.feat_extract_activation]
         if config.conv_pos_batch_norm:
-            self.batch_norm = nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, rngs=rngs)
+            self.batch_norm = nnx.BatchNorm(
+                size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs
+            )
         else:
             self.batch_norm = None
         self.conv = nnx.Conv(
@@ -296,6 +411,7 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
             kernel,
             padding=((kernel // 2, (kernel - 1) // 2),),  # PyTorch pads kernel // 2 and drops the last frame
             feature_group_count=config.num_conv_pos_embedding_groups,
+            dtype=dtype,
             rngs=rngs,
         )
 
@@ -303,44 +419,90 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
         if self.batch_norm is not None:
             x = self.batch_norm(x)
         x = jnp.where(mask[:, :, None], x, 0.0)  # [B, T, D]
-        return self.activation(self.conv(x))
+        return self.activation(self.conv(x)).astype(jnp.float32)
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention over each clip's own frames."""
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
         size = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(size, size, rngs=rngs) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nnx.Linear(size, size, dtype=dtype, rngs=rngs) for _ in range(4)
+        )
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         B, T, D = x.shape
         q, k, v = (p(x).reshape(B, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])  # [B, T, H, D / H]
-        return self.out_proj(x.reshape(B, T, D))
+        if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
+            x = jax.nn.dot_product_attention(
+                q, k, v, key_value_seq_lengths=mask.sum(axis=1, dtype=jnp.int32), implementation="cudnn"
+            )
+        else:
+            x = attention(q, k, v, mask)  # [B, T, H, D / H]
+        return self.out_proj(x.reshape(B, T, D)).astype(jnp.float32)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention, exactly, of some heads and queries at a time: never [T, T] for all heads.
+
+    Args:
+        q, k, v: [B, T, H, K].
+        mask: [B, T], True for the keys that count.
+
+    Returns:
+        [B, T, H, K].
+    """
+    B, T, H, K = q.shape
+    q = q * np.asarray(K**-0.5, q.dtype)
+    rows = max(1, blocks().scores // (T * 4))  # of scores, at once
+    heads = max(h for h in range(1, B * H + 1) if B * H % h == 0 and h <= max(1, rows // T))
+    n = -(-heads * T // rows)
+    size = -(-T // n)  # queries in a block
+
+    def by_head(x: jax.Array) -> jax.Array:
+        return x.transpose(0, 2, 1, 3).reshape(-1, heads, T, K)  # [B * H / heads, heads, T, K]
+
+    def some_heads(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        q = jnp.pad(q, ((0, 0), (0, n * size - T), (0, 0))).reshape(heads, n, size, K)
+        out = jax.lax.map(lambda block: _attend(block, k, v, mask), q.transpose(1, 0, 2, 3))
+        return out.transpose(1, 0, 2, 3).reshape(heads, n * size, K)[:, :T]
+
+    masks = jnp.repeat(mask, H, axis=0).reshape(-1, heads, T)
+    out = jax.lax.map(lambda x: some_heads(*x), (by_head(q), by_head(k), by_head(v), masks))
+    return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """[heads, Q, K] scaled queries over keys and values [heads, T, K], softmax in float32: [heads, Q, K]."""
+    scores = jnp.einsum("hqk,htk->hqt", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, :], scores, MASKED_SCORE)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    out = jnp.einsum("hqt,htk->hqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(axis=-1)[:, :, None]).astype(v.dtype)
 
 
 class FeedForward(nnx.Module):
     """Linear, activation, linear."""
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.intermediate_dense = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.output_dense = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+        self.intermediate_dense = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.output_dense = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.output_dense(self.activation(self.intermediate_dense(x)))
+        return self.output_dense(self.activation(self.intermediate_dense(x))).astype(jnp.float32)
 
 
 class EncoderLayer(nnx.Module):
     """A transformer block; layer norm after each part (post-norm) or before it (``do_stable_layer_norm``)."""
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, dtype, rngs=rngs)
         self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
+        self.feed_forward = FeedForward(config, dtype, rngs=rngs)
         self.final_layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -354,11 +516,11 @@ class EncoderLayer(nnx.Module):
 class Transformer(nnx.Module):
     """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
-        self.pos_conv_embed = ConvolutionalPositionalEmbedding(config, rngs=rngs)
+        self.pos_conv_embed = ConvolutionalPositionalEmbedding(config, dtype, rngs=rngs)
         self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.layers = nnx.List(EncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers))
+        self.layers = nnx.List(EncoderLayer(config, dtype, rngs=rngs) for _ in range(config.num_hidden_layers))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
         x = jnp.where(mask[:, :, None], x, 0.0)
@@ -373,12 +535,15 @@ class Transformer(nnx.Module):
 
 
 class SpeechEncoder(nnx.Module):
-    """HuBERT or wav2vec 2.0 without its heads."""
+    """HuBERT or wav2vec 2.0 without its heads.
 
-    def __init__(self, config: SpeechConfig, *, rngs: nnx.Rngs) -> None:
-        self.feature_extractor = FeatureExtractor(config, rngs=rngs)
-        self.feature_projection = FeatureProjection(config, rngs=rngs)
-        self.encoder = Transformer(config, rngs=rngs)
+    ``dtype`` is that of convolutions and matrix products; norms, softmax, residual sums and hidden states are float32.
+    """
+
+    def __init__(self, config: SpeechConfig, dtype: DType, *, rngs: nnx.Rngs) -> None:
+        self.feature_extractor = FeatureExtractor(config, dtype, rngs=rngs)
+        self.feature_projection = FeatureProjection(config, dtype, rngs=rngs)
+        self.encoder = Transformer(config, dtype, rngs=rngs)
 
     def __call__(self, audio: jax.Array, lengths: jax.Array) -> tuple[Iterator[jax.Array], jax.Array]:
         """Hidden states, one by one, so that a caller that sums them holds one at a time.
@@ -397,9 +562,9 @@ class SpeechEncoder(nnx.Module):
 
 
 @functools.cache
-def speech_functional(config: SpeechConfig) -> Functional:
+def speech_functional(config: SpeechConfig, dtype: DTypeName = "float32") -> Functional:
     """The encoder of ``config`` as a pure function of a flat dict of weights."""
-    return functional(lambda rngs: SpeechEncoder(config, rngs=rngs))
+    return functional(lambda rngs: SpeechEncoder(config, jnp.dtype(dtype), rngs=rngs))
 
 
 Layers = Literal["last", "mean", "mean_blocks"] | tuple[int, ...] | tuple[float, ...]
@@ -449,6 +614,7 @@ class SpeechFrames:
 
     config: SpeechConfig
     layers: Layers = "last"
+    dtype: DTypeName = "float32"
 
     def __post_init__(self) -> None:
         layer_weights(self.layers, self.config.num_hidden_layers)
@@ -480,21 +646,21 @@ class SpeechFrames:
 
     def random_params(self, seed: int) -> dict[str, jax.Array]:
         """Freshly initialised weights, by dotted path."""
-        return random_params(lambda rngs: SpeechEncoder(self.config, rngs=rngs), seed)
+        return random_params(lambda rngs: SpeechEncoder(self.config, jnp.dtype(jnp.float32), rngs=rngs), seed)
 
     def prepare(self, params: Params) -> Params:
-        """The weights that a call takes: a checkpoint's, as they are."""
-        return params
+        """The weights that a call takes, from a checkpoint's: those of products in ``dtype``."""
+        return kernels_as(params, self.dtype)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
-        states, counts = speech_functional(self.config).merge(params)(audio, lengths)
+        states, counts = speech_functional(self.config, self.dtype).merge(params)(audio, lengths)
         return weighted_sum(states, layer_weights(self.layers, self.config.num_hidden_layers)), counts
 
     def hidden_states(
         self, params: Params, audio: jax.Array, lengths: jax.Array, states: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """The hidden states of these numbers, 0 being the transformer's input: [B, K, T, D], and counts [B]."""
-        every, counts = speech_functional(self.config).merge(params)(audio, lengths)
+        every, counts = speech_functional(self.config, self.dtype).merge(params)(audio, lengths)
         chosen = {i: state for i, state in zip(range(max(states) + 1), every, strict=False) if i in states}
         return jnp.stack([chosen[i] for i in states], axis=1), counts
