@@ -11,10 +11,12 @@ import dataclasses
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MEMORY_GB = 1  # Orbax holds no more than this beyond the arrays themselves, while reading or writing
+MEMORY_GB = 0.1  # that Orbax holds beyond the arrays themselves; with more, loading is slower too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,12 @@ def checkpoint_folder() -> Path:
     checkout = Path(__file__).parent.parent
     if (checkout / "checkpoints" / "README.md").is_file() and (checkout / "pyproject.toml").is_file():
         return checkout / "checkpoints"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "gura_jax" / "checkpoints"
+    return cache_folder() / "checkpoints"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of gura_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gura_jax"
 
 
 def array_sha256(array: np.ndarray) -> str:
@@ -90,7 +96,7 @@ def save(path: Path, params: Mapping[str, np.ndarray], manifest: Manifest, *, ov
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         cpu = jax.devices("cpu")[0]
-        with _orbax() as checkpointer:
+        with _orbax(params.values()) as checkpointer:
             # As arrays of the CPU's: Orbax copies NumPy arrays before it writes them, all at once.
             tree = {name: jax.device_put(array, cpu) for name, array in params.items()}
             checkpointer.save((temporary / "params").resolve(), args=ocp.args.PyTreeSave(tree))
@@ -224,14 +230,16 @@ def load(
         for name, a in abstract.items()
     }
     try:
-        with _orbax() as checkpointer:
+        with _orbax(abstract.values()) as checkpointer:
             arrays: dict[str, jax.Array] = checkpointer.restore(
                 (path / "params").resolve(),
                 args=ocp.args.PyTreeRestore(dict(abstract), restore_args=restore_args),
             )
     except Exception as error:  # whatever Orbax and TensorStore say of a damaged folder
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}; {REDO}") from None
-    damaged = [name for name, a in arrays.items() if array_sha256(_host(a)) != manifest.arrays_sha256[name]]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda array: array_sha256(_host(array)), arrays.values())
+        damaged = [name for name, found in zip(arrays, hashes, strict=True) if found != manifest.arrays_sha256[name]]
     if damaged:
         raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {REDO}")
     return arrays
@@ -241,14 +249,16 @@ def _host(array: jax.Array) -> np.ndarray:
     return np.asarray(array.addressable_data(0))  # no copy on the CPU
 
 
-def _orbax() -> "ocp.Checkpointer":
+def _orbax(arrays: Iterable[np.ndarray | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
     import orbax.checkpoint as ocp
 
+    largest = max((math.prod(a.shape) * a.dtype.itemsize for a in arrays), default=0)
+    memory: Any = max(MEMORY_GB, 2 * largest / 1e9)  # Orbax refuses an array that is larger
     return ocp.Checkpointer(
         ocp.PyTreeCheckpointHandler(
             use_zarr3=True,
             use_compression=False,  # trained weights hardly compress, and reading is faster
-            save_concurrent_gb=MEMORY_GB,
-            restore_concurrent_gb=MEMORY_GB,
+            save_concurrent_gb=memory,
+            restore_concurrent_gb=memory,
         )
     )

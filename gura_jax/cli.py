@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import os
 import resource
 import sys
 import time
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import typer
 
 from gura_jax import __version__, checkpoint
@@ -16,6 +19,7 @@ from gura_jax.errors import CheckpointError, DownloadError, GuraError, SystemCon
 from gura_jax.fusion import fused_size
 from gura_jax.systems import ENCODERS, SYSTEMS, System, encoders, find_system
 
+CACHE_BYTES = 2 << 30  # of compiled programs on disk; the least used go first
 EXIT_FAILED = 1  # nothing, or not what was asked for, was done
 EXIT_SOME_INPUTS_FAILED = 3
 EXIT_NO_DOWNLOAD = 4  # weights are not here, and could not be fetched
@@ -47,11 +51,20 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
+    _cache_compilations()
     try:
         app()
     except GuraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_NO_DOWNLOAD if isinstance(error, DownloadError) else EXIT_FAILED)
+
+
+def _cache_compilations() -> None:
+    """Keep what XLA compiles from one run to the next; ``JAX_COMPILATION_CACHE_DIR`` says where, empty: nowhere."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(checkpoint.cache_folder() / "xla"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _version(wanted: bool) -> None:
@@ -211,13 +224,30 @@ def embed(
     size: SizeOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace embeddings that are there.")] = False,
     parallel: Annotated[Literal["jit", "pmap"], typer.Option(help="How to use several devices.")] = "jit",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of convolutions and matrix products.")
+    ] = "float32",
+    precision: Annotated[
+        Literal["highest", "default"], typer.Option(help="Of float32 products; default: TF32 or bfloat16 inside.")
+    ] = "highest",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name the batch shapes that are compiled.")] = False,
 ) -> None:
     """Embed audio files: one scene embedding a file, and frames with --timestamps."""
+    if verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("gura_jax").setLevel(logging.INFO)
     from gura_jax.dataset.embed import embed_files, find_files
     from gura_jax.model import load_model
 
     described, files = find_system(system), find_files(inputs)
-    model = load_model(described, weights=_parse_weights(weights), size=size, parallel_by=parallel)
+    model = load_model(
+        described,
+        weights=_parse_weights(weights),
+        size=size,
+        parallel_by=parallel,
+        dtype=dtype,
+        precision=precision,
+    )
     if model.random_members:
         names = ", ".join(model.random_members)
         print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)

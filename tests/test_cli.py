@@ -40,11 +40,10 @@ def gura(checkpoints: Path) -> Run:
         "HF_HUB_CACHE": str(checkpoints / "hub"),
     }
 
-    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name("gura-jax")
-        result = subprocess.run(
-            [program, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-        )
+        command = [program, *map(str, arguments)]
+        result = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=False)
         assert result.returncode == code, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         return result
@@ -185,6 +184,18 @@ def test_a_file_named_in_two_ways_is_one_file(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     found = find_files([Path("x.wav"), tmp_path / "x.wav", Path("a/../x.wav"), Path("a")])
     assert [name for name, _ in found] == ["x.wav", "a/x.wav"]
+
+
+def test_verbose_names_the_shapes(gura: Run, clip: Path, tmp_path: Path) -> None:
+    arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out", "--overwrite")
+    assert "shape 1: compiling for 1 clips of 0.50 s" in gura(*arguments, "-v").stderr
+    assert "compiling" not in gura(*arguments).stderr
+
+
+def test_compilations_are_kept(gura: Run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out", "--overwrite")
+    gura(*arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache" / "gura_jax" / "xla").iterdir())
 
 
 def test_unknown_option_is_misuse(gura: Run) -> None:

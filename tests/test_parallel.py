@@ -17,11 +17,14 @@ from jax.sharding import Mesh
 from gura_jax import Member, Model, System, load_model
 from gura_jax.parallel import (
     BUCKETS_PER_OCTAVE,
+    LIMITS,
+    Batch,
     Compilation,
     Parallel,
     bucket_length,
     compile_batch,
     make_mesh,
+    pack,
     replicated,
 )
 
@@ -314,3 +317,54 @@ def test_every_bucket_of_an_octave() -> None:
     assert {bucket_length(n) for n in range(16_385, 32_769)} == {20_480, 24_576, 28_672, 32_768}
     for n in range(1, EXACT_BUCKETS):
         assert n <= bucket_length(n) <= max(n, math.floor(1.25 * n))
+
+
+# Batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(400, 16_000 * 60), min_size=1, max_size=60),
+    st.integers(1, 64),
+    st.sampled_from([1, 3, 8]),
+)
+def test_every_clip_is_in_one_batch_that_holds_it(lengths: list[int], max_rows: int, devices: int) -> None:
+    batches = pack(lengths, max_rows, devices)
+    assert sorted(i for batch in batches for i in batch.clips) == list(range(len(lengths)))
+    for batch in batches:
+        assert 1 <= len(batch.clips) <= batch.rows <= max(max_rows, devices)
+        assert max(lengths[i] for i in batch.clips) <= batch.samples <= 1.25 * max(lengths[i] for i in batch.clips)
+        assert batch.rows <= devices or batch.rows * batch.samples <= LIMITS["cpu"].batch
+
+
+def test_clips_of_one_length_are_neither_padded_nor_cut_into_odd_batches() -> None:
+    assert pack([12_345] * 5, 16, 1) == [Batch(5, 12_345, (0, 1, 2, 3, 4))]
+    assert pack([16_000] * 20, 16, 1) == [
+        Batch(16, 16_000, tuple(range(16))),
+        Batch(4, 16_000, tuple(range(16, 20))),
+    ]
+
+
+def test_short_clips_share_a_batch_and_long_ones_do_not() -> None:
+    rows = [batch.rows for batch in pack([16_000 * n for n in (30, 20, 1, 1, 1, 1)], 16, 1)]
+    assert rows == [1, 1, 4]
+
+
+def test_packing_costs_no_more_than_one_by_one() -> None:
+    lengths = np.random.default_rng(0).integers(400, 160_000, 100).tolist()
+    overhead = LIMITS["cpu"].overhead
+    packed = sum(batch.rows * batch.samples + overhead for batch in pack(lengths, 16, 1))
+    assert packed < sum(bucket_length(n) + overhead for n in lengths)
+    assert packed < 1.3 * (sum(lengths) + overhead * len(lengths))
+
+
+def test_new_shapes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="gura_jax.parallel")
+    run = compile_batch(summed, Compilation(make_mesh()))
+    params = jax.device_put({"w": np.float32(2.0)}, replicated(make_mesh()))
+    for size in (8, 8, 16):
+        run(params, np.zeros((size, 16_000), np.float32), np.zeros(size, np.int32))
+    assert [record.getMessage() for record in caplog.records] == [
+        "shape 1: compiling for 8 clips of 1.00 s",
+        "shape 2: compiling for 16 clips of 1.00 s",
+    ]

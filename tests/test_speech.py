@@ -20,6 +20,7 @@ from reference import (
     assert_parity,
     encoder,
     padded,
+    precise_jit,
     relative,
     speech,
     torch_states,
@@ -30,17 +31,22 @@ from transformers import HubertConfig, Wav2Vec2Config
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.encoder import frame_mask
 from gura_jax.models.speech import (
+    BLOCKS,
     INT_FIELDS,
     NEUTRAL,
     TUPLE_FIELDS,
+    Blocks,
     SpeechConfig,
     SpeechFrames,
+    attention,
     layer_weights,
     speech_functional,
 )
 
 TORCH_PADDING_FAULT = 1e-3  # PyTorch's group norm over padding is off by percents: far above rounding
 SUM_BOUND = 1e-6  # a running sum of a few states against numpy's in float64
+BLOCK_BOUND = 1e-6  # relative, in blocks against at once: the same sums in another order
+BFLOAT16_BOUND = 0.03  # relative; its numbers have 8 bits
 CLIP = 8000  # samples, half a second: 24 frames
 LENGTHS = (8000, 1234, 3300)
 PADDED = 8900  # so that even the longest clip has padding
@@ -270,6 +276,88 @@ def test_the_layer_mean_holds_one_state_at_a_time() -> None:
     last = temporary_bytes("last")
     assert temporary_bytes("mean") - last <= 2 * state  # the running sum, and slack for how buffers are shared
     assert temporary_bytes("mean", stacked=True) - last > 6 * state  # the measure can tell
+
+
+# Blocks
+
+
+def test_attention_in_blocks_is_attention() -> None:
+    """Of some heads, or of some queries of one head, divided or not: the same as all at once."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 37, 4, 8)), jnp.float32) for _ in range(3))
+    mask = frame_mask(jnp.array([37, 20]), 37)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    for scores in (1 << 20, 3 * 37 * 37 * 4, 37 * 37 * 4, 10 * 37 * 4, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BLOCKS, "cpu", Blocks(64, 1, scores))
+            assert relative(precise_jit(attention)(q, k, v, mask), expected) <= BLOCK_BOUND, scores
+
+
+def test_attention_never_holds_all_scores() -> None:
+    T = 4000
+    shapes = [jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.bool_)]
+    memory = jax.jit(attention).lower(*shapes).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * T * T * 4 / 3
+
+
+@pytest.mark.parametrize("variant", ["hubert base", "hubert large", "other convolutions"])
+def test_features_in_blocks_are_features(variant: str) -> None:
+    """Also where blocks do not divide, some clips end before the last block, and some blocks hold no frame."""
+    model = encoder(variant)
+    audio, lengths = padded(clips(), PADDED, GARBAGE)
+
+    def features(params: Any, audio: Any, lengths: Any) -> Any:
+        return speech_functional(model.config).merge(params).feature_extractor(audio, lengths)
+
+    outputs = []
+    for blocks in (Blocks(1000, 1, 1), Blocks(7, 1, 1), Blocks(7, 4, 1), Blocks(1, 3, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BLOCKS, "cpu", blocks)
+            outputs.append(unoptimised_jit(lambda *x: features(*x))(model.params, audio, lengths))
+    (whole, counts), *others = outputs
+    for x, other_counts in others:
+        np.testing.assert_array_equal(other_counts, counts)
+        for row, expected, count in zip(x, whole, counts, strict=True):
+            assert relative(row[:count], expected[:count]) <= BLOCK_BOUND
+
+
+def test_memory_of_long_clips_grows_linearly() -> None:
+    frames = SpeechFrames(SpeechConfig.from_transformers(VARIANTS["hubert base"]), "mean")
+
+    def temporary(seconds: int) -> int:
+        audio = jax.ShapeDtypeStruct((1, 16_000 * seconds), jnp.float32)
+        shapes = (frames.abstract_params, audio, jax.ShapeDtypeStruct((1,), "i4"))
+        memory = jax.jit(frames.__call__).lower(*shapes).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporary(600) < 2.5 * temporary(300)
+    # Scores of one head would be 3.6 GB; the first convolution's output 123 MB.
+    assert temporary(600) < 100 * 2**20
+
+
+# Precision
+
+
+@pytest.mark.parametrize("variant", ["hubert base", "hubert large", "batch norm"])
+def test_bfloat16(variant: str) -> None:
+    """Close, finite for silence, constants and loud noise, and with its weights in half the space."""
+    model = encoder(variant)
+    signals = [speech(8000, 1), np.zeros(8000, np.float32), np.full(6000, 0.9, np.float32)]
+    signals.append(np.random.default_rng(0).uniform(-10, 10, 8000).astype(np.float32))
+    audio, lengths = padded(signals, 8000)
+    outputs = {}
+    for dtype in ("float32", "bfloat16"):
+        frames = SpeechFrames(model.config, "mean", dtype)
+        params = frames.prepare(jax.tree.map(jnp.asarray, model.params))
+        assert params["encoder.layers.0.attention.q_proj.kernel"].dtype == dtype
+        assert params["encoder.layer_norm.scale"].dtype == jnp.float32
+        outputs[dtype], _ = unoptimised_jit(frames.__call__)(params, audio, lengths)
+        assert outputs[dtype].dtype == jnp.float32
+        assert np.isfinite(outputs[dtype]).all()
+    difference = relative(outputs["bfloat16"][0], outputs["float32"][0])
+    assert 1e-5 < difference < BFLOAT16_BOUND
 
 
 def test_layers_past_the_last_one_that_counts_are_not_computed() -> None:

@@ -68,9 +68,17 @@ class Functional(NamedTuple):
     """Arrays by dotted path -> the module; for use inside a compiled function."""
 
 
+class _OneKey:
+    """Stands in for ``nnx.Rngs`` where only shapes are wanted: its counters make tracing quadratic in the modules."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """Split the module that ``build`` makes, without allocating any of its arrays."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    rngs: Any = _OneKey()
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(rngs)))
     flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(nnx.to_pure_dict(state))
     paths = {".".join(map(str, path)): path for path in flat}
 

@@ -1,0 +1,73 @@
+"""Long clips, whole: time and peak memory of the process by the clip's length, and equality with the plain path.
+
+python benchmarks/long.py [SYSTEM] [--seconds 30 60 600] [--plain 30]
+
+``--plain`` computes that length also with everything at once, as far as memory allows, and prints the distance.
+Ten minutes of fusion_cat_xwc take half an hour on two cores.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import work
+from run import machine
+from torch_recipe import random_weights
+from worker import folders, peak, reset_peak
+
+from gura_jax import load_model
+from gura_jax.models import crepe, speech
+from gura_jax.models.speech import Blocks
+
+HERE = Path(__file__).parent
+EVERYTHING = Blocks(1 << 30, 1, 1 << 50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", nargs="?", default="fusion_cat_xwc", choices=work.CASES)
+    parser.add_argument("--seconds", type=float, nargs="+", default=[30, 60, 600])
+    parser.add_argument("--plain", type=float)
+    parser.add_argument("--weights", type=Path, default=HERE / ".weights")
+    arguments = parser.parse_args()
+    weights = folders(arguments.weights, arguments.system)
+    for encoder, path in weights.items():
+        if not path.exists():
+            random_weights(encoder, path)
+    system = work.CASES[arguments.system]
+    about = machine()
+    print(f"{about['date']}; {about['machine']}; jax {about['versions']['jax']}; {system.name}, float32")
+    names = {member.name: str(weights[str(member.encoder)]) for member in system.members}
+    model = load_model(system, weights=names)
+    print(
+        f"loaded: {resident() / 2**30:.2f} GiB\n\n| seconds | time, s | peak, GiB | frames |\n|---|---|---|---|",
+        flush=True,
+    )
+    for seconds in arguments.seconds:
+        clip = work.voice(seconds, 0)
+        reset_peak()
+        start = time.perf_counter()
+        frames = model.timestamp_embeddings([clip])[0][0]
+        assert np.isfinite(frames).all()
+        taken = time.perf_counter() - start
+        print(f"| {seconds:g} | {taken:.1f} | {peak() / 2**30:.2f} | {frames.shape} |", flush=True)
+    if arguments.plain:
+        clip = work.voice(arguments.plain, 0)
+        frames = model.timestamp_embeddings([clip])[0][0]
+        speech.BLOCKS[jax.default_backend()] = EVERYTHING
+        crepe.FRAMES_AT_ONCE[jax.default_backend()] = 1 << 30
+        plain = load_model(system, weights=names).timestamp_embeddings([clip])[0][0]
+        distance = np.linalg.norm(frames - plain) / np.linalg.norm(plain)
+        print(f"\n{arguments.plain:g} s, in blocks and at once: relative distance {distance:.1e}")
+
+
+def resident() -> int:
+    """Resident memory of this process in bytes."""
+    reset_peak()
+    return peak()
+
+
+if __name__ == "__main__":
+    main()
