@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-full check format clean
+.PHONY: install demo test test-full bench bench-long check format clean
 
 install: .venv/installed
 
@@ -26,6 +26,27 @@ test: install
 # Full-size encoders with random weights: about 12 GB of memory, and minutes.
 test-full: install
 	$(BIN)/python -m pytest -m slow
+
+# Beside PyTorch, with the same weights: an hour or so, 12 GB of memory, 18 GB of disk. Nothing else should run.
+bench: install benchmarks/.flax/installed
+	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu
+	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu-peers --systems fusion_wav2vec2 crepe-tiny \
+		--workloads 4x4 --peers compile bfloat16 flax --flax-path benchmarks/.flax
+	$(BIN)/python benchmarks/choices.py
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/gura-jax convert crepe-full
+	$(BIN)/python benchmarks/startup.py
+
+# Ten minutes of audio through fusion_cat_xwc, whole: half an hour on two cores.
+bench-long: install
+	$(BIN)/python benchmarks/long.py --seconds 30 60 600 --plain 30
+
+# The last transformers with Flax models, beside the one that is installed.
+benchmarks/.flax/installed:
+	$(BIN)/python -m pip install --quiet --no-deps --target benchmarks/.flax \
+		'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

@@ -97,7 +97,8 @@ def main() -> None:
     seconds = statistics.median(each["seconds"] for each in loading)
     peak_bytes = max(each["peak_bytes"] for each in loading)
     print(
-        f"{arguments.system}: {size / 1e9:.2f} GB, read from {'the disk' if cold else 'the page cache'} in {statistics.median(reading):.1f} s; loaded in "
+        f"{arguments.system}: {size / 1e9:.2f} GB, read from {'the disk' if cold else 'the page cache'} in "
+        f"{statistics.median(reading):.1f} s; loaded in "
         f"{seconds:.1f} s ({seconds / statistics.median(reading):.2f} times); peak {peak_bytes / 1e9:.2f} GB, "
         f"of which {loading[0]['before_bytes'] / 1e9:.2f} GB were Python's own: "
         f"{peak_bytes / size:.2f} times the weights; {loading[0]['array_bytes'] / 1e9:.2f} GB on the devices"

@@ -145,16 +145,16 @@ def pack(lengths: Sequence[int], max_rows: int, devices: int) -> list[Batch]:
     sizes = [devices]
     while 2 * sizes[-1] <= max_rows:
         sizes.append(2 * sizes[-1])
-    best: list[tuple[int, int]] = [(0, 0)] * (len(order) + 1)  # cost of the clips from i on, rows of their first batch
+    best: list[tuple[int, int]] = [(0, 0)] * (len(order) + 1)  # cost of the clips from i on, minus their first rows
     for i in reversed(range(len(order))):
         best[i] = min(
-            (rows * padded[i] + limits.overhead + best[min(i + rows, len(order))][0], rows)
+            (rows * padded[i] + limits.overhead + best[min(i + rows, len(order))][0], -rows)
             for rows in sizes
             if rows == devices or rows * padded[i] <= limits.batch
         )
     batches, i = [], 0
     while i < len(order):
-        rows = best[i][1]
+        rows = -best[i][1]
         batches.append(Batch(rows, padded[i], tuple(order[i : i + rows])))
         i += rows
     return batches
