@@ -42,6 +42,8 @@ from gura_jax.models.crepe import (
 
 FRAMING_BOUND = 1e-6  # relative: a mean, a standard deviation and a quotient of 1024 float32
 TONE_CENTS = 25  # a quarter of a semitone: the finest claim that one makes of CREPE on clean tones
+BFLOAT16_BOUND = 0.05  # relative; its numbers have 8 bits
+DTYPES = ("float32", "bfloat16")
 FRAMES = 3  # normalised frames for parity: the full network takes 50 ms for each
 
 capacities = pytest.mark.parametrize("capacity", CAPACITY_MULTIPLIER)
@@ -194,6 +196,16 @@ def test_more_frames_than_one_pass_takes() -> None:
     assert len(long) > crepe.FRAMES_AT_ONCE["cpu"] > len(short)
     first = WINDOW // 2 // 160 + 1  # the first frames of the tail see zeros where the clip has audio
     assert relative(short[first:], long[-len(short) + first :]) <= PADDING_BOUND
+
+
+def test_bfloat16() -> None:
+    """The direct convolutions take it; in the frequency domain all stays float32."""
+    signals = [speech(6000, 1), np.zeros(6000, np.float32), np.full(5000, 0.9, np.float32)]
+    audio, lengths = padded(signals, 6000)
+    exact, half = (embed(CrepeFrames(CrepeConfig("tiny"), 800, False, d), audio, lengths) for d in DTYPES)
+    assert 1e-5 < relative(half[0], exact[0]) < BFLOAT16_BOUND
+    spectral, same = (embed(CrepeFrames(CrepeConfig("tiny"), 800, True, d), audio, lengths) for d in DTYPES)
+    np.testing.assert_array_equal(spectral[0], same[0])
 
 
 @pytest.mark.parametrize("capacity", ["tiny", "full"])

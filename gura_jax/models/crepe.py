@@ -122,7 +122,7 @@ class ConvLayer(nnx.Module):
                 shape.kernel,
                 strides=shape.stride,
                 padding=(shape.padding,),
-                dtype=jnp.float32 if spectral else dtype,
+                dtype=dtype,
                 rngs=rngs,
             )
         self.batch_norm = nnx.BatchNorm(
@@ -144,11 +144,12 @@ class Crepe(nnx.Module):
 
     def __init__(self, capacity: Capacity, spectral: bool, dtype: DType, *, rngs: nnx.Rngs) -> None:
         sizes = [layer.channels * CAPACITY_MULTIPLIER[capacity] for layer in LAYERS]
+        dtype = jnp.dtype(jnp.float32) if spectral else dtype
         self.layers = nnx.List(
             ConvLayer(in_size, size, positions, layer, spectral, dtype, rngs=rngs)
             for in_size, size, positions, layer in zip([1, *sizes], sizes, POSITIONS, LAYERS, strict=False)
         )
-        self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, rngs=rngs)
+        self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, dtype=dtype, rngs=rngs)
 
     def embedding(self, frames: jax.Array) -> jax.Array:
         """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
@@ -161,7 +162,7 @@ class Crepe(nnx.Module):
         """[F, 1024] -> [F, 360] in (0, 1)."""
         x = self.embedding(frames).reshape(len(frames), -1, POSITIONS[-1]).transpose(2, 0, 1)
         x = self.layers[EMBEDDING_LAYERS](x)  # [4, F, C]
-        return jax.nn.sigmoid(self.classifier(x.swapaxes(0, 1).reshape(len(frames), -1)))
+        return jax.nn.sigmoid(self.classifier(x.swapaxes(0, 1).reshape(len(frames), -1)).astype(jnp.float32))
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from gura_jax.models.encoder import (
 
 CONV_NORM_EPS = 1e-5  # PyTorch's default: the feature encoder ignores the config's layer_norm_eps
 BATCH_NORM_EPS = 1e-5  # PyTorch's default, for conv_pos_batch_norm
+QUERIES_AT_ONCE, KEYS_AT_ONCE = 1024, 512  # of a head whose scores do not fit; they do in a core's own cache
 MASKED_SCORE = -1e30  # of attention to what is past a clip's end: its exponential is zero
 
 
@@ -445,7 +446,9 @@ class Attention(nnx.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, exactly, of some heads and queries at a time: never [T, T] for all heads.
+    """Scaled dot-product attention, exactly, of some heads, queries and keys at a time: never [T, T] of all heads.
+
+    Where a head's scores do not fit, its softmax runs over blocks of keys (Milakov and Gimelshein, 2018).
 
     Args:
         q, k, v: [B, T, H, K].
@@ -456,31 +459,43 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     """
     B, T, H, K = q.shape
     q = q * np.asarray(K**-0.5, q.dtype)
-    rows = max(1, blocks().scores // (T * 4))  # of scores, at once
-    heads = max(h for h in range(1, B * H + 1) if B * H % h == 0 and h <= max(1, rows // T))
-    n = -(-heads * T // rows)
-    size = -(-T // n)  # queries in a block
+    limit = blocks().scores // 4  # float32 scores at once
+    size, keys = (T, T) if T * T <= limit else (min(T, QUERIES_AT_ONCE), min(T, KEYS_AT_ONCE))
+    heads = max(h for h in range(1, B * H + 1) if B * H % h == 0 and h <= max(1, limit // (size * keys)))
 
-    def by_head(x: jax.Array) -> jax.Array:
-        return x.transpose(0, 2, 1, 3).reshape(-1, heads, T, K)  # [B * H / heads, heads, T, K]
+    def cut(x: jax.Array, size: int) -> jax.Array:
+        """[B, T, H, ...] -> [B * H / heads, T / size, heads, size, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, -T % size), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(B, -1, size, *x.shape[2:])  # [B, n, size, H, ...]
+        x = jnp.moveaxis(x, 3, 1).reshape(-1, heads, *x.shape[1:3], *x.shape[4:])
+        return x.swapaxes(1, 2)
 
-    def some_heads(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        q = jnp.pad(q, ((0, 0), (0, n * size - T), (0, 0))).reshape(heads, n, size, K)
-        out = jax.lax.map(lambda block: _attend(block, k, v, mask), q.transpose(1, 0, 2, 3))
-        return out.transpose(1, 0, 2, 3).reshape(heads, n * size, K)[:, :T]
+    def some_heads(x: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        queries, *others = x
+        return jax.lax.map(lambda block: _attend(block, *others), queries)
 
-    masks = jnp.repeat(mask, H, axis=0).reshape(-1, heads, T)
-    out = jax.lax.map(lambda x: some_heads(*x), (by_head(q), by_head(k), by_head(v), masks))
-    return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
+    masks = jnp.broadcast_to(mask[:, :, None], (B, T, H))
+    out = jax.lax.map(some_heads, (cut(q, size), cut(k, keys), cut(v, keys), cut(masks, keys)))
+    out = out.swapaxes(1, 2).reshape(B, H, -1, K)[:, :, :T]
+    return out.swapaxes(1, 2)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """[heads, Q, K] scaled queries over keys and values [heads, T, K], softmax in float32: [heads, Q, K]."""
-    scores = jnp.einsum("hqk,htk->hqt", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, :], scores, MASKED_SCORE)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    out = jnp.einsum("hqt,htk->hqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(axis=-1)[:, :, None]).astype(v.dtype)
+    """Scaled queries [h, Q, K] over n blocks of keys and values [n, h, T, K], mask [n, h, T]: [h, Q, K]."""
+
+    def block(carry: tuple[jax.Array, jax.Array, jax.Array], x: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        highest, total, out = carry
+        k, v, mask = x
+        scores = jnp.einsum("hqk,htk->hqt", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, :], scores, MASKED_SCORE)
+        new = jnp.maximum(highest, scores.max(axis=-1))
+        weights, scale = jnp.exp(scores - new[:, :, None]), jnp.exp(highest - new)
+        products = jnp.einsum("hqt,htk->hqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (new, total * scale + weights.sum(axis=-1), out * scale[:, :, None] + products), None
+
+    start = jnp.full(q.shape[:2], MASKED_SCORE, jnp.float32), jnp.zeros(q.shape[:2], jnp.float32)
+    (_, total, out), _ = jax.lax.scan(block, (*start, jnp.zeros(q.shape, jnp.float32)), (k, v, mask))
+    return (out / total[:, :, None]).astype(v.dtype)
 
 
 class FeedForward(nnx.Module):
