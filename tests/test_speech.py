@@ -29,6 +29,7 @@ from reference import (
 from transformers import HubertConfig, Wav2Vec2Config
 
 from gura_jax.errors import SystemConfigError
+from gura_jax.models import speech as speech_module
 from gura_jax.models.encoder import frame_mask
 from gura_jax.models.speech import (
     BLOCKS,
@@ -289,6 +290,8 @@ def test_attention_in_blocks_is_attention() -> None:
     expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
     for scores in (1 << 20, 3 * 37 * 37 * 4, 37 * 37 * 4, 10 * 37 * 4, 1):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(speech_module, "QUERIES_AT_ONCE", 16)
+            patch.setattr(speech_module, "KEYS_AT_ONCE", 10)  # the last blocks are but filling, or past the clip
             patch.setitem(BLOCKS, "cpu", Blocks(64, 1, scores))
             assert relative(precise_jit(attention)(q, k, v, mask), expected) <= BLOCK_BOUND, scores
 
@@ -320,6 +323,28 @@ def test_features_in_blocks_are_features(variant: str) -> None:
         np.testing.assert_array_equal(other_counts, counts)
         for row, expected, count in zip(x, whole, counts, strict=True):
             assert relative(row[:count], expected[:count]) <= BLOCK_BOUND
+
+
+@pytest.mark.parametrize("variant", ["hubert base", "hubert large"])
+def test_gradients_through_blocks_that_hold_no_frame(variant: str) -> None:
+    """Of a short clip in a long batch: neither the mean of nothing nor the softmax of nothing may divide by zero."""
+    model = encoder(variant)
+    frames = SpeechFrames(model.config, "mean")
+    audio, lengths = padded(clips(), PADDED)
+
+    def loss(params: Any, audio: Any) -> jax.Array:
+        x, counts = frames(params, audio, lengths)
+        return jnp.where(frame_mask(counts, x.shape[1])[:, :, None], x, 0.0).sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speech_module, "QUERIES_AT_ONCE", 3)
+        patch.setattr(speech_module, "KEYS_AT_ONCE", 5)
+        gradients = []
+        for blocks in (Blocks(1000, 1, 1 << 30), Blocks(2, 1, 60)):
+            patch.setitem(BLOCKS, "cpu", blocks)
+            gradients.append(unoptimised_jit(jax.grad(lambda *x: loss(*x), argnums=(0, 1)))(model.params, audio))
+    chex.assert_tree_all_finite(gradients)
+    assert relative(gradients[1][1], gradients[0][1]) <= 1e-4
 
 
 def test_memory_of_long_clips_grows_linearly() -> None:

@@ -115,5 +115,5 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     B, T, D = x.shape
     x = jnp.where(mask[:, :, None], x, 0.0)
     x = jnp.pad(x, ((0, 0), (0, -T % SUM_BLOCK), (0, 0))).reshape(B, -1, SUM_BLOCK, D)
-    count = mask.sum(axis=1, dtype=x.dtype)[:, None]
+    count = jnp.maximum(mask.sum(axis=1, dtype=x.dtype), 1.0)[:, None]  # of no frames: zero, with a gradient of zero
     return x.sum(axis=2).sum(axis=1) / count

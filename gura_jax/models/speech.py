@@ -331,16 +331,14 @@ class FeatureExtractor(nnx.Module):
         if not isinstance(first.norm, MaskedGroupNorm):
             return None
         num_frames = (audio.shape[1] - first.kernel) // first.stride + 1
-        counts = (lengths - first.kernel) // first.stride + 1  # [B]
+        counts = jnp.asarray((lengths - first.kernel) // first.stride + 1)  # [B]
 
         def moments(window: jax.Array, clip: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             x = first.conv(window[None, :, None]).astype(jnp.float32)  # [1, F, C]
             mask = (start + jnp.arange(x.shape[1]) < counts[clip])[None, :]
-            count = mask.sum(dtype=x.dtype)
             mean = masked_mean(x, mask)
-            mean = jnp.where(count > 0, mean, 0.0)
             squares = jnp.where(mask[:, :, None], jnp.square(x - mean[:, None, :]), 0.0)
-            return count, mean[0], squares.sum(axis=(0, 1))
+            return mask.sum(dtype=x.dtype), mean[0], squares.sum(axis=(0, 1))
 
         scale = self.hop // first.stride
         count, mean, squares = _in_blocks(moments, audio, num_frames, first.kernel, first.stride, scale)
@@ -460,7 +458,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     B, T, H, K = q.shape
     q = q * np.asarray(K**-0.5, q.dtype)
     limit = blocks().scores // 4  # float32 scores at once
-    size, keys = (T, T) if T * T <= limit else (min(T, QUERIES_AT_ONCE), min(T, KEYS_AT_ONCE))
+    size, keys = (T, T) if limit >= T * T else (min(T, QUERIES_AT_ONCE), min(T, KEYS_AT_ONCE))
     heads = max(h for h in range(1, B * H + 1) if B * H % h == 0 and h <= max(1, limit // (size * keys)))
 
     def cut(x: jax.Array, size: int) -> jax.Array:
