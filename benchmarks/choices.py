@@ -121,6 +121,32 @@ def attention() -> None:
         measure(f"Attention of 16 heads of 64, {clips} x {frames} frames", variants)
 
 
+def long_attention() -> None:
+    frames = 29_999  # ten minutes
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, frames, 1, 64)), jnp.float32) for _ in range(3))
+    mask = frame_mask(jnp.full(1, frames), frames)
+
+    def with_sizes(queries: int, keys: int) -> Callable[..., Any]:
+        def traced(*arguments: Any) -> Any:
+            before = speech.QUERIES_AT_ONCE, speech.KEYS_AT_ONCE
+            speech.QUERIES_AT_ONCE, speech.KEYS_AT_ONCE = queries, keys
+            try:
+                return speech.attention(*arguments)
+            finally:
+                speech.QUERIES_AT_ONCE, speech.KEYS_AT_ONCE = before
+
+        return traced
+
+    variants = {
+        f"{queries} queries x {keys if keys < frames else 'all'} keys{mark}": Variant(
+            with_sizes(queries, keys), (q, k, v, mask)
+        )
+        for queries, keys, mark in ((128, frames, ""), (256, 512, ""), (1024, 512, " (in use)"), (2048, 1024, ""))
+    }
+    measure("Attention of one head of 64, 29999 frames", variants)
+
+
 def transformer() -> None:
     config, params = encoder("hubert-xlarge", 12)
     x, mask = hidden(config, 4, 199)
@@ -199,7 +225,7 @@ def pitch() -> None:
         measure(f"CREPE {capacity}, 4 x 4 s", variants)
 
 
-CHOICES = {f.__name__: f for f in (features, attention, transformer, projections, activation, pitch)}
+CHOICES = {f.__name__: f for f in (features, attention, long_attention, transformer, projections, activation, pitch)}
 
 
 def main() -> None:

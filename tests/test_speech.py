@@ -348,9 +348,10 @@ def test_gradients_through_blocks_that_hold_no_frame(variant: str) -> None:
 
 
 def test_memory_of_long_clips_grows_linearly() -> None:
-    frames = SpeechFrames(SpeechConfig.from_transformers(VARIANTS["hubert base"]), "mean")
 
-    def temporary(seconds: int) -> int:
+    def temporary(seconds: int, layers: int = 3) -> int:
+        config = SpeechConfig.from_transformers(VARIANTS["hubert base"] | {"num_hidden_layers": layers})
+        frames = SpeechFrames(config, "mean")
         audio = jax.ShapeDtypeStruct((1, 16_000 * seconds), jnp.float32)
         shapes = (frames.abstract_params, audio, jax.ShapeDtypeStruct((1,), "i4"))
         memory = jax.jit(frames.__call__).lower(*shapes).compile().memory_analysis()
@@ -358,6 +359,8 @@ def test_memory_of_long_clips_grows_linearly() -> None:
         return memory.temp_size_in_bytes
 
     assert temporary(600) < 2.5 * temporary(300)
+    state = 29_999 * 32 * 4
+    assert temporary(600, layers=9) < temporary(600) + 2 * state  # not one for each layer
     # All scores of one head would be 3.6 GB, and the 17 values of each of 1.9 million frames of the first
     # convolution 123 MB; what there must be is the scores' block, 16 MB, and some arrays [T, 48], 6 MB each.
     assert temporary(600) < 120 * 2**20

@@ -468,12 +468,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
         x = jnp.moveaxis(x, 3, 1).reshape(-1, heads, *x.shape[1:3], *x.shape[4:])
         return x.swapaxes(1, 2)
 
-    def some_heads(x: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        queries, *others = x
-        return jax.lax.map(lambda block: _attend(block, *others), queries)
-
     masks = jnp.broadcast_to(mask[:, :, None], (B, T, H))
-    out = jax.lax.map(some_heads, (cut(q, size), cut(k, keys), cut(v, keys), cut(masks, keys)))
+    queries, *others = cut(q, size), cut(k, keys), cut(v, keys), cut(masks, keys)
+    groups, n = queries.shape[:2]
+
+    def block(i: jax.Array, out: jax.Array) -> jax.Array:
+        group, part = i // n, i % n
+        attended = _attend(out[group, part], *(x[group] for x in others))
+        return jax.lax.dynamic_update_slice(out, attended[None, None], (group, part, *(jnp.zeros_like(i),) * 3))
+
+    # Each block of results takes its queries' place: an array of zeros to fill, as lax.map has, would be made
+    # for every layer at the very start.
+    out = jax.lax.fori_loop(0, groups * n, block, queries)
     out = out.swapaxes(1, 2).reshape(B, H, -1, K)[:, :, :T]
     return out.swapaxes(1, 2)
 
