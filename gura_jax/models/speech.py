@@ -331,7 +331,7 @@ class FeatureExtractor(nnx.Module):
         if not isinstance(first.norm, MaskedGroupNorm):
             return None
         num_frames = (audio.shape[1] - first.kernel) // first.stride + 1
-        counts = jnp.asarray((lengths - first.kernel) // first.stride + 1)  # [B]
+        counts = (lengths - first.kernel) // first.stride + 1  # [B]
 
         def moments(window: jax.Array, clip: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             x = first.conv(window[None, :, None]).astype(jnp.float32)  # [1, F, C]
