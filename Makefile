@@ -38,7 +38,7 @@ bench: install benchmarks/.flax/installed
 	$(BIN)/gura-jax convert crepe-full
 	$(BIN)/python benchmarks/startup.py
 
-# Ten minutes of audio through fusion_cat_xwc, whole: half an hour on two cores.
+# Ten minutes of audio through fusion_cat_xwc, whole: about half an hour on two cores.
 bench-long: install
 	$(BIN)/python benchmarks/long.py --seconds 30 60 600 --plain 30
 
