@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gura_jax.audio import SAMPLE_RATE
-from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, LAYERS, POSITIONS, CrepeConfig
+from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, LAYERS, POSITIONS, WINDOW, CrepeConfig
 from gura_jax.models.speech import SpeechConfig
 from gura_jax.systems import CREPE_HOP, ENCODERS, SYSTEMS, Architecture, Member, System
 
@@ -70,8 +70,12 @@ def _flops(architecture: Architecture, samples: int) -> float:
 def _crepe_flops(config: CrepeConfig, samples: int) -> float:
     multiplier = CAPACITY_MULTIPLIER[config.capacity]
     sizes = [1, *(layer.channels * multiplier for layer in LAYERS)]
-    frame = sum(2 * POSITIONS[i] * LAYERS[i].kernel * sizes[i] * sizes[i + 1] for i in range(EMBEDDING_LAYERS))
-    return frame * (1 + samples // CREPE_HOP)
+    frame, length = 0, WINDOW
+    for layer, positions, in_size, size in zip(LAYERS[:EMBEDDING_LAYERS], POSITIONS, sizes, sizes[1:], strict=False):
+        taps = layer.stride * np.arange(positions)[:, None] - layer.padding[0] + np.arange(layer.kernel)
+        frame += 2 * int(((taps >= 0) & (taps < length)).sum()) * in_size * size  # products with padding are none
+        length = positions // 2
+    return float(frame * (1 + samples // CREPE_HOP))
 
 
 def _speech_flops(config: SpeechConfig, samples: int) -> float:

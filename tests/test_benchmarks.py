@@ -17,7 +17,7 @@ from gura_jax.systems import ENCODERS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # What an audio library, a checkpoint or a data set needs, and an embedding of arrays does not.
-NOT_CORE = ("soundfile", "soxr", "librosa", "torchcrepe", "pyarrow", "orbax", "typer", "tqdm", "torchaudio")
+NOT_CORE = ("soundfile", "soxr", "librosa", "torchcrepe", "pyarrow", "orbax", "typer", "torchaudio")
 FLOPS_BOUND = 0.05  # relative: norms, activations and softmax are not counted
 
 
