@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 
+import gura_jax.convert.parity  # noqa: F401  # pyright: ignore[reportMissingImports] - mends a torchaudio that fails
 from gura_jax.models.crepe import BATCH_NORM_EPS, CAPACITY_MULTIPLIER, LAYERS, MIN_STD, PITCH_BINS, WINDOW, CrepeConfig
 from gura_jax.systems import CREPE_HOP, ENCODERS, System
 

@@ -102,6 +102,8 @@ def load_flax(weights: Mapping[str, Path]) -> tuple[Embed, Any]:
     import jax
     import transformers
 
+    import gura_jax.convert.parity  # noqa: F401  # pyright: ignore[reportMissingImports] - mends a torchaudio that fails
+
     (path,) = weights.values()
     kind: Any = getattr(transformers, FLAX_MODEL)
     model = kind.from_pretrained(path, from_pt=True)
