@@ -1,10 +1,12 @@
 """gura_jax: the fused audio embeddings of NTU-GURA (HEAR 2021) in JAX and Flax."""
 
+from gura_jax.dataset.store import EmbeddingStore
 from gura_jax.errors import (
     AudioError,
     CheckpointError,
     ConversionError,
     GuraError,
+    InputError,
     StoreError,
     SystemConfigError,
 )
@@ -21,9 +23,11 @@ __all__ = [
     "CheckpointError",
     "ClipEmbedding",
     "ConversionError",
+    "EmbeddingStore",
     "Encoder",
     "EncoderEntry",
     "GuraError",
+    "InputError",
     "Member",
     "Model",
     "StoreError",

@@ -1,29 +1,31 @@
 """The command line: ``gura-jax``."""
 
+import contextlib
 import io
 import json
 import logging
-import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import typer
 
 from gura_jax import __version__, checkpoint
-from gura_jax.errors import CheckpointError, DownloadError, GuraError, SystemConfigError
+from gura_jax.audio import MAX_SECONDS, SAMPLE_RATE
+from gura_jax.errors import CheckpointError, DownloadError, GuraError, InputError, SystemConfigError
 from gura_jax.fusion import fused_size
+from gura_jax.parallel import cache_compilations
 from gura_jax.systems import ENCODERS, SYSTEMS, System, encoders, find_system
 
-CACHE_BYTES = 2 << 30  # of compiled programs on disk; the least used go first
 EXIT_FAILED = 1  # nothing, or not what was asked for, was done
 EXIT_SOME_INPUTS_FAILED = 3
 EXIT_NO_DOWNLOAD = 4  # weights are not here, and could not be fetched
 EXIT_INTERRUPTED = 130
+FAILURES_SHOWN = 20
 
 app = typer.Typer(
     help="The fused audio embeddings of NTU-GURA (HEAR 2021) in JAX.",
@@ -51,20 +53,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
-    _cache_compilations()
+    cache_compilations()
     try:
         app()
     except GuraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_NO_DOWNLOAD if isinstance(error, DownloadError) else EXIT_FAILED)
-
-
-def _cache_compilations() -> None:
-    """Keep what XLA compiles from one run to the next; ``JAX_COMPILATION_CACHE_DIR`` says where, empty: nowhere."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(checkpoint.cache_folder() / "xla"))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _version(wanted: bool) -> None:
@@ -216,13 +210,50 @@ def _convert_one(spec: str, name: str, architecture: str | None) -> Any:
 
 @app.command()
 def embed(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Audio files, and folders of them.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Audio files, folders of them, glob patterns, manifests (CSV, JSON Lines or Parquet with the columns "
+            "id and path, perhaps offset and duration in seconds, and any others), folders of HEAR tasks.",
+        ),
+    ],
     system: SystemOption,
-    out: Annotated[Path, typer.Option(help="Folder to write the embeddings to.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the embeddings to, or to go on in.")],
     timestamps: Annotated[bool, typer.Option("--timestamps", help="Write timestamp embeddings (frames) too.")] = False,
     weights: WeightsOption = None,
     size: SizeOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace embeddings that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete embeddings that are there.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the clips again that failed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and do nothing.")] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="What a manifest's paths are relative to.", show_default="its folder")
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Allow paths and links that lead out of the root or folder.")
+    ] = False,
+    window: Annotated[
+        float | None, typer.Option(help="Cut longer clips into windows of so many seconds, each with its own row.")
+    ] = None,
+    max_duration: Annotated[
+        float, typer.Option(help="Refuse clips of more seconds (with --window, after they are cut).")
+    ] = MAX_SECONDS,
+    storage: Annotated[Literal["float32", "float16"], typer.Option(help="Of the numbers on disk.")] = "float32",
+    shard_hours: Annotated[
+        float, typer.Option(help="Hours of audio in a shard at most: what is lost when a job is killed.")
+    ] = 1.0,
+    batch_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of audio computed at once.", show_default="to suit the devices")
+    ] = None,
+    num_shards: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the work.", show_default="from jax.distributed or Slurm, else 1"),
+    ] = None,
+    shard_index: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="ray: on all hosts of a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster.", show_default="RAY_ADDRESS, else this machine")
+    ] = None,
     parallel: Annotated[Literal["jit", "pmap"], typer.Option(help="How to use several devices.")] = "jit",
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of convolutions and matrix products.")
@@ -232,40 +263,139 @@ def embed(
     ] = "highest",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name the batch shapes that are compiled.")] = False,
 ) -> None:
-    """Embed audio files: one scene embedding a file, and frames with --timestamps."""
+    """Embed a collection: a scene embedding a clip, and frames with --timestamps.
+
+    Run again with the same arguments, it goes on where it stopped. Exit code 3: some clips failed.
+    """
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("gura_jax").setLevel(logging.INFO)
-    from gura_jax.dataset.embed import embed_files, find_files
+    from gura_jax.dataset import ray_engine, workers
+    from gura_jax.dataset.manifest import read_inputs
+    from gura_jax.dataset.run import Settings, open_run
     from gura_jax.model import load_model
 
-    described, files = find_system(system), find_files(inputs)
-    model = load_model(
-        described,
-        weights=_parse_weights(weights),
-        size=size,
-        parallel_by=parallel,
-        dtype=dtype,
-        precision=precision,
-    )
-    if model.random_members:
-        names = ", ".join(model.random_members)
-        print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
-    try:
-        summary = embed_files(model, files, out, timestamps=timestamps, overwrite=overwrite)
-    except KeyboardInterrupt:
-        print(f"interrupted: what was finished is in {out}, marked as not complete in run.json", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    sizes = f"scenes of {model.scene_embedding_size}"
-    if timestamps:
-        sizes += f", frames of {model.timestamp_embedding_size}"
-    if summary.clips:
-        print(f"{summary.clips} clips, {summary.seconds:.1f} s of audio, by {described.name} ({sizes}) -> {out}")
+    described = find_system(system)
+    settings = Settings(timestamps, storage, window, max_duration, shard_hours, batch_seconds)
+    arguments: dict[str, Any] = {
+        "system": described,
+        "weights": _parse_weights(weights),
+        "size": size,
+        "parallel_by": parallel,
+        "dtype": dtype,
+        "precision": precision,
+    }
+    if engine == "ray" and (num_shards is not None or shard_index is not None):
+        raise InputError("--engine ray hands out the shards by itself: --num-shards and --shard-index are of no use")
+    worker = workers.this_worker(shard_index, num_shards)
+    if worker.total > 1 and engine == "local" and (overwrite or retry_failed):
+        raise InputError(
+            f"--overwrite and --retry-failed are for one process, found {worker.total} (by {worker.found}): "
+            "run it alone, or with --engine ray"
+        )
+    clips = read_inputs(inputs, root=root, allow_outside=allow_outside)
+    if dry_run:
+        _print_plan(clips, described, size, settings)
+        return
+    with _interruptible():
+        try:
+            if engine == "ray":
+                summary = ray_engine.work_with_ray(
+                    arguments, clips, out, settings, address=address, overwrite=overwrite, retry_failed=retry_failed
+                )
+            else:
+                model = load_model(**arguments)
+                if model.random_members:
+                    names = ", ".join(model.random_members)
+                    print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
+                run = open_run(model, clips, out, settings, overwrite=overwrite, retry_failed=retry_failed)
+                summary = workers.work(run, worker)
+        except KeyboardInterrupt as interruption:
+            print(
+                f"interrupted: the shards that were finished are safe in {out}; run the same command again (without "
+                "--overwrite) to go on",
+                file=sys.stderr,
+            )
+            code = interruption.args[0] if interruption.args else EXIT_INTERRUPTED
+            raise typer.Exit(code) from None
+    _print_summary(summary, out, worker)
     if summary.failed:
-        print(f"{len(summary.failed)} inputs failed:", file=sys.stderr)
-        for failure in summary.failed:
-            print(f"  {failure.path}: {failure.reason}", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_INPUTS_FAILED)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A scheduler's SIGTERM ends a run as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(128 + number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_plan(clips: Any, system: System, size: Literal["tiny"] | None, settings: Any) -> None:
+    from gura_jax.dataset.run import plan_table, summarise
+    from gura_jax.model import outline
+
+    model = outline(system, size=size)
+    table = plan_table(model, clips, settings)
+    plan = summarise(model, settings, table)
+    print(
+        f"clips      {plan.clips}, of which {plan.unreadable} cannot be read\n"
+        f"audio      {plan.hours:.2f} hours\n"
+        f"buckets    {len(plan.buckets)}: {', '.join(f'{seconds:.2f}' for seconds in plan.buckets)} s\n"
+        f"batches    {plan.batches}\n"
+        f"padding    {100 * plan.padding:.1f} % of what is computed\n"
+        f"shards     {plan.shards}\n"
+        f"output     {plan.bytes / 1e6:.1f} MB"
+    )
+    for row in table.filter(table["problem"].is_valid()).select(["path", "problem"]).to_pylist():
+        print(f"  {row['path']}: {row['problem']}", file=sys.stderr)
+
+
+def _print_summary(summary: Any, out: Path, worker: Any) -> None:
+    done = summary.done
+    print(
+        f"{done.clips} clips, {done.samples / SAMPLE_RATE:.1f} s of audio ({summary.rates['clips_per_second']:.1f} "
+        f"clips/s, {summary.rates['audio_hours_per_hour']:.0f} h of audio/h) -> {out}"
+    )
+    if summary.before:
+        print(f"{summary.before} of {summary.shards} shards were there already")
+    if worker.total > 1:
+        print(f"this was process {worker.number} of {worker.total} (by {worker.found})")
+    if summary.left:
+        print(f"{summary.left} shards of the run are not finished: other processes have them, or will")
+    if summary.failed:
+        print(f"{len(summary.failed)} clips failed; see {out / 'failed.csv'}, or --retry-failed:", file=sys.stderr)
+        for failure in summary.failed[:FAILURES_SHOWN]:
+            print(f"  {failure.path}: {failure.reason}", file=sys.stderr)
+        if len(summary.failed) > FAILURES_SHOWN:
+            print(f"  and {len(summary.failed) - FAILURES_SHOWN} more", file=sys.stderr)
+
+
+@app.command()
+def export(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that embed wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],
+    form: Annotated[
+        Literal["datasets", "hear"],
+        typer.Option(
+            "--format", help="datasets: Parquet for Hugging Face datasets; hear: .npy as HEAR's kit has them."
+        ),
+    ],
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Frames: beside the scenes (datasets), or in their place (hear).")
+    ] = False,
+) -> None:
+    """Write stored embeddings in the formats of other tools."""
+    from gura_jax.dataset.export import export as export_store
+    from gura_jax.dataset.store import EmbeddingStore
+
+    print(f"{export_store(EmbeddingStore(store), out, form, timestamps=timestamps)} clips -> {out}")
 
 
 @app.command()

@@ -29,5 +29,9 @@ class DownloadError(ConversionError):
     """PyTorch weights that cannot be downloaded: no network, or a server that fails."""
 
 
+class InputError(GuraError, ValueError):
+    """A manifest, a folder or a path that does not say which clips to embed."""
+
+
 class StoreError(GuraError):
     """An output folder that cannot be written, or stored embeddings that cannot be read."""

@@ -212,11 +212,17 @@ class Model:
     def timestamps(self, samples: int) -> np.ndarray:
         """Times [T] of a clip's frames, in milliseconds: the centre of what each frame's convolutions see."""
         if self.fusion.combination == "interleave_time":  # the frames of all members in turn, spread evenly
-            total = PAPER_FRAMES * len(self.fusion.members)
+            total = self.num_frames(samples)
             return (np.arange(total) + 0.5) * (samples / total) * (1000 / SAMPLE_RATE)
         first = self.fusion.members[0].encoder
-        counts = 1 + (samples - first.min_samples) // first.hop
-        return (first.offset + first.hop * np.arange(counts)) * (1000 / SAMPLE_RATE)
+        return (first.offset + first.hop * np.arange(self.num_frames(samples))) * (1000 / SAMPLE_RATE)
+
+    def num_frames(self, samples: int) -> int:
+        """T, the number of a clip's frames."""
+        if self.fusion.combination == "interleave_time":
+            return PAPER_FRAMES * len(self.fusion.members)
+        first = self.fusion.members[0].encoder
+        return 1 + (samples - first.min_samples) // first.hop
 
     def _member(self, kind: type[Any], name: str | None) -> tuple[str, Any]:
         members = {m.name: m.encoder for m in self.fusion.members if isinstance(m.encoder, kind)}
@@ -353,6 +359,25 @@ def load_model(
     return Model(described, fusion, params, sources, parallel.Compilation(mesh, parallel_by, precision), dtype)
 
 
+def outline(system: str | Path | System, *, size: Literal["tiny"] | None = None) -> Model:
+    """A model without weights, for its sizes alone: nothing is loaded, and it embeds nothing.
+
+    Raises:
+        SystemConfigError: an unknown system, member or encoder.
+    """
+    described = find_system(system)
+    members = []
+    for member in described.members:
+        if isinstance(member.encoder, str):
+            architecture = find_encoder(member.encoder)[1]
+            both = encoders(tiny(architecture) if size == "tiny" else architecture, member.layers, "float32")
+        else:
+            both = member.encoder, member.encoder
+        members.append(FusedMember(member.name, *both))
+    fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
+    return Model(described, fusion, {}, {}, parallel.Compilation(parallel.make_mesh()))
+
+
 PROTOCOL = ("feature_size", "hop", "offset", "min_samples", "__call__")
 
 
@@ -379,14 +404,13 @@ def _load_member(
             jax.device_put(getattr(member.encoder, "params", {}), sharding),
             {"source": f"given as {type(member.encoder).__qualname__}"},
         )
-    home, architecture = find_encoder(member.encoder)
-    if size == "tiny" and tiny(architecture) != architecture:
-        if weights != "random":
-            raise SystemConfigError(
-                f"member {member.name!r}: size='tiny' has random weights only: pass weights='random' "
-                "(--weights random on the command line)"
-            )
-        architecture = tiny(architecture)
+    home, full = find_encoder(member.encoder)
+    architecture = tiny(full) if size == "tiny" else full
+    if architecture != full and weights != "random":
+        raise SystemConfigError(
+            f"member {member.name!r}: size='tiny' has random weights only: pass weights='random' "
+            "(--weights random on the command line)"
+        )
     both = encoders(architecture, member.layers, dtype)
     if weights == "random":
         params = jax.device_put(both[0].random_params(seed), sharding)

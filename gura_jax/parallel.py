@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gura_jax.audio import SAMPLE_RATE
+from gura_jax.checkpoint import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ BatchFunction = Callable[[Any, Any, Any], Any]
 
 Precision = Literal["highest", "default"]
 PRECISION: Precision = "highest"  # of float32 matrix products: the default is TF32 on GPU and bfloat16 on TPU
+CACHE_BYTES = 2 << 30  # of compiled programs on disk; the least used go first
 BUCKETS_PER_OCTAVE = 4  # clip lengths are padded by 12 % on average, 25 % at most
 
 
@@ -31,6 +34,14 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The placement of weights: a copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def cache_compilations() -> None:
+    """Keep what XLA compiles from one run to the next; ``JAX_COMPILATION_CACHE_DIR`` says where, empty: nowhere."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Compilation(NamedTuple):

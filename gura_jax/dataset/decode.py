@@ -1,0 +1,88 @@
+"""Clips from files, in threads: their lengths before the plan, their samples ahead of the devices."""
+
+import collections
+import os
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from gura_jax.audio import load_segments, probe_audio
+from gura_jax.dataset.manifest import decoded
+from gura_jax.errors import AudioError
+
+PROBE_THREADS = 16  # they wait for disks and networks, and compute little
+BATCHES_AHEAD = 2  # decoded before the devices ask for them: memory does not grow with the queue
+
+
+class Clip(NamedTuple):
+    """Where a clip is: see :mod:`gura_jax.dataset.manifest`."""
+
+    path: str
+    offset: float
+    duration: float | None
+
+
+def decode_threads() -> int:
+    """As many as there are cores, up to 16: a file at a time each."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def probe(clips: Sequence[Clip], max_seconds: float) -> list[int | str]:
+    """The length of each clip in samples at 16 kHz, or why it has none."""
+
+    def one(clip: Clip) -> int | str:
+        try:
+            return probe_audio(decoded(clip.path), clip.offset, clip.duration, max_seconds=max_seconds)
+        except AudioError as error:
+            return reason(error, clip.path)
+
+    with ThreadPoolExecutor(PROBE_THREADS) as threads:
+        return list(threads.map(one, clips, chunksize=64))
+
+
+def reason(error: AudioError, path: str) -> str:
+    """What an error says beside the path."""
+    return str(error).removeprefix(f"{decoded(path)}: ")
+
+
+def decode_ahead(
+    batches: Iterable[Sequence[Clip]], max_seconds: float
+) -> Generator[list[np.ndarray | AudioError], None, None]:
+    """Decode batches of clips, :data:`BATCHES_AHEAD` of the one that is asked for."""
+    batches = iter(batches)
+    waiting: collections.deque[_Decoding] = collections.deque()
+    with ThreadPoolExecutor(decode_threads(), thread_name_prefix="decode") as threads:
+        try:
+            while True:
+                while len(waiting) <= BATCHES_AHEAD and (clips := next(batches, None)) is not None:
+                    waiting.append(_Decoding(clips, threads, max_seconds))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Decoding:
+    """A batch on its way: clips of one file are decoded in one pass, in order of time."""
+
+    def __init__(self, clips: Sequence[Clip], threads: ThreadPoolExecutor, max_seconds: float) -> None:
+        files: dict[str, list[int]] = {}
+        for i, clip in enumerate(clips):
+            files.setdefault(clip.path, []).append(i)
+        self.size = len(clips)
+        self.files: list[tuple[list[int], Future[list[np.ndarray | AudioError]]]] = []
+        for path, rows in files.items():
+            rows.sort(key=lambda i: clips[i].offset)
+            segments = [(clips[i].offset, clips[i].duration) for i in rows]
+            self.files.append((rows, threads.submit(load_segments, decoded(path), segments, max_seconds=max_seconds)))
+
+    def result(self) -> list[np.ndarray | AudioError]:
+        """The clips, in the batch's order."""
+        out: list[np.ndarray | AudioError] = [np.zeros(0, np.float32)] * self.size
+        for rows, future in self.files:
+            for row, clip in zip(rows, future.result(), strict=True):
+                out[row] = clip
+        return out

@@ -1,0 +1,156 @@
+"""The plan of a run: which clips make a batch, and which batches a shard. Pure; depends on nothing but its arguments.
+
+Clips are sorted by length, the longest first, and cut into batches from one end to the other, each padded to the length
+of its bucket. So the padding is little, the shapes to compile are few, and what memory cannot hold shows at once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_BUCKETS = 48  # each is a shape to compile
+PADDING = 0.035  # of all samples: buckets are as few as keep to it; the last batches of each add a little
+CANDIDATES = 512  # lengths that a bucket may end at
+MAX_ROWS = 256  # clips in a batch
+
+
+class PlannedBatch(NamedTuple):
+    """Clips ``start`` to ``stop`` of the plan's order, in ``rows`` rows of ``samples`` samples."""
+
+    start: int
+    stop: int
+    rows: int
+    samples: int
+
+
+class PlannedShard(NamedTuple):
+    """Clips ``start`` to ``stop`` of the plan's order, in these batches; those in none cannot be read."""
+
+    start: int
+    stop: int
+    batches: tuple[PlannedBatch, ...]
+
+
+class ShardLimits(NamedTuple):
+    """What a shard holds at most, but for one batch that is more by itself."""
+
+    clips: int
+    samples: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Clips in ``order`` (indices into the input), with their ``lengths`` in samples, and the shards.
+
+    A clip of length 0 cannot be read: such clips come last, in no batch.
+    """
+
+    order: np.ndarray  # [n] int64
+    lengths: np.ndarray  # [n] int64, in that order
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def batches(self) -> list[PlannedBatch]:
+        """All batches, in order."""
+        return [batch for shard in self.shards for batch in shard.batches]
+
+    @property
+    def buckets(self) -> list[int]:
+        """The lengths that batches are padded to, in samples, the longest first."""
+        return list(dict.fromkeys(batch.samples for batch in self.batches))
+
+    @property
+    def padding(self) -> float:
+        """The share of computed samples that belong to no clip."""
+        computed = sum(batch.rows * batch.samples for batch in self.batches)
+        return 1 - int(self.lengths.sum()) / computed if computed else 0.0
+
+
+def make_plan(
+    lengths: Sequence[int] | np.ndarray, clip_bytes: np.ndarray, batch_samples: int, limits: ShardLimits
+) -> Plan:
+    """Plan the batches and shards of clips.
+
+    Args:
+        lengths: [n], in samples; 0 for a clip that cannot be read.
+        clip_bytes: [n], what is stored of each.
+        batch_samples: computed at once, but for one longer clip.
+        limits: of a shard.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    readable = int(np.count_nonzero(ordered))
+    buckets = bucket_lengths(ordered[:readable])
+    batches: list[PlannedBatch] = []
+    start = 0
+    while start < readable:
+        samples = int(buckets[np.searchsorted(buckets, ordered[start])])
+        rows = max(1, min(MAX_ROWS, batch_samples // samples))
+        stop = min(start + rows, readable)
+        batches.append(PlannedBatch(start, stop, min(rows, readable - start), samples))
+        start = stop
+    return Plan(order, ordered, _shards(batches, len(lengths), ordered, np.asarray(clip_bytes)[order], limits))
+
+
+def _shards(
+    batches: list[PlannedBatch], total: int, lengths: np.ndarray, sizes: np.ndarray, limits: ShardLimits
+) -> tuple[PlannedShard, ...]:
+    """Cut between batches; clips that cannot be read belong to the last shard."""
+    shards: list[list[PlannedBatch]] = []
+    held = [0, 0, 0]
+    for batch in batches:
+        span = slice(batch.start, batch.stop)
+        more = [batch.stop - batch.start, int(lengths[span].sum()), int(sizes[span].sum())]
+        if not shards or any(h + m > limit for h, m, limit in zip(held, more, limits, strict=True)):
+            shards.append([])
+            held = [0, 0, 0]
+        shards[-1].append(batch)
+        held = [h + m for h, m in zip(held, more, strict=True)]
+    if not shards:
+        return (PlannedShard(0, total, ()),) if total else ()
+    ends = [shard[-1].stop for shard in shards[:-1]] + [total]
+    starts = [0, *ends[:-1]]
+    return tuple(PlannedShard(a, b, tuple(shard)) for a, b, shard in zip(starts, ends, shards, strict=True))
+
+
+def bucket_lengths(lengths: np.ndarray) -> np.ndarray:
+    """The lengths to pad to, ascending: as few as keep the padding under :data:`PADDING`, the best of that number.
+
+    Each is the length of a clip, so that clips of one length are not padded at all.
+
+    Args:
+        lengths: [n] in samples, over 0, in any order.
+    """
+    if not len(lengths):
+        return np.zeros(0, np.int64)
+    values, counts = np.unique(lengths, return_counts=True)
+    if len(values) > CANDIDATES:  # neighbours share a candidate; each has as many clips or as large a step
+        share = np.cumsum(counts) / counts.sum() + (np.log(values) - math.log(values[0])) / math.log(
+            values[-1] / values[0]
+        )
+        group = np.minimum((share * CANDIDATES / 2).astype(np.int64), CANDIDATES - 1)
+        last = np.flatnonzero(np.append(np.diff(group) > 0, True))
+    else:
+        last = np.arange(len(values))
+    tops = values[last]
+    clips = np.concatenate([[0], np.cumsum(counts)[last]])
+    samples = np.concatenate([[0], np.cumsum(counts * values)[last]])
+    # cost[j, i]: padding of the candidates j to i - 1 in a bucket that ends at the last of them
+    cost = tops[None, :] * (clips[None, 1:] - clips[:-1, None]) - (samples[None, 1:] - samples[:-1, None])
+    cost = np.where(np.tri(len(tops), dtype=bool).T, cost, np.iinfo(np.int64).max // 4)
+    best = cost[0]  # with one bucket, of the first i + 1 candidates
+    choices: list[np.ndarray] = []
+    allowed = PADDING / (1 - PADDING) * samples[-1]
+    while best[-1] > allowed and len(choices) + 1 < min(MAX_BUCKETS, len(tops)):
+        through = best[:-1, None] + cost[1:]  # the last bucket starts at candidate j + 1
+        choices.append(np.argmin(through, axis=0))
+        best = np.minimum(through.min(axis=0), np.iinfo(np.int64).max // 4)
+    ends = [len(tops) - 1]
+    for choice in reversed(choices):
+        ends.append(int(choice[ends[-1]]))
+    return tops[sorted(set(ends))]

@@ -1,0 +1,179 @@
+"""A run on a Ray cluster: a worker a host, shards handed out one by one, and the dead replaced.
+
+Ray starts a worker that died again; until it is back, the others do its shards. All write into one folder, which every
+host has to see.
+"""
+
+import collections
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gura_jax.dataset.progress import Progress
+from gura_jax.dataset.run import Done, Run, Settings, open_run
+from gura_jax.dataset.workers import Summary, finish_folder
+from gura_jax.errors import GuraError, InputError, StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ATTEMPTS = 3  # at a shard whose workers die: after that the shard, not the worker, is at fault
+CONNECT_SECONDS = 10.0  # to wait for a cluster's answer
+ACCELERATORS = ("GPU", "TPU")  # as Ray names them
+_PASSED_ON = ("GURA_JAX_", "JAX_", "XLA_", "XDG_CACHE_HOME")  # environment variables
+
+
+class _Worker:
+    """Runs on a host of the cluster, with all its accelerators."""
+
+    def __init__(
+        self, model: Mapping[str, Any], clips: "pa.Table", folder: Path, settings: Settings, working_folder: str
+    ) -> None:
+        from gura_jax.model import load_model
+        from gura_jax.parallel import cache_compilations
+
+        os.chdir(working_folder)
+        cache_compilations()
+        self.model = load_model(**model)
+        self.clips, self.folder, self.settings = clips, folder, settings
+        self._run: Run | None = None
+
+    def ready(self) -> None:
+        """Answer when the model is loaded."""
+
+    def begin(self, overwrite: bool, retry_failed: bool) -> tuple[dict[int, Done], list[int]]:
+        """Open the run for all: what its shards hold, and those to do."""
+        self._run = open_run(
+            self.model, self.clips, self.folder, self.settings, overwrite=overwrite, retry_failed=retry_failed
+        )
+        return {number: self._run.size(number) for number in self._run.shards}, self._run.pending()
+
+    def embed(self, number: int) -> Done:
+        """Embed a shard."""
+        # A worker that was started again opens the run that is there: it never overwrites.
+        self._run = self._run or open_run(self.model, self.clips, self.folder, self.settings)
+        (record,) = self._run.embed_shards([number])
+        return Done(record.clips, record.samples, len(record.failed))
+
+
+def work_with_ray(
+    model: Mapping[str, Any],
+    clips: "pa.Table",
+    folder: Path,
+    settings: Settings,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+) -> Summary:
+    """Embed a collection on all hosts of a Ray cluster.
+
+    Args:
+        model: arguments of :func:`gura_jax.load_model`, for each worker.
+        clips, folder, settings, overwrite, retry_failed: as in :func:`gura_jax.dataset.run.open_run`.
+        address: of the cluster; by default that of ``RAY_ADDRESS``, or else a cluster of this machine alone.
+
+    Raises:
+        InputError: Ray is missing, or no cluster answers.
+        GuraError: what a worker raises when it loads the model or opens the run; a shard that cannot be written.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    except ModuleNotFoundError:
+        raise InputError("--engine ray: expected Ray, found none: pip install 'gura-jax[ray]'") from None
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    if match := re.fullmatch(r"\[?(?P<host>[^/]+?)\]?:(?P<port>\d+)", address or ""):
+        try:  # Ray itself would wait for many minutes
+            socket.create_connection((match["host"], int(match["port"])), CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--engine ray: expected a cluster at {address}, found: {error}") from None
+    variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--engine ray: expected a cluster at {address or 'this machine'}, found: {reason}") from None
+    try:
+        table = ray.put(clips)
+        kind = ray.remote(max_restarts=-1)(_Worker)
+        actors = []
+        for node in ray.nodes():
+            if not node["Alive"]:
+                continue
+            resources = {name: node["Resources"][name] for name in ACCELERATORS if name in node["Resources"]}
+            options: dict[str, Any] = {
+                "num_cpus": 1,
+                "num_gpus": resources.pop("GPU", 0),
+                "resources": resources,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+            }
+            actors.append(kind.options(**options).remote(model, table, folder, settings, os.getcwd()))
+        try:
+            sizes, pending = ray.get(actors[0].begin.remote(overwrite, retry_failed))
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayActorError as error:
+            raise _died(error) from None
+
+        queue = collections.deque(pending)
+        attempts: collections.Counter[int] = collections.Counter()
+        todo = set(pending)
+        ready = [actor.ready.options(max_task_retries=-1) for actor in actors]
+        waiting = {ready[i].remote(): (i, -1) for i in range(len(actors))}  # what is asked of which worker
+        before = Done(*(sum(size[i] for number, size in sizes.items() if number not in todo) for i in range(3)))
+        before = before._replace(clips=before.clips - before.failed)
+        clip_count, samples = (sum(size[i] for size in sizes.values()) for i in range(2))
+        idle: list[int] = []
+        given_up: list[int] = []
+        with Progress(f"{len(actors)} workers", clip_count, samples, before) as progress:
+            while todo:
+                while queue and idle:
+                    number, i = queue.popleft(), idle.pop()
+                    waiting[actors[i].embed.remote(number)] = i, number
+                (answered, *_), _ = ray.wait(list(waiting), num_returns=1)
+                i, number = waiting.pop(answered)
+                try:
+                    done = ray.get(answered)
+                except RayTaskError as error:
+                    raise _cause(error) from None
+                except RayActorError as error:
+                    if number < 0:
+                        raise _died(error) from None
+                    attempts[number] += 1
+                    if attempts[number] < ATTEMPTS:
+                        queue.append(number)
+                    else:
+                        todo.remove(number)
+                        given_up.append(number)
+                    waiting[ready[i].remote()] = i, -1
+                    continue
+                idle.append(i)
+                if number >= 0:
+                    todo.remove(number)
+                    progress(done)
+        if given_up:
+            raise StoreError(
+                f"{folder}: shards {', '.join(map(str, given_up))} ended each of {ATTEMPTS} workers that tried them, "
+                "as when memory runs out: see --batch-seconds and --window, and run again"
+            )
+        new = Done(*(a - b for a, b in zip(progress.done, before, strict=True)))
+        return finish_folder(folder, sorted(sizes), len(sizes) - len(pending), new, progress.rates())
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: Any) -> Exception:
+    """A worker's own error, if it is one for the user."""
+    return error.cause if isinstance(error.cause, GuraError) else error
+
+
+def _died(error: Exception) -> GuraError:
+    reason = str(error).strip().splitlines()
+    return InputError(f"--engine ray: a worker could not start: {reason[-1] if reason else error!r}")

@@ -1,0 +1,109 @@
+"""Which shards are this process's, and the loop of a process."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gura_jax.dataset import store
+from gura_jax.dataset.progress import Progress
+from gura_jax.dataset.run import Done, Run
+from gura_jax.dataset.store import Failure
+from gura_jax.errors import InputError
+
+
+class Worker(NamedTuple):
+    """Process ``number`` (from 0) of ``total`` that share a run; ``found`` says where that is from."""
+
+    number: int
+    total: int
+    found: str
+
+    def share(self, shards: Sequence[int]) -> list[int]:
+        """Its shards: every ``total``-th, as they go from long clips to short ones."""
+        return list(shards[self.number :: self.total])
+
+
+# Where schedulers say which of how many processes this is: index, count, and the lowest index.
+# A job's batch script has SLURM_PROCID too, but is not a task of a step: it has no SLURM_STEP_NUM_TASKS.
+_SCHEDULERS = (
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", None),
+)
+
+
+def this_worker(
+    index: int | None = None, count: int | None = None, environment: Mapping[str, str] | None = None
+) -> Worker:
+    """Which of how many processes this is: as given, else by ``jax.distributed``, else by Slurm; else the only one.
+
+    Raises:
+        InputError: one of both numbers is missing, or they make no sense.
+    """
+    environment = os.environ if environment is None else environment
+    if index is not None or count is not None:
+        if index is None or count is None or not 0 <= index < count:
+            raise InputError(
+                "expected --num-shards N together with --shard-index from 0 to N - 1, found "
+                f"--num-shards {count} and --shard-index {index}"
+            )
+        return Worker(index, count, "--shard-index")
+    import jax
+
+    if jax.distributed.is_initialized():
+        return Worker(jax.process_index(), jax.process_count(), "jax.distributed")
+    for name, total, lowest in _SCHEDULERS:
+        if name in environment and total in environment:
+            try:
+                first = int(environment.get(lowest, "0")) if lowest else 0
+                worker = Worker(int(environment[name]) - first, int(environment[total]), name)
+            except ValueError:
+                worker = Worker(-1, 0, name)
+            if not 0 <= worker.number < worker.total:
+                raise InputError(
+                    f"expected {name} from 0 to {total} - 1 (less {lowest or 0}), found {environment[name]} of "
+                    f"{environment[total]}: give --shard-index and --num-shards"
+                )
+            return worker
+    return Worker(0, 1, "the only process")
+
+
+class Summary(NamedTuple):
+    """How a run ended, for this process and in all."""
+
+    done: Done  # by this process, now
+    before: int  # shards of this process that were there already
+    shards: int  # of this process
+    left: int  # shards of the run that no process has finished
+    failed: list[Failure]  # in all shards that are finished
+    rates: Mapping[str, float]
+
+
+def work(run: Run, worker: Worker) -> Summary:
+    """Embed this process's shards, with progress on standard error."""
+    mine = worker.share(run.shards)
+    pending = run.pending(mine)
+    sizes = {number: run.size(number) for number in mine}
+    before = Done(*(sum(sizes[n][i] for n in mine if n not in set(pending)) for i in range(3)))
+    before = before._replace(clips=before.clips - before.failed)
+    with Progress(
+        run.model.system.name, sum(s.clips for s in sizes.values()), sum(s.samples for s in sizes.values()), before
+    ) as progress:
+        for _ in run.embed_shards(pending, progress):
+            pass
+    done = Done(*(a - b for a, b in zip(progress.done, before, strict=True)))
+    return finish_folder(run.folder, mine, len(mine) - len(pending), done, progress.rates(), run.shards)
+
+
+def finish_folder(
+    folder: Path,
+    mine: Sequence[int],
+    before: int,
+    done: Done,
+    rates: Mapping[str, float],
+    shards: Sequence[int] | None = None,
+) -> Summary:
+    """Write ``failed.csv``, and sum up; ``shards`` are all of the run, by default ``mine``."""
+    failed = store.write_failed(folder)
+    left = len(set(mine if shards is None else shards) - set(store.shard_numbers(folder)))
+    return Summary(done, before, len(mine), left, failed, rates)

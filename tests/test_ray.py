@@ -1,0 +1,133 @@
+"""gura_jax/dataset/ray_engine.py, on a real cluster of this machine: several nodes, and workers that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy import contents, write_clips
+
+from gura_jax import EmbeddingStore
+from gura_jax.dataset import store
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
+
+COMMAND = [
+    "-s",
+    "hubert_base",
+    "--weights",
+    "random",
+    "--size",
+    "tiny",
+    "--shard-hours",
+    "0.0006",
+    "--batch-seconds",
+    "2",
+]
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+SECONDS = [0.5] * 24  # of one length: one program to compile
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A head and another node, each with a CPU of its own."""
+    from ray.cluster_utils import Cluster
+
+    before = {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    yield str(made.address)
+    made.shutdown()
+    for name, value in before.items():
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder, SECONDS)
+    (folder / "broken.wav").write_text("not audio")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    gura(clips, "--out", out)
+    return out
+
+
+def gura(*arguments: Any, code: int = 3) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("gura-jax")
+    command = [program, "embed", *map(str, arguments), *COMMAND]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def workers() -> list[int]:
+    """Processes of workers of the cluster."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith("ray::_Worker"):
+                found.append(int(folder.name))
+    return found
+
+
+def test_the_bytes_are_those_of_one_process(cluster: str, clips: Path, whole: Path, tmp_path: Path) -> None:
+    result = gura(clips, "--out", tmp_path / "out", "--engine", "ray", "--address", cluster)
+    assert contents(tmp_path / "out") == contents(whole)
+    assert f"{len(SECONDS)} clips" in result.stdout
+    assert "broken.wav: cannot be decoded" in result.stderr
+    again = gura(clips, "--out", tmp_path / "out", "--engine", "ray", "--address", cluster)
+    assert again.stdout.startswith("0 clips")
+
+
+def test_a_worker_that_is_killed_is_replaced(cluster: str, clips: Path, whole: Path, tmp_path: Path) -> None:
+    """One in the middle of the run, then the other: nothing is lost, and nothing differs."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        for shards in (2, 5):
+            while len(store.shard_numbers(tmp_path / "out") if (tmp_path / "out").is_dir() else []) < shards:
+                time.sleep(0.02)
+            victim = next((pid for pid in workers() if pid not in killed), None)
+            if victim is not None:
+                killed.append(victim)
+                os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    gura(clips, "--out", tmp_path / "out", "--engine", "ray", "--address", cluster)
+    killer.join()
+    assert len(killed) == 2
+    assert contents(tmp_path / "out") == contents(whole)
+    assert len(EmbeddingStore(tmp_path / "out")) == len(SECONDS)
+
+
+def test_a_workers_own_error_is_the_users(cluster: str, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scene-00000.npy").write_text("precious")
+    result = gura(clips, "--out", tmp_path / "out", "--engine", "ray", "--address", cluster, code=1)
+    assert "found scene-00000.npy: choose another folder" in result.stderr
+    result = gura(clips, "--out", tmp_path / "new", "--engine", "ray", "--address", "127.0.0.1:1", code=1)
+    assert "--engine ray: expected a cluster at 127.0.0.1:1" in result.stderr
+    result = gura(
+        clips, "--out", tmp_path / "new", "--engine", "ray", "--num-shards", "2", "--shard-index", "0", code=1
+    )
+    assert "of no use" in result.stderr
