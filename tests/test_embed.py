@@ -17,7 +17,7 @@ import pytest
 import soundfile
 from toy import ALONE, ToyModel, contents, embedded, opened, toy_model, write_clips
 
-from gura_jax import EmbeddingStore, Member, System, load_model
+from gura_jax import EmbeddingStore, Member, System, checkpoint, load_model
 from gura_jax.audio import SAMPLE_RATE, load_audio
 from gura_jax.dataset import run as run_module
 from gura_jax.dataset import store
@@ -26,6 +26,7 @@ from gura_jax.dataset.run import Settings, plan_table, summarise
 from gura_jax.dataset.workers import Worker, this_worker, work
 from gura_jax.errors import InputError, StoreError
 from gura_jax.model import outline
+from gura_jax.models.crepe import CrepeConfig, CrepeFrames
 
 SMALL = Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2)
 PADDING_BOUND = 1e-5  # relative: a clip in another batch, as design.md has it
@@ -167,6 +168,21 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     opened(tmp_path / "in", tmp_path / "out", model=other, overwrite=True)
 
 
+def test_a_changed_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    write_clips(tmp_path / "in", [0.5])
+    system, encoder = System("tiny", (Member("crepe-tiny"),)), CrepeFrames(CrepeConfig("tiny"), 160)
+    for seed in (0, 1):
+        arrays = {name: np.asarray(array) for name, array in encoder.random_params(seed).items()}
+        hashes = {name: checkpoint.array_sha256(array) for name, array in arrays.items()}
+        manifest = checkpoint.Manifest(encoder.config, "a test", {}, "1", hashes)
+        checkpoint.save(tmp_path / "checkpoints" / "crepe-tiny", arrays, manifest, overwrite=True)
+        if not seed:
+            embedded(tmp_path / "in", tmp_path / "out", model=load_model(system))
+    with pytest.raises(StoreError, match=r"system\.members\.crepe-tiny\.weights\.fingerprint: \w+ then, \w+ now"):
+        opened(tmp_path / "in", tmp_path / "out", model=load_model(system))
+
+
 def test_a_folder_of_something_else_is_refused(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "scene-00000.npy").write_text("precious")
     with pytest.raises(StoreError, match=r"found scene-00000\.npy: choose another folder, or overwrite"):
@@ -190,7 +206,21 @@ def test_processes_that_share_a_run_leave_the_same_bytes(clips: Path, whole: Pat
 
 
 def test_two_processes_with_the_same_shards(clips: Path, whole: Path, tmp_path: Path) -> None:
-    """At once, and many times over: each shard is written once, by one or the other."""
+    """At once: each shard is written once, by one or the other."""
+    script = (
+        "import sys, toy; from gura_jax.dataset.run import Settings\n"
+        "toy.embedded(sys.argv[1], __import__('pathlib').Path(sys.argv[2]), "
+        "Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", script, str(clips), str(tmp_path / "out")]
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_two_threads_with_the_same_shards(clips: Path, whole: Path, tmp_path: Path) -> None:
+    """Closer still."""
     errors: list[BaseException] = []
 
     def go() -> None:
@@ -488,6 +518,45 @@ def test_a_full_disk(clips: Path, whole: Path, tmp_path: Path, monkeypatch: pyte
     summary = embedded(clips, tmp_path / "out", SMALL)
     assert summary.before == len(done)
     assert contents(tmp_path / "out") == contents(whole)
+
+
+MOUNT = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+
+
+@pytest.mark.skipif(
+    subprocess.run([*MOUNT, "mount -t tmpfs tmpfs /mnt"], capture_output=True, check=False).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="no right to mount a file system",
+)
+@pytest.mark.parametrize(
+    ("options", "words"), [("size=64k", "No space left on device"), ("ro", "Read-only file system")]
+)
+def test_a_small_disk_and_one_that_cannot_be_written(clips: Path, tmp_path: Path, options: str, words: str) -> None:
+    """Real ones. On the small one some shards fit, and they stay whole."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = (
+        "import sys, toy; from pathlib import Path; from gura_jax.dataset import store\n"
+        "from gura_jax.dataset.run import Settings; from gura_jax.errors import StoreError\n"
+        "out = Path(sys.argv[2])\n"
+        "settings = Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2)\n"
+        "try: toy.embedded(sys.argv[1], out, settings)\n"
+        "except StoreError as error: print(error)\n"
+        "run = store.read_run(out)\n"
+        "print([bool(store.check_shard(out, n, run['fingerprint'])) for n in store.shard_numbers(out)])\n"
+    )
+    command = (
+        f"mount -t tmpfs -o {options} tmpfs {out} && exec {sys.executable} -c '{script.replace(chr(39), chr(34))}'"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(
+        [*MOUNT, f"{command} {clips} {out}"], env=environment, capture_output=True, text=True, check=False
+    )
+    message, *_, shards = result.stdout.splitlines()
+    assert f"{out}: expected a folder that can be written to, found: {words}" in message
+    assert shards == "[]" if options == "ro" else shards.startswith("[True")
+    assert "False" not in shards
 
 
 def test_an_interruption_keeps_what_is_finished(clips: Path, whole: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from toy import contents, write_clips
 
 from gura_jax import EmbeddingStore
 from gura_jax.dataset import store
+from gura_jax.errors import InputError
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
@@ -118,6 +119,19 @@ def test_a_worker_that_is_killed_is_replaced(cluster: str, clips: Path, whole: P
     assert len(killed) == 2
     assert contents(tmp_path / "out") == contents(whole)
     assert len(EmbeddingStore(tmp_path / "out")) == len(SECONDS)
+
+
+def test_which_hosts_get_a_worker() -> None:
+    from gura_jax.dataset.ray_engine import _hosts
+
+    head = {"Alive": True, "Resources": {"CPU": 8.0}}
+    gpu = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}
+    tpu = {"Alive": True, "Resources": {"CPU": 8.0, "TPU": 4.0}}
+    dead = {"Alive": False, "Resources": {"GPU": 4.0}}
+    assert _hosts([head, gpu, dead, tpu]) == [gpu, tpu]
+    assert _hosts([head, {"Alive": True, "Resources": {}}, head]) == [head, head]
+    with pytest.raises(InputError, match="hosts that compute"):
+        _hosts([dead])
 
 
 def test_a_workers_own_error_is_the_users(cluster: str, clips: Path, tmp_path: Path) -> None:

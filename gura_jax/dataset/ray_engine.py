@@ -104,9 +104,7 @@ def work_with_ray(
         table = ray.put(clips)
         kind = ray.remote(max_restarts=-1)(_Worker)
         actors = []
-        for node in ray.nodes():
-            if not node["Alive"]:
-                continue
+        for node in _hosts(ray.nodes()):
             resources = {name: node["Resources"][name] for name in ACCELERATORS if name in node["Resources"]}
             options: dict[str, Any] = {
                 "num_cpus": 1,
@@ -167,6 +165,16 @@ def work_with_ray(
         return finish_folder(folder, sorted(sizes), len(sizes) - len(pending), new, progress.rates())
     finally:
         ray.shutdown()
+
+
+def _hosts(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The nodes that get a worker: those with accelerators; where none has, all with a processor."""
+    alive = [node for node in nodes if node["Alive"]]
+    with_accelerator = [node for node in alive if any(node["Resources"].get(name) for name in ACCELERATORS)]
+    hosts = with_accelerator or [node for node in alive if node["Resources"].get("CPU")]
+    if not hosts:
+        raise InputError("--engine ray: expected a cluster with hosts that compute, found none")
+    return hosts
 
 
 def _cause(error: Any) -> Exception:
