@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-full bench bench-long check format clean
+.PHONY: install demo test test-full bench bench-long bench-collection check format clean
 
 install: .venv/installed
 
@@ -41,6 +41,11 @@ bench: install benchmarks/.flax/installed
 # Ten minutes of audio through fusion_cat_xwc, whole: about half an hour on two cores.
 bench-long: install
 	$(BIN)/python benchmarks/long.py --seconds 30 60 600 --plain 30
+
+# gura-jax embed over files, beside the model alone: a quarter of an hour on two cores.
+bench-collection: install
+	$(BIN)/python benchmarks/collection.py
+	$(BIN)/python benchmarks/collection.py crepe-tiny --clips 20000 --rounds 1 --ray
 
 # The last transformers with Flax models, beside the one that is installed.
 benchmarks/.flax/installed:
