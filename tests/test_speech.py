@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -304,6 +305,19 @@ def test_attention_never_holds_all_scores() -> None:
     assert memory.temp_size_in_bytes < 4 * T * T * 4 / 3
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 20, 39, 40])
+def test_a_feed_forward_layer_in_blocks(tokens: int) -> None:
+    """Blocks that divide the tokens, and that do not: the same as all at once."""
+    layer = speech_module.FeedForward(encoder("hubert base").config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
+    x = jnp.asarray(
+        np.random.default_rng(0).standard_normal((2, 20, layer.intermediate_dense.in_features)), jnp.float32
+    )
+    expected = layer(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BLOCKS, "cpu", BLOCKS["cpu"]._replace(tokens=tokens))
+        assert relative(layer(x), expected) <= BLOCK_BOUND
+
+
 @pytest.mark.parametrize("variant", ["hubert base", "hubert large", "other convolutions"])
 def test_features_in_blocks_are_features(variant: str) -> None:
     """Also where blocks do not divide, some clips end before the last block, and some blocks hold no frame."""
@@ -340,7 +354,7 @@ def test_gradients_through_blocks_that_hold_no_frame(variant: str) -> None:
         patch.setattr(speech_module, "QUERIES_AT_ONCE", 3)
         patch.setattr(speech_module, "KEYS_AT_ONCE", 5)
         gradients = []
-        for blocks in (Blocks(1000, 1, 1 << 30), Blocks(2, 1, 60)):
+        for blocks in (Blocks(1000, 1, 1 << 30), Blocks(2, 1, 60, 4)):
             patch.setitem(BLOCKS, "cpu", blocks)
             gradients.append(unoptimised_jit(jax.grad(lambda *x: loss(*x), argnums=(0, 1)))(model.params, audio))
     chex.assert_tree_all_finite(gradients)

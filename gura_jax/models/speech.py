@@ -43,11 +43,12 @@ class Blocks(NamedTuple):
     frames: int  # of the feature encoder, whose first layer has 64 times as many
     clips: int  # whose block of frames is computed at once
     scores: int  # bytes of attention scores
+    tokens: int = 1 << 30  # in a feed-forward layer
 
 
 # On a CPU what fits into its caches is faster by a third (benchmarks/README.md); on a GPU or TPU what fills it.
-BLOCKS = {"cpu": Blocks(64, 1, 16 << 20)}
-ACCELERATOR_BLOCKS = Blocks(1024, 16, 1 << 30)
+BLOCKS = {"cpu": Blocks(64, 1, 16 << 20, 2048)}
+ACCELERATOR_BLOCKS = Blocks(1024, 16, 1 << 30, 1 << 16)
 
 
 def blocks() -> Blocks:
@@ -511,7 +512,22 @@ class FeedForward(nnx.Module):
         self.output_dense = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.output_dense(self.activation(self.intermediate_dense(x))).astype(jnp.float32)
+        def some(tokens: jax.Array) -> jax.Array:
+            return self.output_dense(self.activation(self.intermediate_dense(tokens))).astype(jnp.float32)
+
+        size, tokens = blocks().tokens, x.reshape(-1, x.shape[-1])
+        if len(tokens) <= size:
+            return some(x)
+
+        def block(i: jax.Array, out: jax.Array) -> jax.Array:
+            start = (size * i, jnp.zeros_like(i))
+            return jax.lax.dynamic_update_slice(
+                out, some(jax.lax.dynamic_slice(out, start, (size, out.shape[1]))), start
+            )
+
+        # Results take the tokens' place, as in attention.
+        out = jnp.pad(tokens, ((0, -len(tokens) % size), (0, 0)))
+        return jax.lax.fori_loop(0, len(out) // size, block, out)[: len(tokens)].reshape(x.shape)
 
 
 class EncoderLayer(nnx.Module):
