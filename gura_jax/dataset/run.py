@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHARD_CLIPS = 4096
-SHARD_BYTES = 256 << 20  # held in memory, twice while it is written
+SHARD_BYTES = 1 << 30  # held in memory, and that of the shard before while it is written
 CHECK_THREADS = 8
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 _PLAN_COLUMNS = ("samples", "shard", "batch", "rows", "padded", "problem")
