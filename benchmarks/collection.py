@@ -1,9 +1,11 @@
 """``gura-jax embed`` over a collection of files, beside the model alone on the same batches.
 
-python benchmarks/collection.py [SYSTEM ...] [--clips 2000] [--rounds 3] [--folder DIR] [--ray]
+python benchmarks/collection.py [SYSTEM ...] [--clips 2000] [--speech] [--rounds 3] [--folder DIR] [--ray]
 
-Makes the clips: half a second to ten, WAV, FLAC, OGG and MP3 of several rates, one in a thousand broken. The model
-alone computes the plan's batches from memory, in turns with whole runs. ``--ray`` runs once more with two workers on
+Makes the clips: half a second to ten, WAV, FLAC, OGG and MP3 of several rates, one in a thousand broken; with
+``--speech`` 16 kHz WAV and FLAC alone, as corpora of speech are. The model alone computes the plan's batches from
+memory, in turns with whole runs. On a CPU what decodes takes its time from the model, so the processor time of a run
+that is not the model's is the other figure to look at. ``--ray`` runs once more with two workers on
 a local cluster, kills one half-way, and compares every byte. Weights are random.
 """
 
@@ -14,7 +16,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,24 +38,19 @@ from gura_jax.dataset.workers import Summary, Worker
 from gura_jax.dataset.workers import work as embed
 
 HERE = Path(__file__).parent
-# Suffix, rate and channels of ten clips in turn: mostly 16 kHz, as corpora of speech are.
-FORMS = (
-    *[("wav", 16_000, 1)] * 4,
-    *[("flac", 16_000, 1)] * 3,
-    ("wav", 44_100, 2),
-    ("ogg", 44_100, 1),
-    ("mp3", 44_100, 1),
-)
+# Suffix, rate and channels of clips, in turn.
+SPEECH = (*[("wav", 16_000, 1)] * 4, *[("flac", 16_000, 1)] * 3)
+FORMS = (*SPEECH, ("wav", 44_100, 2), ("ogg", 44_100, 1), ("mp3", 44_100, 1))
 BROKEN = 1000  # one in so many
 ALONE = Worker(0, 1, "a benchmark")
 
 
-def make(folder: Path, clips: int) -> int:
+def make(folder: Path, clips: int, forms: Sequence[tuple[str, int, int]]) -> int:
     """Write the clips, if they are not there; how many are broken."""
     broken = 0
     for i in range(clips):
         random = np.random.default_rng(i)
-        suffix, rate, channels = FORMS[i % len(FORMS)]
+        suffix, rate, channels = forms[i % len(forms)]
         path = folder / f"{i // 1000:03d}" / f"{i:06d}.{suffix}"
         broken += i % BROKEN == BROKEN // 2
         if path.exists():
@@ -77,6 +74,7 @@ class Measured(NamedTuple):
     summary: Summary
     seconds: float
     model_seconds: float
+    processor: float  # share of the run's processor time that is not the model's
     peak: int
 
 
@@ -85,11 +83,12 @@ def measure(model: Any, clips: Any, out: Path, settings: Settings, alone: Callab
     shutil.rmtree(out, ignore_errors=True)
     run = open_run(model, clips, out, settings)
     reset_peak()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     summary = embed(run, ALONE)
-    seconds = time.perf_counter() - start
-    most = peak()
-    return Measured(summary, seconds, alone(), most)
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    most, before = peak(), time.process_time()
+    model_seconds = alone()
+    return Measured(summary, seconds, model_seconds, 1 - (time.process_time() - before) / processor, most)
 
 
 def model_alone(model: Any, clips: Any, settings: Settings) -> Callable[[], float]:
@@ -163,19 +162,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", default=["crepe-tiny", "crepe", "fusion_cat_xwc_base"])
     parser.add_argument("--clips", type=int, default=2000)
+    parser.add_argument("--speech", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=HERE / ".collection")
     parser.add_argument("--ray", action="store_true")
     arguments = parser.parse_args()
     folder, out = arguments.folder / str(arguments.clips), arguments.folder / "out"
-    broken = make(folder, arguments.clips)
+    folder = folder.with_name(f"{folder.name}-speech") if arguments.speech else folder
+    broken = make(folder, arguments.clips, SPEECH if arguments.speech else FORMS)
     about = machine()
     print(f"{about['date']}; {about['machine']}; jax {about['versions']['jax']}; random weights, scenes, float32")
-    print(
-        f"{arguments.clips} clips, {broken} broken; medians of {arguments.rounds} rounds in turns\n\n"
-        "| system | clips | hours | clips/s | h of audio/h | share of the model alone | padding | peak, GB | failed |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+    kind = " of 16 kHz, WAV and FLAC" if arguments.speech else ""
+    print(f"{arguments.clips} clips{kind}, {broken} broken; medians of {arguments.rounds} rounds in turns\n")
+    columns = (
+        *("system", "clips", "hours", "clips/s", "h of audio/h", "share of the model alone"),
+        *("processor time beyond the model", "padding", "peak, GB", "failed"),
     )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     settings = Settings(shard_hours=SHARD_HOURS)
     clips = read_inputs([folder])
     for name in arguments.systems:
@@ -189,7 +192,8 @@ def main() -> None:
         done, failed = rounds[0].summary.done, rounds[0].summary.failed
         print(
             f"| {name} | {done.clips} | {done.samples / SAMPLE_RATE / 3600:.2f} | {done.clips / seconds:.0f} "
-            f"| {done.samples / SAMPLE_RATE / seconds:.0f} | {100 * share:.0f} % | {100 * summary.padding:.1f} % "
+            f"| {done.samples / SAMPLE_RATE / seconds:.0f} | {100 * share:.0f} % "
+            f"| {100 * statistics.median(r.processor for r in rounds):.0f} % | {100 * summary.padding:.1f} % "
             f"| {max(r.peak for r in rounds) / 1e9:.2f} | {len(failed)} of {broken} |",
             flush=True,
         )
