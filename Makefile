@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-full bench bench-long bench-collection check format clean
+.PHONY: install demo test test-full test-hear bench bench-long bench-collection check format clean
 
 install: .venv/installed
 
@@ -27,6 +27,20 @@ test: install
 test-full: install
 	$(BIN)/python -m pytest -m slow
 
+# HEAR's own validator and evaluation kit on every system, in an environment of their own: about an hour on two cores.
+test-hear: .venv-hear/installed
+	.venv-hear/bin/python tests/hear/run.py
+
+# The clients without their dependencies: those ask for NumPy 1.19, which no Python of today has, and for TensorFlow.
+.venv-hear/installed: pyproject.toml tests/hear/requirements.txt
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
+	test -x .venv-hear/bin/python || $(PYTHON) -m venv .venv-hear
+	.venv-hear/bin/python -m pip install --quiet $(TORCH)
+	.venv-hear/bin/python -m pip install --quiet --requirement tests/hear/requirements.txt
+	.venv-hear/bin/python -m pip install --quiet --no-deps heareval==2021.1.3 hearvalidator==2021.0.2
+	.venv-hear/bin/python -m pip install --quiet --editable '.[convert,hear]'
+	touch $@
+
 # Beside PyTorch, with the same weights: an hour or so, 12 GB of memory, 18 GB of disk. Nothing else should run.
 bench: install benchmarks/.flax/installed
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu
@@ -37,6 +51,7 @@ bench: install benchmarks/.flax/installed
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/gura-jax convert crepe-full
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/hear_stream.py --out benchmarks/results/cpu-hear.md
 
 # Ten minutes of audio through fusion_cat_xwc, whole: about half an hour on two cores.
 bench-long: install
@@ -63,4 +78,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-hear demo build dist *.egg-info .pytest_cache .ruff_cache

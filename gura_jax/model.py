@@ -224,6 +224,21 @@ class Model:
         first = self.fusion.members[0].encoder
         return 1 + (samples - first.min_samples) // first.hop
 
+    def check(self, audio: Audio, min_samples: int) -> list[np.ndarray]:
+        """The clips, each [samples] float32.
+
+        Raises:
+            AudioError: see :func:`gura_jax.audio.check_audio`; or a clip shorter than ``min_samples``.
+        """
+        clips = check_audio(audio)
+        for i, clip in enumerate(clips):
+            if len(clip) < min_samples:
+                raise AudioError(
+                    f"audio[{i}]: expected at least {min_samples} samples "
+                    f"({1000 * min_samples / SAMPLE_RATE:g} ms) for {self.system.name}, found {len(clip)}"
+                )
+        return clips
+
     def _member(self, kind: type[Any], name: str | None) -> tuple[str, Any]:
         members = {m.name: m.encoder for m in self.fusion.members if isinstance(m.encoder, kind)}
         if not members:
@@ -260,13 +275,7 @@ class Model:
         """Check the clips, compute them in batches of like length, and put the results back in order."""
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SystemConfigError(f"batch_size: expected a positive number of clips, found {batch_size!r}")
-        clips = check_audio(audio)
-        for i, clip in enumerate(clips):
-            if len(clip) < min_samples:
-                raise AudioError(
-                    f"audio[{i}]: expected at least {min_samples} samples "
-                    f"({1000 * min_samples / SAMPLE_RATE:g} ms) for {self.system.name}, found {len(clip)}"
-                )
+        clips = self.check(audio, min_samples)
         results: list[Any] = [None] * len(clips)
         for packed in parallel.pack([len(clip) for clip in clips], batch_size, self.compilation.mesh.size):
             # Rows that no clip fills hold silence.

@@ -133,23 +133,25 @@ LIMITS = {"cpu": Limits(32 * SAMPLE_RATE, SAMPLE_RATE // 2)}
 ACCELERATOR_LIMITS = Limits(320 * SAMPLE_RATE, 16 * SAMPLE_RATE)
 
 
-def pack(lengths: Sequence[int], max_rows: int, devices: int) -> list[Batch]:
+def pack(lengths: Sequence[int], max_rows: int, devices: int, *, exact: bool = True) -> list[Batch]:
     """Cut clips into batches such that the least is computed, padding and silent rows included.
 
     Rows are a power of two times the devices, and lengths those of :func:`bucket_length`, so that shapes are few.
-    Where all clips are of one length, that is the length, and a single batch has as many rows as clips.
+    Where all clips are of one length, that is the length, and a single batch has as many rows as clips: where shapes
+    are to be few over many calls, ``exact=False`` does without.
 
     Args:
         lengths: of the clips, in samples.
         max_rows: clips in a batch, at most; but a row for each device at least.
         devices: that a batch is sharded over.
+        exact: see above.
 
     Returns:
         Batches, the longest clips first.
     """
     limits = LIMITS.get(jax.default_backend(), ACCELERATOR_LIMITS)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    one_length = lengths[order[0]] == lengths[order[-1]]
+    one_length = exact and lengths[order[0]] == lengths[order[-1]]
     padded = [lengths[i] if one_length else bucket_length(lengths[i]) for i in order]
     if one_length and len(order) <= max_rows and len(order) * padded[0] <= max(limits.batch, padded[0]):
         return [Batch(len(order), padded[0], tuple(order))]
@@ -171,8 +173,8 @@ def pack(lengths: Sequence[int], max_rows: int, devices: int) -> list[Batch]:
     return batches
 
 
-def bucket_length(samples: int) -> int:
+def bucket_length(samples: int, per_octave: int = BUCKETS_PER_OCTAVE) -> int:
     """The length that a clip is padded to, so that clips of many lengths share few compiled shapes."""
     octave = 2 ** math.floor(math.log2(samples))
-    step = max(1, octave // BUCKETS_PER_OCTAVE)
+    step = max(1, octave // per_octave)
     return math.ceil(samples / step) * step
