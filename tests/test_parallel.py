@@ -345,6 +345,10 @@ def test_clips_of_one_length_are_neither_padded_nor_cut_into_odd_batches() -> No
     ]
 
 
+def test_clips_of_one_length_have_few_shapes_where_that_is_asked_for() -> None:
+    assert pack([12_345] * 5, 16, 1, exact=False) == [Batch(4, 14_336, (0, 1, 2, 3)), Batch(1, 14_336, (4,))]
+
+
 def test_short_clips_share_a_batch_and_long_ones_do_not() -> None:
     rows = [batch.rows for batch in pack([16_000 * n for n in (30, 20, 1, 1, 1, 1)], 16, 1)]
     assert rows == [1, 1, 4]
