@@ -1,0 +1,345 @@
+"""Probes: small networks trained on embeddings, all points of the grid together, where the embeddings are.
+
+A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU] and a Linear to the classes. Every array of a probe
+has a leading axis of points, and :func:`train` and :func:`predict` are compiled once for a shape, whatever the task.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gura_jax.parallel import PRECISION, bucket_length
+
+Prediction = Literal["multiclass", "multilabel"]
+Initialization = Literal["xavier_uniform", "xavier_normal"]
+
+# PyTorch's defaults, which HEAR's kit leaves as they are.
+MOMENTUM = 0.1  # of BatchNorm's running statistics
+NORM_EPSILON = 1e-5
+ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+RELU_GAIN = math.sqrt(2)
+BLOCK = 1024  # rows predicted at once
+SHORTEST = 8  # rows of a batch, at least; those that no clip fills are masked
+DROPOUT_STEPS = 1 << 16  # dropout's rate is rounded to this part: half the random bits of a float's
+
+
+class Point(NamedTuple):
+    """A point of the grid."""
+
+    hidden_layers: int
+    hidden_dim: int
+    dropout: float
+    lr: float
+    initialization: Initialization
+    batch_size: int
+    max_epochs: int
+    check_val_every_n_epoch: int
+    patience: int
+
+
+class Probes(NamedTuple):
+    """Trained values of some probes, a row a point.
+
+    Attributes:
+        params: ``hidden``, a layer each: weight [P, D, H], bias, scale and shift [P, H]; ``projection``: weight
+            [P, H, C] and bias [P, C].
+        stats: of each hidden layer, mean and var [P, H].
+    """
+
+    params: Any
+    stats: Any
+
+
+class State(NamedTuple):
+    """Probes in training."""
+
+    probes: Probes
+    moments: Any  # Adam's
+    keys: jax.Array  # [P]
+    step: jax.Array  # batches so far
+
+
+class Rates(NamedTuple):
+    """What differs among points of one shape."""
+
+    lr: jax.Array  # [P]
+    dropout: jax.Array  # [P]
+
+
+class Rows(NamedTuple):
+    """Data of a task, on the device."""
+
+    x: jax.Array  # [N, D] embeddings
+    y: jax.Array  # [N, C], 1 where a row is of a class
+
+
+class Epochs(NamedTuple):
+    """Which rows make which batches, epoch by epoch.
+
+    Attributes:
+        order: [E, M] int32, rows in the order in which they are visited, then padding.
+        full: batches of ``batch`` rows in an epoch.
+        last: rows of the batch after those, or 0.
+    """
+
+    order: jax.Array
+    full: jax.Array
+    last: jax.Array
+
+
+class Batching(NamedTuple):
+    """Sizes that are compiled in: of full batches, and of the last one with its padding; 0: there is none."""
+
+    full: int
+    last: int
+
+
+def init(key: jax.Array, point: Point, features: int, classes: int) -> Probes:
+    """One probe as PyTorch and HEAR's kit begin: Xavier weights, biases uniform within 1 / sqrt(fan in).
+
+    The gain is 1 for the first layer and sqrt 2 after a ReLU. No leading axis of points.
+    """
+    hidden, stats = [], []
+    size, gain = features, 1.0
+    for _ in range(point.hidden_layers):
+        key, layer = jax.random.split(key)
+        linear = _linear(layer, point.initialization, size, point.hidden_dim, gain)
+        one, zero = jnp.ones(point.hidden_dim, jnp.float32), jnp.zeros(point.hidden_dim, jnp.float32)
+        hidden.append(linear | {"scale": one, "shift": zero})
+        stats.append({"mean": zero, "var": one})
+        size, gain = point.hidden_dim, RELU_GAIN
+    projection = _linear(key, point.initialization, size, classes, gain)
+    return Probes({"hidden": tuple(hidden), "projection": projection}, tuple(stats))
+
+
+def _linear(key: jax.Array, initialization: Initialization, size: int, out: int, gain: float) -> dict[str, jax.Array]:
+    assert initialization in get_args(Initialization)
+    weight, bias = jax.random.split(key)
+    scale = gain * math.sqrt(2 / (size + out))  # standard deviation, by either law
+    if initialization == "xavier_normal":
+        values = scale * jax.random.normal(weight, (size, out), jnp.float32)
+    else:
+        bound = math.sqrt(3) * scale
+        values = jax.random.uniform(weight, (size, out), jnp.float32, -bound, bound)
+    bound = 1 / math.sqrt(size)
+    return {"weight": values, "bias": jax.random.uniform(bias, (out,), jnp.float32, -bound, bound)}
+
+
+def logits(probes: Probes, x: jax.Array) -> jax.Array:
+    """One probe's logits [B, C] of rows [B, D], after training."""
+    for layer, stats in zip(probes.params["hidden"], probes.stats, strict=True):
+        scale = layer["scale"] * jax.lax.rsqrt(stats["var"] + NORM_EPSILON)
+        x = jax.nn.relu(_row(scale) * (x @ layer["weight"] + _row(layer["bias"] - stats["mean"])) + _row(layer["shift"]))
+    return x @ probes.params["projection"]["weight"] + _row(probes.params["projection"]["bias"])
+
+
+def _row(x: jax.Array) -> jax.Array:
+    return x[None, :]
+
+
+def training_logits(
+    params: Any, stats: Any, x: jax.Array, count: jax.Array, keep: Sequence[jax.Array | float]
+) -> tuple[jax.Array, Any]:
+    """One probe's logits [B, C] of a batch of which ``count`` rows are real, and its running statistics after it.
+
+    Args:
+        params, stats: as in :class:`Probes`, without the axis of points.
+        x: [B, D].
+        count: of the rows that count, the first ones.
+        keep: for each hidden layer, what dropout multiplies it by: [B, H], or 1.
+    """
+    real = (jnp.arange(x.shape[0]) < count).astype(jnp.float32)[:, None]  # [B, 1]
+    total = count.astype(jnp.float32)
+    updated = []
+    for layer, running, kept in zip(params["hidden"], stats, keep, strict=True):
+        h = x @ layer["weight"] + _row(layer["bias"])  # [B, H]
+        mean = jnp.sum(h * real, 0) / total
+        centred = (h - _row(mean)) * real
+        var = jnp.sum(centred**2, 0) / total  # what normalises is biased; what is remembered is not
+        unbiased = var * (total / (total - 1))
+        updated.append(
+            {
+                "mean": (1 - MOMENTUM) * running["mean"] + MOMENTUM * mean,
+                "var": (1 - MOMENTUM) * running["var"] + MOMENTUM * unbiased,
+            }
+        )
+        scale = layer["scale"] * jax.lax.rsqrt(var + NORM_EPSILON)
+        x = jax.nn.relu((centred * _row(scale) + _row(layer["shift"])) * kept)
+    return x @ params["projection"]["weight"] + _row(params["projection"]["bias"]), jax.lax.stop_gradient(
+        tuple(updated)
+    )
+
+
+def loss(outputs: jax.Array, y: jax.Array, count: jax.Array, prediction: Prediction) -> jax.Array:
+    """Cross-entropy, or binary cross-entropy over rows and classes; the mean over the first ``count`` rows."""
+    if prediction == "multiclass":
+        rows = optax.softmax_cross_entropy(outputs, y)
+    else:
+        rows = jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, y), 1)
+    real = jnp.arange(rows.shape[0]) < count
+    return jnp.sum(jnp.where(real, rows, 0.0)) / count.astype(jnp.float32)
+
+
+def step(
+    probes: Probes,
+    moments: Any,
+    lr: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    count: jax.Array,
+    keep: Sequence[jax.Array | float],
+    prediction: Prediction,
+) -> tuple[Probes, Any]:
+    """One step of Adam on one batch, for one probe; arguments as in :func:`training_logits`."""
+
+    def objective(params: Any) -> tuple[jax.Array, Any]:
+        outputs, stats = training_logits(params, probes.stats, x, count, keep)
+        return loss(outputs, y, count, prediction), stats
+
+    gradients, stats = jax.grad(objective, has_aux=True)(probes.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+        updates, moments = ADAM.update(gradients, moments)
+    params = jax.tree.map(lambda p, u: p - lr * u, probes.params, updates)
+    return Probes(params, stats), moments
+
+
+def begin(keys: jax.Array, points: Sequence[Point], features: int, classes: int) -> tuple[State, Rates]:
+    """Probes of one shape at their beginning, spread over the devices where there are several.
+
+    Args:
+        keys: of random numbers, one a point.
+        points: of one ``hidden_layers`` and ``hidden_dim``.
+        features: D.
+        classes: C.
+    """
+    each = [init(jax.random.fold_in(key, 0), point, features, classes) for key, point in zip(keys, points, strict=True)]
+    probes = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    state = State(probes, jax.vmap(ADAM.init)(probes.params), keys, jnp.zeros(len(points), jnp.int32))
+    rates = Rates(*(jnp.asarray([getattr(p, name) for p in points], jnp.float32) for name in Rates._fields))
+    return jax.device_put((state, rates), _sharding(len(points)))
+
+
+def _sharding(points: int) -> NamedSharding:
+    """Points spread over as many devices as divide them."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if points % n == 0)
+    return NamedSharding(Mesh(np.asarray(devices[:count]), ("point",)), PartitionSpec("point"))
+
+
+def place(arrays: Any, like: State) -> Any:
+    """Arrays on every device that these probes are on."""
+    sharding = like.keys.sharding
+    assert isinstance(sharding, NamedSharding)
+    return jax.device_put(arrays, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def batching(rows: int, batch_size: int) -> Batching:
+    """Sizes to compile for an epoch of so many rows."""
+    last = rows % batch_size
+    return Batching(batch_size if rows >= batch_size else 0, min(batch_size, padded(last)) if last else 0)
+
+
+def padded(rows: int) -> int:
+    """The number of rows that so many are padded to, so that tasks of many sizes share few shapes."""
+    return bucket_length(max(SHORTEST, rows))
+
+
+def epochs(orders: Sequence[np.ndarray], batch_size: int) -> Epochs:
+    """Batches of some epochs, each visiting the rows in its order; all orders are of one length."""
+    rows = len(orders[0])
+    order = np.zeros((len(orders), padded(rows) + batch_size), np.int32)
+    order[:, :rows] = np.stack(orders)
+    return Epochs(jnp.asarray(order), jnp.int32(rows // batch_size), jnp.int32(rows % batch_size))
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "prediction"), donate_argnames=("state",))
+def train(state: State, rates: Rates, rows: Rows, plan: Epochs, *, sizes: Batching, prediction: Prediction) -> State:
+    """Train all points for some epochs, on the same batches; ``state`` is used up."""
+
+    def batch(state: State, order: jax.Array, start: jax.Array, size: int, count: jax.Array) -> State:
+        chosen = jax.lax.dynamic_slice_in_dim(order, start, size)
+        x, y = rows.x[chosen], rows.y[chosen]  # [B, D], [B, C]
+
+        def one(probes: Probes, moments: Any, key: jax.Array, number: jax.Array, rates: Rates) -> Any:
+            key = jax.random.fold_in(key, number + 1)
+            keep = [
+                _dropout(jax.random.fold_in(key, i), rates.dropout, (size, *layer["bias"].shape))
+                for i, layer in enumerate(probes.params["hidden"])
+            ]
+            return step(probes, moments, rates.lr, x, y, count, keep, prediction)
+
+        probes, moments = jax.vmap(one)(state.probes, state.moments, state.keys, state.step, rates)
+        return State(probes, moments, state.keys, state.step + 1)
+
+    def epoch(state: State, order: jax.Array) -> tuple[State, None]:
+        if sizes.full:
+            state = jax.lax.fori_loop(
+                0, plan.full, lambda i, s: batch(s, order, i * sizes.full, sizes.full, jnp.int32(sizes.full)), state
+            )
+        if sizes.last:
+            state = batch(state, order, plan.full * max(1, sizes.full), sizes.last, plan.last)
+        return state, None
+
+    with jax.default_matmul_precision(PRECISION):
+        return jax.lax.scan(epoch, state, plan.order)[0]
+
+
+def _dropout(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Zero with probability ``rate``, else 1 / (1 - rate)."""
+    dropped = jnp.round(rate * DROPOUT_STEPS).astype(jnp.uint16)
+    return jnp.where(jax.random.bits(key, shape, jnp.uint16) < dropped, 0.0, 1 / (1 - rate))
+
+
+@functools.partial(jax.jit, static_argnames=("prediction",))
+def _predict(
+    probes: Probes, rows: Rows, order: jax.Array, count: jax.Array, *, prediction: Prediction
+) -> tuple[jax.Array, jax.Array]:
+    def block(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        chosen, number = x
+        inputs, y = rows.x[chosen], rows.y[chosen]
+        outputs = jax.vmap(logits, (0, None))(probes, inputs)  # [P, B, C]
+        real = jnp.clip(count - number * len(chosen), 1, len(chosen))
+        sums = jax.vmap(lambda o: loss(o, y, real, prediction) * real.astype(jnp.float32))(outputs)
+        activation = jax.nn.softmax if prediction == "multiclass" else jax.nn.sigmoid
+        return activation(outputs), jnp.where(number * len(chosen) < count, sums, 0.0)
+
+    with jax.default_matmul_precision(PRECISION):
+        probabilities, sums = jax.lax.map(block, (order, jnp.arange(len(order), dtype=jnp.int32)))
+    P, C = probabilities.shape[1], probabilities.shape[3]
+    return jnp.swapaxes(probabilities, 0, 1).reshape(P, -1, C), jnp.sum(sums, 0) / count.astype(jnp.float32)
+
+
+class Chosen(NamedTuple):
+    """Rows to predict, in blocks on the device."""
+
+    order: jax.Array  # [K, B]
+    count: int
+
+
+def choose(rows: np.ndarray) -> Chosen:
+    """Rows to predict, padded."""
+    block = min(BLOCK, padded(len(rows)))
+    blocks = -(-len(rows) // block)
+    order = np.zeros(block * (blocks if blocks < SHORTEST else bucket_length(blocks)), np.int32)
+    order[: len(rows)] = rows
+    return Chosen(jnp.asarray(order.reshape(-1, block)), len(rows))
+
+
+def predict(probes: Probes, rows: Rows, chosen: Chosen, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [P, n, C] of the chosen rows, and the mean loss [P]."""
+    count = jnp.int32(chosen.count)
+    probabilities, losses = jax.device_get(_predict(probes, rows, chosen.order, count, prediction=prediction))
+    return probabilities[:, : chosen.count], losses
+
+
+@functools.partial(jax.jit, donate_argnames=("best",))
+def keep(best: Probes, probes: Probes, better: jax.Array) -> Probes:
+    """Of each point ``probes`` where ``better`` [P], else ``best``, which is used up."""
+    return jax.tree.map(lambda b, p: jnp.where(better.reshape(-1, *[1] * (p.ndim - 1)), p, b), best, probes)

@@ -1,0 +1,385 @@
+"""The downstream evaluation of HEAR: from a task and its embeddings to scores.
+
+Protocol ``hear2021`` does what HEAR's kit (heareval 2021.1.3) does, its faults included; :class:`Protocol` lists them.
+``fixed`` is the same without them.
+"""
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gura_jax.errors import InputError
+from gura_jax.evaluate import metrics, probes
+from gura_jax.evaluate.events import Events, Parameters, find_events, parameter_grid
+from gura_jax.evaluate.metrics import METRICS
+from gura_jax.evaluate.probes import Point, Probes, Rows
+from gura_jax.evaluate.tasks import Fold, Task, frame_targets
+
+GRID: Mapping[str, Sequence[Any]] = {
+    "hidden_layers": [1, 2],
+    "hidden_dim": [1024],
+    "dropout": [0.1],
+    "lr": [3.2e-3, 1e-3, 3.2e-4, 1e-4],
+    "initialization": ["xavier_uniform", "xavier_normal"],
+    "batch_size": [1024],
+    "max_epochs": [500],
+    "check_val_every_n_epoch": [3],
+    "patience": [20],
+}
+TASK_GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {"dcase2016_task2": {"check_val_every_n_epoch": [10]}}
+GRID_POINTS = 8
+GRID_SEED = 42  # of the kit's shuffle; also where probes have another seed, so that the points are the same
+FILES_SEED = 0  # of the kit's shuffle of a task's files
+
+
+class Protocol(NamedTuple):
+    """What a protocol does about each fault of the kit.
+
+    Attributes:
+        name: of the protocol.
+        shuffle: visit the training rows in another order each epoch. (The kit means to, and never does.)
+        go_on_after_nan: a validation score that is NaN or infinite is the worst, or best, there is. (In the kit it
+            ends training.)
+        drop_single: leave a last batch of one row out of its epoch. (The kit fails: BatchNorm has no variance.)
+        follow_metric: of events' postprocessing choose the one with the best primary score. (The kit takes the
+            largest score also where less is better.)
+        zero_without_events: where no event is found, precision and F-measure are 0. (In the kit NaN, so that one
+            validation without events ends training.)
+        present_classes: mAP, aucroc and d_prime are over the classes that a split has both examples and other clips
+            of. (In the kit the others make aucroc and d_prime NaN, and count as 0 in mAP.)
+    """
+
+    name: str
+    shuffle: bool
+    go_on_after_nan: bool
+    drop_single: bool
+    follow_metric: bool
+    zero_without_events: bool
+    present_classes: bool
+
+
+PROTOCOLS = {name: Protocol(name, *[name == "fixed"] * 6) for name in ("hear2021", "fixed")}
+
+Lookup = Callable[[str, str], tuple[np.ndarray, np.ndarray | None]]
+"""(split, file) -> a scene [D] and None, or frames [T, D] and their times [T] in milliseconds."""
+
+
+class FoldScores(NamedTuple):
+    """What one fold gave.
+
+    Attributes:
+        test: name -> value, as the kit names them: ``test_score`` (the primary), ``test_loss``, ``test_<metric>``, and
+            for events ``test_<metric>_f_measure`` and so on.
+        validation_score: the best.
+        epoch: of the best, from 0.
+        seconds: that training took; a point's share, where several were trained at once.
+        postprocessing: of events.
+    """
+
+    test: Mapping[str, float]
+    validation_score: float
+    epoch: int
+    seconds: float
+    postprocessing: Parameters
+
+
+class TaskScores(NamedTuple):
+    """The scores of a task: by the split that was tested."""
+
+    folds: Mapping[str, FoldScores]
+    point: Point
+    maximize: bool
+
+
+def grid_points(task: Task) -> list[Point]:
+    """The points of the grid that are trained, in order.
+
+    Raises:
+        InputError: the task names a parameter that there is not, or values that make no sense.
+    """
+    grid = dict(GRID) | TASK_GRIDS.get(task.task_name, {}) | task.grid
+    if unknown := sorted(set(grid) - set(GRID)):
+        raise InputError(f"{task.folder}: expected a grid of {', '.join(GRID)}, found {', '.join(unknown)}")
+    names = sorted(grid)
+    points = [
+        Point(**dict(zip(names, values, strict=True))) for values in itertools.product(*(grid[name] for name in names))
+    ]
+    random.Random(GRID_SEED).shuffle(points)
+    for point in points:
+        numbers = [v for name, v in point._asdict().items() if name != "initialization"]
+        if not all(isinstance(v, (int, float)) and v >= 0 for v in numbers) or not (
+            point.initialization in GRID["initialization"]
+            and point.dropout < 1
+            and min(point.hidden_dim, point.batch_size, point.patience, point.check_val_every_n_epoch) >= 1
+            and point.max_epochs >= point.check_val_every_n_epoch
+        ):
+            raise InputError(f"{task.folder}: expected a grid of positive numbers, found {point}")
+    return points[:GRID_POINTS]
+
+
+class _File(NamedTuple):
+    """Rows ``start`` to ``stop`` are the frames of a file, in the order of their times."""
+
+    name: str
+    start: int
+    stop: int
+    times: np.ndarray  # [T], milliseconds
+    events: Events
+
+
+class _Data(NamedTuple):
+    """A task's embeddings, on the device; each split's rows follow each other."""
+
+    rows: Rows
+    targets: np.ndarray  # [N, C]
+    spans: Mapping[str, tuple[int, int]]  # of each split
+    files: Mapping[str, Sequence[_File]]  # of an event task
+
+
+def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0) -> TaskScores:
+    """Train probes on a task's embeddings, choose among them, and test.
+
+    Args:
+        task: as read.
+        lookup: the embeddings.
+        protocol: one of :data:`PROTOCOLS`.
+        seed: of initial values, dropout and shuffles.
+
+    Raises:
+        InputError: embeddings that are not finite or of several sizes, or too few rows to train on.
+    """
+    points = grid_points(task)
+    data = _load(task, lookup)
+    keys = jax.random.split(jax.random.key(seed), (len(task.folds), len(points)))
+    orders = np.random.default_rng(seed)
+    first = _Training(task, data, task.folds[0], protocol, orders)
+    groups: dict[Any, list[int]] = {}
+    for i, point in enumerate(points):
+        groups.setdefault(point._replace(lr=0, dropout=0, initialization="xavier_uniform"), []).append(i)
+    fitted: dict[int, _Fitted] = {}
+    for indices in groups.values():
+        width = _points_at_once(len(indices))
+        for start in range(0, len(indices), width):
+            chosen = indices[start : start + width]
+            fits = first.fit([points[i] for i in chosen], keys[0, np.asarray(chosen)])
+            fitted |= dict(zip(chosen, fits, strict=True))
+    sign = 1 if first.maximize else -1
+    best = max(range(len(points)), key=lambda i: (sign * fitted[i].score, -i))  # of equal ones the first
+    folds = {task.folds[0].test: first.test(fitted[best])}
+    for number, fold in enumerate(task.folds[1:], 1):
+        training = _Training(task, data, fold, protocol, orders)
+        (fit,) = training.fit([points[best]], keys[number, :1])
+        folds[fold.test] = training.test(fit)
+    return TaskScores(folds, points[best], first.maximize)
+
+
+def _points_at_once(points: int) -> int:
+    """All; but on a CPU one a device, as it is busy with one, and that one may stop when it should."""
+    return min(points, jax.local_device_count()) if jax.default_backend() == "cpu" else points
+
+
+def _load(task: Task, lookup: Lookup) -> _Data:
+    """Gather the embeddings: files in the kit's order, which shuffles those of each split."""
+    shuffle = random.Random(FILES_SEED).shuffle
+    index = {label: i for i, label in enumerate(task.labels)}
+    values: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    spans: dict[str, tuple[int, int]] = {}
+    files: dict[str, list[_File]] = {}
+    total = 0
+    for split in task.splits:
+        names = list(task.clips[split])
+        shuffle(names)
+        begin, files[split] = total, []
+        for name in names:
+            labels = task.clips[split][name]
+            embedding, times = lookup(split, name)
+            found = embedding if task.embedding == "event" else embedding[None]
+            if found.ndim != 2 or (values and found.shape[1] != values[0].shape[1]):
+                raise InputError(
+                    f"{task.name}/{split}/{name}: expected an embedding of one size, found {embedding.shape}"
+                )
+            if not np.isfinite(found).all():
+                raise InputError(f"{task.name}/{split}/{name}: expected an embedding of finite numbers, found NaN")
+            if task.embedding == "event":
+                assert times is not None
+                ascending = np.argsort(times, kind="stable")
+                found, times = found[ascending], times[ascending]
+                labelled = sorted(labels, key=lambda event: event.start)
+                events = Events(
+                    np.array([index[event.label] for event in labelled], np.int64),
+                    np.array([event.start for event in labelled], np.float64),
+                    np.array([event.end for event in labelled], np.float64),
+                )
+                files[split].append(_File(name, total, total + len(found), times, events))
+                targets.append(frame_targets(labels, times, index))
+            else:
+                target = np.zeros((1, len(index)), np.float32)
+                target[0, [index[label] for label in labels]] = 1
+                targets.append(target)
+            values.append(found)
+            total += len(found)
+        spans[split] = (begin, total)
+        if begin == total:
+            raise InputError(f"{task.name}/{split}: expected embeddings, found none")
+    x = np.zeros((probes.padded(total), values[0].shape[1]), np.float32)
+    np.concatenate(values, out=x[:total])
+    y = np.zeros((len(x), len(index)), np.float32)
+    np.concatenate(targets, out=y[:total])
+    return _Data(Rows(jnp.asarray(x), jnp.asarray(y)), y[:total], spans, files)
+
+
+class _Fitted(NamedTuple):
+    """A point's probe at its best validation."""
+
+    score: float
+    epoch: int
+    postprocessing: Parameters
+    seconds: float
+    probe: Probes  # of one point
+
+
+class _Best:
+    """The best validation of a point so far, and whether it still trains: early stopping as in the kit."""
+
+    def __init__(self, patience: int, maximize: bool, protocol: Protocol) -> None:
+        self.patience, self.maximize, self.protocol = patience, maximize, protocol
+        self.worst = -np.inf if maximize else np.inf
+        self.score, self.epoch, self.waited, self.running = self.worst, -1, 0, True
+        self.postprocessing: Parameters = ()
+
+    def update(self, score: float, epoch: int, postprocessing: Parameters = ()) -> bool:
+        """Take a validation in; whether it is the best so far."""
+        if not self.running:
+            return False
+        seen = np.float32(score)  # the kit compares in single precision
+        value = self.worst if np.isnan(seen) else float(seen)
+        better = self.epoch < 0 or (value > self.score if self.maximize else value < self.score)
+        if better:
+            self.score, self.epoch, self.waited, self.postprocessing = value, epoch, 0, postprocessing
+        else:
+            self.waited += 1
+        if self.waited >= self.patience or not (self.protocol.go_on_after_nan or np.isfinite(seen)):
+            self.running = False
+        return better
+
+
+class _Training:
+    """One fold of a task."""
+
+    def __init__(self, task: Task, data: _Data, fold: Fold, protocol: Protocol, orders: np.random.Generator) -> None:
+        self.task, self.data, self.fold, self.protocol, self.orders = task, data, fold, protocol, orders
+        self.train_rows = np.concatenate([np.arange(*data.spans[split]) for split in fold.train])
+        self.maximize = METRICS[task.metrics[0]].maximize if task.score_stopping else False
+        self.grid = parameter_grid(task.postprocessing) if task.embedding == "event" else [()]
+
+    def fit(self, points: Sequence[Point], keys: jax.Array) -> list[_Fitted]:
+        """Train points of one shape together, each to its own best validation."""
+        point, data = points[0], self.data
+        began = time.perf_counter()
+        count = self._rows_of_an_epoch(point.batch_size)
+        rows, classes = data.rows, len(self.task.labels)
+        state, rates = probes.begin(keys, points, rows.x.shape[1], classes)
+        rows, valid = probes.place((rows, self._chosen(self.fold.valid)), state)
+        sizes = probes.batching(count, point.batch_size)
+        bests = [_Best(p.patience, self.maximize, self.protocol) for p in points]
+        kept = jax.tree.map(jnp.copy, state.probes)
+        every = point.check_val_every_n_epoch
+        plan = None
+        for number in range(point.max_epochs // every):
+            if plan is None or self.protocol.shuffle:
+                plan = probes.place(probes.epochs(self._orders(every, count), point.batch_size), state)
+            state = probes.train(state, rates, rows, plan, sizes=sizes, prediction=self.task.prediction)
+            probabilities, losses = probes.predict(state.probes, rows, valid, self.task.prediction)
+            better = []
+            for best, predicted, loss in zip(bests, probabilities, losses, strict=True):
+                score, postprocessing = self._validate(predicted, float(loss)) if best.running else (np.nan, ())
+                better.append(best.update(score, (number + 1) * every - 1, postprocessing))
+            if any(better):
+                kept = probes.keep(kept, state.probes, jnp.asarray(better))
+            if not any(best.running for best in bests):
+                break
+        seconds = (time.perf_counter() - began) / len(points)
+        return [
+            _Fitted(b.score, b.epoch, b.postprocessing, seconds, jax.tree.map(lambda x, i=i: x[i : i + 1], kept))
+            for i, b in enumerate(bests)
+        ]
+
+    def _rows_of_an_epoch(self, batch_size: int) -> int:
+        count = len(self.train_rows)
+        if count % batch_size == 1 and (count == 1 or not self.protocol.drop_single):
+            raise InputError(
+                f"{self.task.name}: expected no batch of one row, whose variance BatchNorm does not have, found "
+                f"{count} rows to train on, in batches of {batch_size}"
+                + ("" if count == 1 else ": HEAR's kit fails there too; --protocol fixed leaves that row out")
+            )
+        return count - (count % batch_size == 1)
+
+    def _orders(self, epochs: int, count: int) -> list[np.ndarray]:
+        if not self.protocol.shuffle:
+            return [self.train_rows] * epochs
+        return [self.orders.permutation(self.train_rows)[:count] for _ in range(epochs)]
+
+    def _chosen(self, split: str) -> probes.Chosen:
+        return probes.choose(np.arange(*self.data.spans[split]))
+
+    def _validate(self, probabilities: np.ndarray, loss: float) -> tuple[float, Parameters]:
+        """The validation score of one point, and with what postprocessing."""
+        if not self.task.score_stopping:
+            return loss, self.grid[0]
+        if self.protocol.go_on_after_nan and not np.isfinite(probabilities).all():
+            return float("nan"), self.grid[0]
+        metric = METRICS[self.task.metrics[0]]
+        if self.task.embedding == "scene":
+            targets = self.data.targets[slice(*self.data.spans[self.fold.valid])]
+            primary = self.task.metrics[:1]
+            found = metrics.scores(primary, probabilities, targets, present=self.protocol.present_classes)
+            return found[primary[0]], ()
+        assert metric.quick is not None
+        scored = []
+        for parameters in self.grid:
+            estimated, reference = self._events(self.fold.valid, probabilities, parameters)
+            value = metric.quick(estimated, reference, len(self.task.labels), empty=self.protocol.zero_without_events)
+            scored.append((value, parameters))
+        lowest = self.protocol.follow_metric and not metric.maximize
+        # NaN counts 0, and of equal scores the largest parameters win, as in the kit.
+        return max(scored, key=lambda s: ((-1 if lowest else 1) * np.nan_to_num(s[0]), s[1]))
+
+    def _events(
+        self, split: str, probabilities: np.ndarray, parameters: Parameters
+    ) -> tuple[dict[str, Events], dict[str, Events]]:
+        """Events that were found, and the true ones, by file."""
+        begin = self.data.spans[split][0]
+        files = self.data.files[split]
+        options = dict(parameters)
+        estimated = {
+            file.name: find_events(probabilities[file.start - begin : file.stop - begin], file.times, **options)
+            for file in files
+        }
+        return estimated, {file.name: file.events for file in files}
+
+    def test(self, fit: _Fitted) -> FoldScores:
+        """Test a probe."""
+        task, split = self.task, self.fold.test
+        (probabilities,), (loss,) = probes.predict(fit.probe, self.data.rows, self._chosen(split), task.prediction)
+        found: dict[str, float] = {"test_loss": float(loss)}
+        named: dict[str, float] = {}
+        if task.embedding == "scene":
+            targets = self.data.targets[slice(*self.data.spans[split])]
+            values = metrics.scores(task.metrics, probabilities, targets, present=self.protocol.present_classes)
+            named = {f"test_{name}": value for name, value in values.items()}
+        else:
+            estimated, reference = self._events(split, probabilities, fit.postprocessing)
+            for name in task.metrics:
+                options = {"empty": self.protocol.zero_without_events}
+                values = METRICS[name].compute(estimated, reference, len(task.labels), **options)
+                named[f"test_{name}"] = next(iter(values.values()))
+                named |= {f"test_{name}_{part}": value for part, value in values.items()}
+        found["test_score"] = named[f"test_{task.metrics[0]}"]
+        return FoldScores(found | named, fit.score, fit.epoch, fit.seconds, fit.postprocessing)
