@@ -14,7 +14,7 @@ install: .venv/installed
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[convert,plot,ray,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[convert,evaluate,plot,ray,dev]'
 	touch $@
 
 demo: install

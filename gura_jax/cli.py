@@ -378,6 +378,60 @@ def _print_summary(summary: Any, out: Path, worker: Any) -> None:
 
 
 @app.command()
+def evaluate(
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS_DIR", help="Folder of HEAR tasks, or one task.")],
+    out: Annotated[Path, typer.Option(help="Folder for embeddings, scores and the table; or to go on in.")],
+    system: Annotated[
+        str | None,
+        typer.Option("--system", "-s", help="A name from 'gura-jax systems', or a TOML or YAML file."),
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option(help="In place of a system: a module with HEAR's common API, by its import name.")
+    ] = None,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    protocol: Annotated[
+        Literal["hear2021", "fixed"],
+        typer.Option(help="hear2021: as HEAR's kit computes, with its faults; fixed: without them."),
+    ] = "hear2021",
+    seed: Annotated[int, typer.Option(help="Of the probes.", min=0)] = 0,
+) -> None:
+    """Evaluate a system on HEAR tasks: embed, train probes, test.
+
+    Run again with the same arguments, it goes on where it stopped. Exit code 3: some tasks failed.
+    """
+    from gura_jax.evaluate import report, run
+    from gura_jax.evaluate.embed import Module
+    from gura_jax.evaluate.protocol import PROTOCOLS
+    from gura_jax.model import load_model
+
+    if (system is None) == (module is None):
+        raise InputError("expected --system or --module, one of them")
+    if module is not None:
+        if size is not None or len(weights or ()) > 1:
+            raise InputError("--module takes no --size, and one --weights, the model file that its load_model gets")
+        embedder = run.by_module(Module(module, weights[0] if weights else None))
+    else:
+        model = load_model(find_system(str(system)), weights=_parse_weights(weights), size=size)
+        if model.random_members:
+            names = ", ".join(model.random_members)
+            print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
+        embedder = run.by_system(model, size)
+    with _interruptible():
+        try:
+            outcome = run.evaluate(tasks, embedder, out, PROTOCOLS[protocol], seed)
+        except KeyboardInterrupt as interruption:
+            print(f"interrupted: run the same command again to go on in {out}", file=sys.stderr)
+            raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
+    if outcome.rows:
+        print(f"{embedder.name}, protocol {protocol}, seed {seed}\n\n{report.printed(outcome.rows)}\n")
+        print(f"-> {out / report.TABLE}")
+    if outcome.failed:
+        print(f"{len(outcome.failed)} tasks failed: {', '.join(outcome.failed)}", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_INPUTS_FAILED if outcome.rows else EXIT_FAILED)
+
+
+@app.command()
 def export(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that embed wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],

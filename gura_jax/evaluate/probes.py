@@ -27,7 +27,6 @@ ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 RELU_GAIN = math.sqrt(2)
 BLOCK = 1024  # rows predicted at once
 SHORTEST = 8  # rows of a batch, at least; those that no clip fills are masked
-DROPOUT_STEPS = 1 << 16  # dropout's rate is rounded to this part: half the random bits of a float's
 
 
 class Point(NamedTuple):
@@ -136,7 +135,9 @@ def logits(probes: Probes, x: jax.Array) -> jax.Array:
     """One probe's logits [B, C] of rows [B, D], after training."""
     for layer, stats in zip(probes.params["hidden"], probes.stats, strict=True):
         scale = layer["scale"] * jax.lax.rsqrt(stats["var"] + NORM_EPSILON)
-        x = jax.nn.relu(_row(scale) * (x @ layer["weight"] + _row(layer["bias"] - stats["mean"])) + _row(layer["shift"]))
+        x = jax.nn.relu(
+            _row(scale) * (x @ layer["weight"] + _row(layer["bias"] - stats["mean"])) + _row(layer["shift"])
+        )
     return x @ probes.params["projection"]["weight"] + _row(probes.params["projection"]["bias"])
 
 
@@ -293,8 +294,7 @@ def train(state: State, rates: Rates, rows: Rows, plan: Epochs, *, sizes: Batchi
 
 def _dropout(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Zero with probability ``rate``, else 1 / (1 - rate)."""
-    dropped = jnp.round(rate * DROPOUT_STEPS).astype(jnp.uint16)
-    return jnp.where(jax.random.bits(key, shape, jnp.uint16) < dropped, 0.0, 1 / (1 - rate))
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), 1 / (1 - rate), 0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("prediction",))

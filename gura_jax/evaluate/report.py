@@ -1,0 +1,181 @@
+"""Score files as HEAR's kit writes them, and a table beside them."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gura_jax import __version__
+from gura_jax.dataset import store
+from gura_jax.evaluate.protocol import Protocol, TaskScores
+from gura_jax.evaluate.tasks import Task
+
+SCORES = "test.predicted-scores.json"
+TABLE = "scores.csv"
+OURS = "gura_jax"  # key of what the kit's score files do not have
+AGGREGATED = "aggregated_scores"
+
+
+class Row(NamedTuple):
+    """A row of the table: a metric of a system on a task, over folds the mean and sample standard deviation."""
+
+    system: str
+    task: str
+    metric: str
+    score: float
+    std: float | None
+    validation: float
+    folds: int
+    protocol: str
+    seed: int
+
+
+def identity(task: Task, protocol: Protocol, seed: int, embeddings: str) -> dict[str, Any]:
+    """What scores depend on: those of another identity are computed anew.
+
+    Args:
+        task: as read.
+        protocol: of the evaluation.
+        seed: of the probes.
+        embeddings: says which, as a store's fingerprint does.
+    """
+    described = json.dumps([task._replace(folder=Path()), protocol], sort_keys=True, default=str)
+    return {
+        "version": __version__,
+        "protocol": protocol.name,
+        "seed": seed,
+        "embeddings": embeddings,
+        "task_sha256": hashlib.sha256(described.encode()).hexdigest(),
+    }
+
+
+def content(scores: TaskScores, embeddings: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """A score file: a key a fold that was tested, then with several ``aggregated_scores``, and what was chosen."""
+    folds = {
+        split: dict(fold.test)
+        | {
+            "validation_score": fold.validation_score,
+            "epoch": fold.epoch,
+            "time_in_min": fold.seconds / 60,
+        }
+        for split, fold in scores.folds.items()
+    }
+    out: dict[str, Any] = dict(folds)
+    if len(folds) > 1:
+        out[AGGREGATED] = _aggregate(list(folds.values()))
+    return out | {
+        "hparams": scores.point._asdict(),
+        "postprocessing": [list(item) for item in next(iter(scores.folds.values())).postprocessing],
+        "score_mode": "max" if scores.maximize else "min",
+        "embedding_path": str(embeddings),
+        OURS: dict(described),
+    }
+
+
+def _aggregate(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means and sample standard deviations; NaN is left out, as pandas does for the kit."""
+    out = {}
+    for name in folds[0]:
+        values = np.array([fold[name] for fold in folds], np.float64)
+        values = values[~np.isnan(values)]
+        out[f"{name}_mean"] = float(values.mean()) if len(values) else math.nan
+        with np.errstate(invalid="ignore"):  # infinite d_primes
+            out[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return out
+
+
+def write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
+    """Write a score file. NaN and infinite scores are written as the kit does, outside strict JSON.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    store.open_folder(folder)
+    store.write_file(folder, SCORES, (json.dumps(scores, indent=4) + "\n").encode())
+
+
+def read_scores(folder: Path) -> dict[str, Any] | None:
+    """A score file that this package wrote; None where there is none, or a damaged one."""
+    try:
+        found = json.loads((folder / SCORES).read_bytes())
+        return found if isinstance(found[OURS], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rows(system: str, task: Task, scores: Mapping[str, Any]) -> list[Row]:
+    """Rows of a score file, the primary metric first."""
+    described = scores[OURS]
+    folds = {split: scores[split] for fold in task.folds if (split := fold.test)}
+    aggregated = scores.get(AGGREGATED) or _aggregate(list(folds.values()))
+    return [
+        Row(
+            system,
+            task.name,
+            metric,
+            aggregated[f"test_{metric}_mean"],
+            aggregated[f"test_{metric}_std"] if len(folds) > 1 else None,
+            aggregated["validation_score_mean"],
+            len(folds),
+            described["protocol"],
+            described["seed"],
+        )
+        for metric in task.metrics
+    ]
+
+
+def update_table(folder: Path, new: Sequence[Row]) -> None:
+    """Put rows into the folder's table, in the place of those of the same system, task, metric, protocol and seed.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    with store.locked(folder):
+        table = {tuple(_key(row)): row for row in _read_table(folder / TABLE)}
+        table |= {tuple(_key(values)): values for row in new if (values := _written(row))}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, Row._fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table[key] for key in sorted(table))
+        store.write_file(folder, TABLE, text.getvalue().encode())
+
+
+def _written(row: Row) -> dict[str, str]:
+    return {name: "" if value is None else str(value) for name, value in row._asdict().items()}
+
+
+def _key(row: Mapping[str, str]) -> list[str]:
+    return [row[name] for name in ("protocol", "seed", "task", "metric", "system")]
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader) if tuple(reader.fieldnames or ()) == Row._fields else []
+    except (OSError, ValueError, csv.Error):
+        return []
+
+
+def printed(table: Sequence[Row]) -> str:
+    """The table for a terminal."""
+    headings = ("task", "metric", "score", "std", "validation")
+    cells = [headings]
+    for previous, row in zip([None, *table], table, strict=False):
+        again = previous is not None and previous.task == row.task
+        std = "" if row.std is None else f"{row.std:.4f}"
+        validation = "" if again else f"{row.validation:.4f}"
+        cells.append(("" if again else row.task, row.metric, f"{row.score:.4f}", std, validation))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(headings))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
