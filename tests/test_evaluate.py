@@ -15,7 +15,7 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
-from gura_jax import cli
+from gura_jax import Member, System, cli, load_model
 from gura_jax.errors import GuraError, InputError, StoreError, SystemConfigError
 from gura_jax.evaluate import embed, probes, report, run
 from gura_jax.evaluate.protocol import PROTOCOLS, _Best, evaluate_task, grid_points
@@ -331,7 +331,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(run, "evaluate_task", never)
         patch.setattr("gura_jax.dataset.run.Run.embed_shards", lambda self, numbers, report: iter(list(numbers)[:0]))
         assert evaluated(*arguments).stdout == first.stdout
-    # Labels that change need no other embeddings; other seeds and protocols share them.
+    # Other seeds and protocols share the embeddings.
     (tasks / "c" / str(RATE) / "train" / "train-1.wav").unlink()
     monkeypatch.setattr("gura_jax.dataset.run._Computation._dispatch", never)
     assert evaluated(*arguments, "--protocol", "fixed", "--seed", 2).exit_code == cli.EXIT_SOME_INPUTS_FAILED
@@ -344,6 +344,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("fixed", "b", "segment_1s_er"),
     ]
     assert len(table) == 8
+
+
+def test_a_clip_that_was_mended(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "t", clips=3)
+    clip = folder / str(RATE) / "train" / "train-1.wav"
+    good = clip.read_bytes()
+    clip.write_bytes(good[:600])
+    model = load_model(System("small", (Member("crepe-tiny"),)), weights="random")
+    task = read_task(folder)
+    with pytest.raises(InputError, match="1 of them cannot be"):
+        embed.embed_task(model, task, tmp_path / "out")
+    clip.write_bytes(good)
+    scene, times = embed.embed_task(model, task, tmp_path / "out")("train", "train-1.wav")
+    assert scene.shape == (model.scene_embedding_size,)
+    assert times is None
 
 
 def test_the_command_needs_one_of_both(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from gura_jax.errors import SystemConfigError
 from gura_jax.evaluate import metrics
 from gura_jax.evaluate.events import Events, find_events, parameter_grid
 from gura_jax.evaluate.metrics import METRICS
@@ -14,6 +15,13 @@ from gura_jax.evaluate.metrics import METRICS
 RANDOM = np.random.default_rng(0)
 PROBABILITIES = RANDOM.random((40, 14)).astype(np.float32)
 TARGETS = np.vstack([np.eye(14), np.eye(14), np.eye(14)[:12]]).astype(np.float32)
+
+
+def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics.check_installed()
+    monkeypatch.setattr(metrics, "NEEDED", ("scipy", "no_such_package"))
+    with pytest.raises(SystemConfigError, match=r"found no no_such_package: pip install 'gura-jax\[evaluate\]'"):
+        metrics.check_installed()
 
 
 def test_accuracies() -> None:

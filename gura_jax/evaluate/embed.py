@@ -41,7 +41,8 @@ def embed_task(model: Model, task: Task, folder: Path) -> Lookup:
         StoreError: the folder cannot be written, or holds other embeddings.
     """
     clips = read_inputs([task.folder]).drop_columns(["labels"])  # embeddings stay where labels change
-    run = open_run(model, clips, folder, Settings(timestamps=task.embedding == "event"))
+    # What failed may have been mended meanwhile.
+    run = open_run(model, clips, folder, Settings(timestamps=task.embedding == "event"), retry_failed=True)
     failed = work(run, Worker(0, 1, "the only process")).failed
     if failed:
         raise InputError(

@@ -1,15 +1,18 @@
 """HEAR's metrics, by scikit-learn, SciPy and sed_eval."""
 
 import contextlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gura_jax.errors import SystemConfigError
 from gura_jax.evaluate.events import Events
 
 SQRT2 = 2**0.5
+NEEDED = ("scipy", "sed_eval", "sklearn")
 CHROMAS = 12
 
 
@@ -28,6 +31,20 @@ class Metric(NamedTuple):
     maximize: bool = True
     events: bool = False
     quick: Callable[..., float] | None = None
+
+
+def check_installed() -> None:
+    """See that what the metrics need is there: better now than after the embedding.
+
+    Raises:
+        SystemConfigError: it is not.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemConfigError(
+            f"expected {', '.join(NEEDED)} to be installed, found no {', '.join(missing)}: "
+            "pip install 'gura-jax[evaluate]'"
+        )
 
 
 def top1_accuracy(probabilities: np.ndarray, targets: np.ndarray) -> float:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gura_jax.dataset import store
+from gura_jax.dataset.manifest import plain_name
 from gura_jax.errors import GuraError
-from gura_jax.evaluate import report
+from gura_jax.evaluate import metrics, report
 from gura_jax.evaluate.embed import MODULE_FILE, Module, embed_task, embed_task_by_module
 from gura_jax.evaluate.protocol import Lookup, Protocol, evaluate_task
 from gura_jax.evaluate.tasks import Task, find_tasks, read_task
@@ -76,9 +77,12 @@ def evaluate(tasks: Path, embedder: Embedder, out: Path, protocol: Protocol, see
         seed: of the probes.
 
     Raises:
-        InputError: there are no tasks.
+        InputError: there are no tasks, or the system's name cannot be a folder's.
+        SystemConfigError: scikit-learn, SciPy or sed_eval is missing.
         StoreError: the folder cannot be written.
     """
+    metrics.check_installed()
+    plain_name(embedder.name, out)  # a part of paths, from a file that may be anybody's
     store.open_folder(out)
     table: list[report.Row] = []
     failed: dict[str, str] = {}
