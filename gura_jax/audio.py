@@ -1,6 +1,7 @@
 """Audio: decode, mix to mono, resample to 16 kHz, and check what a user hands in."""
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -148,8 +149,8 @@ def _cannot_decode(path: str | os.PathLike[str], error: Exception) -> AudioError
     )
 
 
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, "soundfile.SoundFile"]]:
+@functools.cache
+def _forward_sound_file() -> "type[soundfile.SoundFile]":
     import soundfile
 
     class ForwardSoundFile(soundfile.SoundFile):
@@ -158,12 +159,18 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, "soundfile
         def seekable(self) -> bool:
             return False
 
+    return ForwardSoundFile
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, "soundfile.SoundFile"]]:
     if not Path(path).is_file():
         found = "a folder" if Path(path).is_dir() else "no such file"
         raise AudioError(f"{path}: expected an audio file, found {found}")
     if Path(path).suffix.lower() == ".raw":  # soundfile takes it for samples without a header
         raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV")
-    with open(path, "rb") as file, ForwardSoundFile(file) as sound:
+    # By descriptor, libsndfile reads for itself; of a Python file it would call back for every block.
+    with open(path, "rb") as file, _forward_sound_file()(file.fileno(), closefd=False) as sound:
         if not MIN_FILE_RATE <= sound.samplerate <= MAX_FILE_RATE:
             raise AudioError(
                 f"{path}: expected a sample rate from {MIN_FILE_RATE} to {MAX_FILE_RATE} Hz, found "
@@ -221,7 +228,7 @@ def _decode(
     read = 0
     while len(block := sound.read(min(block_frames, end - start - read), dtype="float32", always_2d=True)):
         with np.errstate(over="ignore", invalid="ignore"):  # reported below
-            mono = block.mean(axis=1)
+            mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
         if not np.isfinite(mono).all():
             bad = (start + read + int(np.argmin(np.isfinite(mono)))) / rate
             raise AudioError(f"{path}: expected finite samples, found NaN or infinity at {bad:.3f} s")
