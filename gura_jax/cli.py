@@ -1,6 +1,7 @@
 """The command line: ``gura-jax``."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -380,55 +381,86 @@ def _print_summary(summary: Any, out: Path, worker: Any) -> None:
 @app.command()
 def evaluate(
     tasks: Annotated[Path, typer.Argument(metavar="TASKS_DIR", help="Folder of HEAR tasks, or one task.")],
-    out: Annotated[Path, typer.Option(help="Folder for embeddings, scores and the table; or to go on in.")],
-    system: Annotated[
+    out: Annotated[Path, typer.Option(help="Folder for embeddings, scores and tables; or to go on in.")],
+    systems: Annotated[
         str | None,
-        typer.Option("--system", "-s", help="A name from 'gura-jax systems', or a TOML or YAML file."),
+        typer.Option(
+            "--systems", "--system", "-s", help="Names from 'gura-jax systems', or TOML or YAML files: A,B,C."
+        ),
     ] = None,
     module: Annotated[
-        str | None, typer.Option(help="In place of a system: a module with HEAR's common API, by its import name.")
+        list[str] | None, typer.Option(help="A module with HEAR's common API, by its import name (repeatable).")
     ] = None,
     weights: WeightsOption = None,
     size: SizeOption = None,
+    learn_layers: Annotated[
+        bool,
+        typer.Option(
+            "--learn-layers",
+            help="For each system with one speech encoder also a row with layer weights that the probe learns.",
+        ),
+    ] = False,
     protocol: Annotated[
         Literal["hear2021", "fixed"],
         typer.Option(help="hear2021: as HEAR's kit computes, with its faults; fixed: without them."),
     ] = "hear2021",
     seed: Annotated[int, typer.Option(help="Of the probes.", min=0)] = 0,
 ) -> None:
-    """Evaluate a system on HEAR tasks: embed, train probes, test.
+    """Evaluate systems on HEAR tasks, and compare them: embed, train probes, test.
 
-    Run again with the same arguments, it goes on where it stopped. Exit code 3: some tasks failed.
+    Run again with the same arguments, it goes on where it stopped. Exit code 3: something failed, the rest is done.
     """
-    from gura_jax.evaluate import report, run
-    from gura_jax.evaluate.embed import Module
+    from gura_jax.evaluate import report, run, tables
     from gura_jax.evaluate.protocol import PROTOCOLS
-    from gura_jax.model import load_model
 
-    if (system is None) == (module is None):
-        raise InputError("expected --system or --module, one of them")
-    if module is not None:
-        if size is not None or len(weights or ()) > 1:
-            raise InputError("--module takes no --size, and one --weights, the model file that its load_model gets")
-        embedder = run.by_module(Module(module, weights[0] if weights else None))
-    else:
-        model = load_model(find_system(str(system)), weights=_parse_weights(weights), size=size)
-        if model.random_members:
-            names = ", ".join(model.random_members)
-            print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
-        embedder = run.by_system(model, size)
+    sources = _sources(systems, module or [], weights or [], size, learn_layers)
     with _interruptible():
         try:
-            outcome = run.evaluate(tasks, embedder, out, PROTOCOLS[protocol], seed)
+            outcome = run.evaluate(tasks, sources, out, PROTOCOLS[protocol], seed)
         except KeyboardInterrupt as interruption:
             print(f"interrupted: run the same command again to go on in {out}", file=sys.stderr)
             raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
     if outcome.rows:
-        print(f"{embedder.name}, protocol {protocol}, seed {seed}\n\n{report.printed(outcome.rows)}\n")
-        print(f"-> {out / report.TABLE}")
+        everything = [row for row in report.read_table(out) if (row.protocol, row.seed) == (protocol, seed)]
+        name = f"tables-{protocol}-{seed}"
+        compared = tables.compare(everything)
+        paths = tables.write(out, name, compared)
+        print(f"protocol {protocol}, seed {seed}\n\n{tables.terminal(compared)}\n")
+        print(f"-> {', '.join(map(str, [out / report.TABLE, *paths]))}")
     if outcome.failed:
-        print(f"{len(outcome.failed)} tasks failed: {', '.join(outcome.failed)}", file=sys.stderr)
+        print(f"{len(outcome.failed)} failed: {', '.join(outcome.failed)}", file=sys.stderr)
         raise typer.Exit(EXIT_SOME_INPUTS_FAILED if outcome.rows else EXIT_FAILED)
+
+
+def _sources(
+    systems: str | None, modules: list[str], weights: list[str], size: Literal["tiny"] | None, learn_layers: bool
+) -> list[Any]:
+    """Where the embeddings of an evaluation come from."""
+    from gura_jax.evaluate.embed import SystemEmbeddings
+    from gura_jax.evaluate.modules import ModuleEmbeddings
+
+    names = [name for name in (systems or "").split(",") if name]
+    if not names and not modules:
+        raise InputError("expected --systems or --module, found neither")
+    if not names:
+        if size is not None or len(weights) > 1 or (weights and len(modules) > 1):
+            raise InputError("--module takes no --size, and one --weights, the model file that its load_model gets")
+        return [ModuleEmbeddings(name, weights[0] if weights else None) for name in modules]
+    chosen, described = _parse_weights(weights), [find_system(name) for name in names]
+    members = {member.name for system in described for member in system.members}
+    if isinstance(chosen, dict) and (unknown := sorted(set(chosen) - members)):
+        raise SystemConfigError(f"--weights: expected members of {', '.join(names)}, found {', '.join(unknown)}")
+    found: list[Any] = []
+    for system in described:
+        own = {member.name for member in system.members}
+        some = {k: v for k, v in chosen.items() if k in own} if isinstance(chosen, dict) else chosen
+        source = SystemEmbeddings(system, some or "pretrained", size)
+        found.append(source)
+        if learn_layers and source.averages_layers:
+            found.append(dataclasses.replace(source, learned=True))
+    if random := sorted({name for source in found for name in source.random_members}):
+        print(f"note: random weights for {', '.join(random)}: what they contribute means nothing", file=sys.stderr)
+    return found + [ModuleEmbeddings(name) for name in modules]
 
 
 @app.command()

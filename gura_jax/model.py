@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -38,6 +39,10 @@ Audio = np.ndarray | jax.Array | Sequence[np.ndarray]
 """[n, samples] at 16 kHz in [-1, 1], or a list of 1-D clips of any lengths."""
 
 
+Weights = Literal["pretrained", "random"] | Mapping[str, str | Path]
+"""Of a system's members: see :func:`load_model`."""
+
+
 class Model:
     """An embedding system with its weights, on the devices; made by :func:`load_model`.
 
@@ -67,7 +72,8 @@ class Model:
         dtype: DTypeName = "float32",
     ) -> None:
         self.system, self.fusion, self.params, self.weights = system, fusion, params, weights
-        self.compilation, self.dtype = compilation, dtype
+        self.compilation = compilation
+        self.dtype: DTypeName = dtype
         self._functions: dict[Any, parallel.BatchFunction] = {}
         first = fusion.members[0].scene_encoder
         self.min_samples = max(
@@ -304,7 +310,7 @@ def _like(audio: Audio, results: list[Any]) -> Any:
 def load_model(
     system: str | Path | System,
     *,
-    weights: Literal["pretrained", "random"] | Mapping[str, str | Path] = "pretrained",
+    weights: Weights = "pretrained",
     size: Literal["tiny"] | None = None,
     seed: int = 0,
     parallel_by: parallel.Parallel = "jit",
@@ -320,7 +326,7 @@ def load_model(
             by name, either of these or the path of a checkpoint or of PyTorch weights that
             :func:`gura_jax.convert.convert` takes.
         size: ``"tiny"`` puts a small speech encoder of the same kind in the place of each, with random weights.
-        seed: of random weights.
+        seed: of random weights; of each member also by its name.
         parallel_by: ``"jit"`` or ``"pmap"``, over ``devices``.
         devices: by default all local ones.
         dtype: of convolutions and matrix products; norms, softmax and sums, and what comes out, are float32. On a
@@ -344,28 +350,37 @@ def load_model(
             raise SystemConfigError(f"{option}: {expected(value, choices)}")
     if size not in (None, "tiny"):
         raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
-    names = [m.name for m in described.members]
+    chosen = member_weights(described, weights)
+    mesh = parallel.make_mesh(devices)
+    sharding = parallel.replicated(mesh)
+    members, params, sources = [], {}, {}
+    for member in described.members:
+        loaded = _load_member(member, chosen[member.name], size, seed, sharding, dtype)
+        members.append(FusedMember(member.name, *loaded.encoders))
+        params[member.name], sources[member.name] = loaded.params, loaded.source
+    fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
+    return Model(described, fusion, params, sources, parallel.Compilation(mesh, parallel_by, precision), dtype)
+
+
+def member_weights(system: System, weights: Weights) -> dict[str, str]:
+    """Where the weights of each member are to come from: ``"pretrained"``, ``"random"``, or a path.
+
+    Raises:
+        SystemConfigError: weights of members that there are not, or no weights.
+    """
+    names = [m.name for m in system.members]
     if isinstance(weights, Mapping):
         chosen = dict(weights)
         for name in chosen:
             if name not in names:
                 raise SystemConfigError(f"weights: member {expected(name, names)}")
     elif weights in ("pretrained", "random"):
-        chosen = {m.name: weights for m in described.members if m.weights is None}
+        chosen = {m.name: weights for m in system.members if m.weights is None}
     else:
         raise SystemConfigError(
             f"weights: expected 'pretrained', 'random' or a mapping from member to path, found {weights!r}"
         )
-    mesh = parallel.make_mesh(devices)
-    sharding = parallel.replicated(mesh)
-    members, params, sources = [], {}, {}
-    for index, member in enumerate(described.members):
-        source = str(chosen.get(member.name, member.weights or "pretrained"))
-        loaded = _load_member(member, source, size, seed + index, sharding, dtype)
-        members.append(FusedMember(member.name, *loaded.encoders))
-        params[member.name], sources[member.name] = loaded.params, loaded.source
-    fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
-    return Model(described, fusion, params, sources, parallel.Compilation(mesh, parallel_by, precision), dtype)
+    return {m.name: str(chosen.get(m.name, m.weights or "pretrained")) for m in system.members}
 
 
 def outline(system: str | Path | System, *, size: Literal["tiny"] | None = None) -> Model:
@@ -413,7 +428,7 @@ def _load_member(
             jax.device_put(getattr(member.encoder, "params", {}), sharding),
             {"source": f"given as {type(member.encoder).__qualname__}"},
         )
-    home, full = find_encoder(member.encoder)
+    _, full = find_encoder(member.encoder)
     architecture = tiny(full) if size == "tiny" else full
     if architecture != full and weights != "random":
         raise SystemConfigError(
@@ -422,17 +437,12 @@ def _load_member(
         )
     both = encoders(architecture, member.layers, dtype)
     if weights == "random":
-        params = jax.device_put(both[0].random_params(seed), sharding)
+        # By name, so that a member has the same weights in every system.
+        own_seed = (seed + zlib.crc32(member.name.encode())) % 2**32
+        params = jax.device_put(both[0].random_params(own_seed), sharding)
         return _Loaded(both, both[0].prepare(params), {"source": "random", "seed": seed})
-    is_file = weights != "pretrained" and os.path.isfile(weights)
-    folder = home if weights == "pretrained" else Path(weights) if is_file else find_folder(weights)
-    if not is_file and not is_folder(folder):
-        if weights == "pretrained":
-            raise CheckpointError(_how_to_get(member.encoder, folder))
-        raise CheckpointError(
-            f"member {member.name!r}: expected a checkpoint, or a folder or file of PyTorch weights, at {weights}"
-        )
-    if is_file or is_hugging_face(folder):
+    folder = find_weights(member, weights)
+    if folder.is_file() or is_hugging_face(folder):
         from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
 
         arrays, manifest = convert(folder)
@@ -444,6 +454,29 @@ def _load_member(
         checkpoint.check_architecture(member.name, architecture, manifest.architecture, str(folder))
         params = checkpoint.load(folder, both[0].abstract_params, sharding)
     return _Loaded(both, both[0].prepare(params), {"source": manifest.source, "fingerprint": manifest.fingerprint})
+
+
+def find_weights(member: Member, weights: str) -> Path:
+    """The checkpoint, or the folder or file of PyTorch weights, of a registered encoder or of one in a folder.
+
+    Args:
+        member: its encoder is a name or path.
+        weights: ``"pretrained"`` or a path.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    home, _ = find_encoder(str(member.encoder))
+    if weights != "pretrained" and os.path.isfile(weights):
+        return Path(weights)
+    folder = home if weights == "pretrained" else find_folder(weights)
+    if is_folder(folder):
+        return folder
+    if weights == "pretrained":
+        raise CheckpointError(_how_to_get(str(member.encoder), folder))
+    raise CheckpointError(
+        f"member {member.name!r}: expected a checkpoint, or a folder or file of PyTorch weights, at {weights}"
+    )
 
 
 def is_hugging_face(folder: Path) -> bool:

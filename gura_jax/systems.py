@@ -212,8 +212,12 @@ PUBLISHED: Mapping[str, System] = _named(
 def _base(system: System) -> System:
     """The same system with Base-size speech encoders."""
     members = [m if m is _CREPE else Member(f"{str(m.encoder).split('-')[0]}-base", m.layers) for m in system.members]
-    name = system.name.removesuffix("_xlarge").removesuffix("_large") + "_base"
-    return dataclasses.replace(system, name=name, members=tuple(members))
+    return dataclasses.replace(system, name=base_name(system.name), members=tuple(members))
+
+
+def base_name(name: str) -> str:
+    """The name of a published system with Base-size speech encoders."""
+    return name.removesuffix("_xlarge").removesuffix("_large") + "_base"
 
 
 SYSTEMS: dict[str, System] = {

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
-from gura_jax import Member, System, cli, load_model
-from gura_jax.errors import GuraError, InputError, StoreError, SystemConfigError
-from gura_jax.evaluate import embed, probes, report, run
+from gura_jax import EmbeddingStore, Member, System, cli, load_model
+from gura_jax.errors import CheckpointError, GuraError, InputError, StoreError, SystemConfigError
+from gura_jax.evaluate import embed, modules, probes, report, run
+from gura_jax.evaluate.embed import SystemEmbeddings
 from gura_jax.evaluate.protocol import PROTOCOLS, _Best, evaluate_task, grid_points
 from gura_jax.evaluate.tasks import Event, Task, find_tasks, frame_targets, read_task
+from gura_jax.systems import SYSTEMS
 
 RATE = 16_000
 FREQUENCIES = {"low": 300.0, "mid": 900.0, "high": 2700.0}
 # Few and small probes: what is tested is what becomes of them.
 SMALL = {"hidden_layers": [1], "hidden_dim": [16], "lr": [1e-2, 1e-3], "max_epochs": [9], "patience": [2]}
+FUSED_BOUND = 1e-6  # relative norm: the same sums in another order
 KIT, FIXED = PROTOCOLS["hear2021"], PROTOCOLS["fixed"]
 
 
@@ -145,9 +149,10 @@ def test_a_scene_task(tmp_path: Path, protocol: Any) -> None:
 def test_nothing_is_compiled_for_another_task_of_the_shape(tmp_path: Path) -> None:
     first, second = (read_task(write_task(tmp_path / name)) for name in "ab")
     evaluate_task(first, spectra(first), KIT)
-    before = probes.train._cache_size(), probes._predict._cache_size()
+    functions: list[Any] = [probes.train, probes._predict]
+    before = [function._cache_size() for function in functions]
     evaluate_task(second, spectra(second), KIT, seed=3)
-    assert (probes.train._cache_size(), probes._predict._cache_size()) == before
+    assert [function._cache_size() for function in functions] == before
 
 
 @pytest.mark.parametrize("score_stopping", [True, False])
@@ -281,23 +286,23 @@ def test_a_module_of_torchs(tmp_path: Path, module: Any) -> None:
     assert evaluated(*arguments).stdout == first.stdout
     assert module.model.computed == 1
     with pytest.raises(StoreError, match="choose another --out"):
-        embed._check_module(embed.Module("loud", "other.pt"), tmp_path / "out/embeddings/loud/a")
+        modules._check_module(modules.Module("loud", "other.pt"), tmp_path / "out/embeddings/loud/a")
 
 
 def test_modules_that_are_none(module: Any) -> None:
     with pytest.raises(SystemConfigError, match="expected a module to import"):
-        embed.Module("no_such_module")
+        modules.Module("no_such_module")
     with pytest.raises(SystemConfigError, match="found no load_model"):
-        embed.Module("json")
+        modules.Module("json")
     module.get_scene_embeddings = lambda audio, model: audio[:1]
     with pytest.raises(SystemConfigError, match="a row for each of 3 clips"):
-        embed.Module("loud")(np.zeros((3, 400), np.float32), frames=False)
+        modules.Module("loud")(np.zeros((3, 400), np.float32), frames=False)
 
 
 def test_a_module_without_torch(tmp_path: Path, module: Any) -> None:
     module.load_model = lambda: types.SimpleNamespace(sample_rate=RATE)
     module.get_scene_embeddings = lambda audio, model: jax.numpy.asarray(audio)[:, :7]
-    found, times = embed.Module("loud")(np.ones((2, 400), np.float32), frames=False)
+    found, times = modules.Module("loud")(np.ones((2, 400), np.float32), frames=False)
     assert (found.shape, found.dtype, times) == ((2, 7), np.float32, None)
 
 
@@ -356,12 +361,167 @@ def test_a_clip_that_was_mended(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 of them cannot be"):
         embed.embed_task(model, task, tmp_path / "out")
     clip.write_bytes(good)
-    scene, times = embed.embed_task(model, task, tmp_path / "out")("train", "train-1.wav")
-    assert scene.shape == (model.scene_embedding_size,)
-    assert times is None
+    embed.embed_task(model, task, tmp_path / "out")
+    assert EmbeddingStore(tmp_path / "out")["t/train/train-1.wav"].scene.shape == (model.scene_embedding_size,)
 
 
-def test_the_command_needs_one_of_both(tmp_path: Path) -> None:
-    for options in ((), ("--system", "crepe", "--module", "x")):
-        with pytest.raises(GuraError, match="one of them"):
+def test_the_command_needs_something(tmp_path: Path) -> None:
+    for options, message in (
+        ((), "expected --systems or --module"),
+        (("--module", "x", "--size", "tiny"), "takes no --size"),
+        (("--systems", "crepe,no_such"), "no_such"),
+        (("--systems", "crepe", "--weights", "crepe-ful=random"), "found crepe-ful"),
+        (("--systems", "crepe,crepe", "--weights", "random"), "found crepe-random twice"),
+    ):
+        with pytest.raises(GuraError, match=message):
             evaluated(tmp_path, "--out", tmp_path / "out", *options)
+
+
+def test_weights_that_are_missing_are_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path))
+    with pytest.raises(CheckpointError, match="gura-jax convert wav2vec2-large"):
+        evaluated(tmp_path, "--out", tmp_path / "out", "--systems", "crepe,cat_wc", "--weights", "crepe-full=random")
+    assert not (tmp_path / "out").exists()
+
+
+# Systems from their members
+
+
+SPEECH = Member("hubert-base", "mean"), Member("wav2vec2-base")
+# As the published ones are made, of encoders that are small.
+FUSED: Mapping[str, System] = {
+    "interleave": System("interleave", (*SPEECH, Member("crepe-tiny")), "interleave", 64),
+    "average": System("average", (SPEECH[0], Member("crepe-tiny")), "average", 64),
+    "groups": System("groups", SPEECH, "interleave", 64, scene_groups=5),
+    "time": System("time", (SPEECH[0], Member("crepe-tiny")), "interleave_time", 64),
+}
+
+
+def fused(name: str, tmp_path: Path, kind: str) -> tuple[Task, Any, SystemEmbeddings]:
+    """A task, a lookup of what was put together, and where it is from."""
+    task = read_task(write_task(tmp_path / "t", kind, clips=3))
+    # Clips of several lengths: of half a second, and of more.
+    rate_folder = task.folder / str(RATE) / "train"
+    for i, file in enumerate(sorted(rate_folder.iterdir())):
+        audio, _ = soundfile.read(file)
+        soundfile.write(file, np.tile(audio, i + 1)[: len(audio) * (i + 1) - 77 * i], RATE)
+    source = SystemEmbeddings(FUSED[name], "random", "tiny")
+    folders = []
+    for part in source.parts(task):
+        source.load(part)(task, tmp_path / part.name)
+        folders.append(tmp_path / part.name)
+    return task, source.open(task, folders).lookup, source
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "parts"),
+    [
+        ("interleave", "scene", 3),
+        ("interleave", "event", 3),
+        ("average", "scene", 2),
+        ("groups", "scene", 1),  # means over groups of frames cannot be taken from means
+        ("time", "scene", 1),
+        ("time", "event", 2),
+    ],
+)
+def test_put_together_from_members_it_is_the_same(name: str, kind: str, parts: int, tmp_path: Path) -> None:
+    """As if the system had embedded the clips at once."""
+    task, lookup, source = fused(name, tmp_path, kind)
+    assert len(source.parts(task)) == parts
+    model = load_model(FUSED[name], weights="random", size="tiny")
+    for split in task.splits:
+        for file in task.clips[split]:
+            audio, _ = soundfile.read(task.folder / str(RATE) / split / file, dtype="float32")
+            (wanted,) = model.embed([audio])
+            found, times = lookup(split, file)
+            expected = wanted.scene if kind == "scene" else wanted.frames
+            assert expected is not None
+            assert found.shape == expected.shape
+            assert np.linalg.norm(found - expected) < FUSED_BOUND * np.linalg.norm(expected)
+            if kind == "event":
+                assert times is not None
+                np.testing.assert_array_equal(times, np.asarray(wanted.times))
+
+
+def test_members_are_embedded_once(tmp_path: Path) -> None:
+    tasks = {kind: read_task(write_task(tmp_path / kind, kind, clips=1)) for kind in ("scene", "event")}
+    names = ["hubert_base", "fusion_hubert_base", "cat_wc_base", "cat_xwc_base", "avg_hubert_crepe_base", "crepe"]
+    for kind, wanted in {
+        "scene": {"hubert_base", "fusion_hubert_base", "wav2vec2_base", "crepe-scene-frames", "crepe"},
+        "event": {"hubert_base", "fusion_hubert_base", "wav2vec2_base", "crepe"},
+    }.items():
+        parts = [part for name in names for part in SystemEmbeddings(SYSTEMS[name]).parts(tasks[kind])]
+        assert {part.name for part in parts} == wanted
+        assert len(set(parts)) == len(wanted)
+    own = System("mine", (Member("hubert-base", layers=(1, 2)), Member("wav2vec2-base", weights="random")))
+    assert [p.name for p in SystemEmbeddings(own).parts(tasks["scene"])] == [
+        "mine.hubert-base",
+        "mine.wav2vec2-base-random",
+    ]
+
+
+# Learned layers
+
+
+def test_layer_means_are_the_means_of_hidden_states() -> None:
+    model = load_model("fusion_hubert_base", weights="random", size="tiny")
+    rng = np.random.default_rng(0)
+    clips = [rng.uniform(-1, 1, n).astype(np.float32) for n in (9000, 16_000)]
+    source = SystemEmbeddings(SYSTEMS["fusion_hubert_base"], "random", "tiny", learned=True)
+    viewed = embed._viewed(model, embed.Part("x", model.system, "layer means"))
+    wanted = [states.mean(1).ravel() for states in model.hidden_states(clips)]
+    for found, expected in zip(viewed.scene_embeddings(clips), wanted, strict=True):
+        assert np.linalg.norm(found - expected) < FUSED_BOUND * np.linalg.norm(expected)
+    assert source.num_states == 4
+    assert source.name == "fusion_hubert_base-tiny-random_learned"
+    with pytest.raises(SystemConfigError, match="one speech encoder, found cat_wc"):
+        assert SystemEmbeddings(SYSTEMS["cat_wc"], "random", "tiny", learned=True).num_states
+
+
+def test_the_layer_that_says_something_is_found(tmp_path: Path) -> None:
+    """Of three states two are noise; those that begin with equal weights end with most of it on the third."""
+    grid = SMALL | {"max_epochs": [300], "patience": [100], "lr": [3e-2]}
+    task = read_task(write_task(tmp_path / "t", evaluation_params={"task_specific_param_grid": grid}, clips=30))
+    plain = spectra(task)
+    noise = np.random.default_rng(0)
+
+    def lookup(split: str, file: str) -> tuple[np.ndarray, None]:
+        scene = plain(split, file)[0]
+        return np.concatenate(
+            [3 * noise.standard_normal((2, len(scene))).astype(np.float32), scene[None]]
+        ).ravel(), None
+
+    scores = evaluate_task(task, lookup, FIXED, num_states=3)
+    assert len(scores.state_weights) == 3
+    assert sum(scores.state_weights) == pytest.approx(1, abs=1e-5)
+    assert scores.state_weights[2] > 0.5
+    assert scores.folds["test"].test["test_score"] > 0.9
+
+
+def test_systems_are_compared(tmp_path: Path) -> None:
+    """The command, with learned layers: members once, every table, every format, and again without computing."""
+    tasks, out = tmp_path / "tasks", tmp_path / "out"
+    write_task(tasks / "esc50-v1-full", split_mode="new_split_kfold", clips=3)
+    write_task(tasks / "b", "event", clips=3)
+    names = "hubert_base,fusion_hubert_base,avg_hubert_wav2vec2_base,cat_hubert_wav2vec2_base"
+    arguments = tasks, "--systems", names, "--weights", "random", "--size", "tiny", "--learn-layers", "--out", out
+    first = evaluated(*arguments)
+    assert first.exit_code == 0, first.output
+    assert sorted(path.name for path in (out / "embeddings").iterdir()) == [
+        "fusion_hubert_base-tiny-random",
+        "fusion_hubert_base-tiny-random-layer-means",
+        "hubert_base-tiny-random",
+        "wav2vec2_base-tiny-random",
+    ]
+    found = report.read_table(out)
+    assert {(row.system.split("-")[0], row.task) for row in found} == {
+        (name, task) for name in names.split(",") for task in ("esc50-v1-full", "b")
+    } | {("fusion_hubert_base", "esc50-v1-full")}
+    assert "fusion_hubert_base-tiny-random_learned" in {row.system for row in found}
+    for title in ("Table 2", "Table 3", "Table 4"):
+        assert title in first.stdout
+    assert "Table 5" not in first.stdout
+    assert "PaSST" in first.stdout  # the paper has numbers of esc50
+    assert evaluated(*arguments).stdout == first.stdout
+    learned = out / "scores/hear2021-0/fusion_hubert_base-tiny-random_learned/esc50-v1-full" / report.SCORES
+    assert len(json.loads(learned.read_text())["state_weights"]) == 4

@@ -86,7 +86,7 @@ def _areas(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     both = (targets.min(0) == 0) & (targets.max(0) == 1)
     if not both.all() or not np.isfinite(probabilities).all():
         return np.full(targets.shape[1], np.nan)
-    return np.atleast_1d(roc_auc_score(targets, probabilities, average=None))
+    return np.atleast_1d(roc_auc_score(targets, probabilities, average=None))  # pyright: ignore[reportArgumentType]
 
 
 def _finite(probabilities: np.ndarray, compute: Callable[[], float]) -> float:

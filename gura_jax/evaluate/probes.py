@@ -1,7 +1,9 @@
 """Probes: small networks trained on embeddings, all points of the grid together, where the embeddings are.
 
-A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU] and a Linear to the classes. Every array of a probe
-has a leading axis of points, and :func:`train` and :func:`predict` are compiled once for a shape, whatever the task.
+A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU] and a Linear to the classes. Where embeddings are the
+hidden states of an encoder side by side, it begins with their sum, weighted by a softmax over them that is learned too
+(as in SUPERB; the paper's conclusion leaves the weights open). Every array of a probe has a leading axis of points, and
+:func:`train` and :func:`predict` are compiled once for a shape, whatever the task.
 """
 
 import functools
@@ -48,7 +50,7 @@ class Probes(NamedTuple):
 
     Attributes:
         params: ``hidden``, a layer each: weight [P, D, H], bias, scale and shift [P, H]; ``projection``: weight
-            [P, H, C] and bias [P, C].
+            [P, H, C] and bias [P, C]; ``states`` [P, K], logits of the hidden states' weights, where there are some.
         stats: of each hidden layer, mean and var [P, H].
     """
 
@@ -100,13 +102,13 @@ class Batching(NamedTuple):
     last: int
 
 
-def init(key: jax.Array, point: Point, features: int, classes: int) -> Probes:
+def init(key: jax.Array, point: Point, features: int, classes: int, num_states: int = 0) -> Probes:
     """One probe as PyTorch and HEAR's kit begin: Xavier weights, biases uniform within 1 / sqrt(fan in).
 
-    The gain is 1 for the first layer and sqrt 2 after a ReLU. No leading axis of points.
+    The gain is 1 for the first layer and sqrt 2 after a ReLU; hidden states weigh the same. No leading axis of points.
     """
     hidden, stats = [], []
-    size, gain = features, 1.0
+    size, gain = features // max(1, num_states), 1.0
     for _ in range(point.hidden_layers):
         key, layer = jax.random.split(key)
         linear = _linear(layer, point.initialization, size, point.hidden_dim, gain)
@@ -115,7 +117,8 @@ def init(key: jax.Array, point: Point, features: int, classes: int) -> Probes:
         stats.append({"mean": zero, "var": one})
         size, gain = point.hidden_dim, RELU_GAIN
     projection = _linear(key, point.initialization, size, classes, gain)
-    return Probes({"hidden": tuple(hidden), "projection": projection}, tuple(stats))
+    states = {"states": jnp.zeros(num_states, jnp.float32)} if num_states else {}
+    return Probes({"hidden": tuple(hidden), "projection": projection} | states, tuple(stats))
 
 
 def _linear(key: jax.Array, initialization: Initialization, size: int, out: int, gain: float) -> dict[str, jax.Array]:
@@ -133,12 +136,21 @@ def _linear(key: jax.Array, initialization: Initialization, size: int, out: int,
 
 def logits(probes: Probes, x: jax.Array) -> jax.Array:
     """One probe's logits [B, C] of rows [B, D], after training."""
+    x = _weighted(probes.params, x)
     for layer, stats in zip(probes.params["hidden"], probes.stats, strict=True):
         scale = layer["scale"] * jax.lax.rsqrt(stats["var"] + NORM_EPSILON)
         x = jax.nn.relu(
             _row(scale) * (x @ layer["weight"] + _row(layer["bias"] - stats["mean"])) + _row(layer["shift"])
         )
     return x @ probes.params["projection"]["weight"] + _row(probes.params["projection"]["bias"])
+
+
+def _weighted(params: Any, x: jax.Array) -> jax.Array:
+    """[B, K D] hidden states -> [B, D] their weighted sum; other embeddings as they are."""
+    if "states" not in params:
+        return x
+    weights = jax.nn.softmax(params["states"])
+    return jnp.einsum("bkd,k->bd", x.reshape(len(x), len(weights), -1), weights)
 
 
 def _row(x: jax.Array) -> jax.Array:
@@ -158,6 +170,7 @@ def training_logits(
     """
     real = (jnp.arange(x.shape[0]) < count).astype(jnp.float32)[:, None]  # [B, 1]
     total = count.astype(jnp.float32)
+    x = _weighted(params, x)
     updated = []
     for layer, running, kept in zip(params["hidden"], stats, keep, strict=True):
         h = x @ layer["weight"] + _row(layer["bias"])  # [B, H]
@@ -211,7 +224,9 @@ def step(
     return Probes(params, stats), moments
 
 
-def begin(keys: jax.Array, points: Sequence[Point], features: int, classes: int) -> tuple[State, Rates]:
+def begin(
+    keys: jax.Array, points: Sequence[Point], features: int, classes: int, num_states: int = 0
+) -> tuple[State, Rates]:
     """Probes of one shape at their beginning, spread over the devices where there are several.
 
     Args:
@@ -219,8 +234,10 @@ def begin(keys: jax.Array, points: Sequence[Point], features: int, classes: int)
         points: of one ``hidden_layers`` and ``hidden_dim``.
         features: D.
         classes: C.
+        num_states: K, hidden states that the features consist of and whose weights are learned; 0: none.
     """
-    each = [init(jax.random.fold_in(key, 0), point, features, classes) for key, point in zip(keys, points, strict=True)]
+    sizes = features, classes, num_states
+    each = [init(jax.random.fold_in(key, 0), point, *sizes) for key, point in zip(keys, points, strict=True)]
     probes = jax.tree.map(lambda *x: jnp.stack(x), *each)
     state = State(probes, jax.vmap(ADAM.init)(probes.params), keys, jnp.zeros(len(points), jnp.int32))
     rates = Rates(*(jnp.asarray([getattr(p, name) for p in points], jnp.float32) for name in Rates._fields))
@@ -320,7 +337,7 @@ class Chosen(NamedTuple):
     """Rows to predict, in blocks on the device."""
 
     order: jax.Array  # [K, B]
-    count: int
+    rows: int
 
 
 def choose(rows: np.ndarray) -> Chosen:
@@ -334,9 +351,9 @@ def choose(rows: np.ndarray) -> Chosen:
 
 def predict(probes: Probes, rows: Rows, chosen: Chosen, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [P, n, C] of the chosen rows, and the mean loss [P]."""
-    count = jnp.int32(chosen.count)
+    count = jnp.int32(chosen.rows)
     probabilities, losses = jax.device_get(_predict(probes, rows, chosen.order, count, prediction=prediction))
-    return probabilities[:, : chosen.count], losses
+    return probabilities[:, : chosen.rows], losses
 
 
 @functools.partial(jax.jit, donate_argnames=("best",))

@@ -95,6 +95,7 @@ class TaskScores(NamedTuple):
     folds: Mapping[str, FoldScores]
     point: Point
     maximize: bool
+    state_weights: tuple[float, ...]  # of the first fold, where they are learned
 
 
 def grid_points(task: Task) -> list[Point]:
@@ -103,7 +104,7 @@ def grid_points(task: Task) -> list[Point]:
     Raises:
         InputError: the task names a parameter that there is not, or values that make no sense.
     """
-    grid = dict(GRID) | TASK_GRIDS.get(task.task_name, {}) | task.grid
+    grid = {**GRID, **TASK_GRIDS.get(task.task_name, {}), **task.grid}
     if unknown := sorted(set(grid) - set(GRID)):
         raise InputError(f"{task.folder}: expected a grid of {', '.join(GRID)}, found {', '.join(unknown)}")
     names = sorted(grid)
@@ -142,7 +143,7 @@ class _Data(NamedTuple):
     files: Mapping[str, Sequence[_File]]  # of an event task
 
 
-def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0) -> TaskScores:
+def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0, *, num_states: int = 0) -> TaskScores:
     """Train probes on a task's embeddings, choose among them, and test.
 
     Args:
@@ -150,6 +151,7 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0)
         lookup: the embeddings.
         protocol: one of :data:`PROTOCOLS`.
         seed: of initial values, dropout and shuffles.
+        num_states: hidden states that an embedding consists of, whose weights are learned; 0: it is none.
 
     Raises:
         InputError: embeddings that are not finite or of several sizes, or too few rows to train on.
@@ -158,7 +160,7 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0)
     data = _load(task, lookup)
     keys = jax.random.split(jax.random.key(seed), (len(task.folds), len(points)))
     orders = np.random.default_rng(seed)
-    first = _Training(task, data, task.folds[0], protocol, orders)
+    first = _Training(task, data, task.folds[0], protocol, orders, num_states)
     groups: dict[Any, list[int]] = {}
     for i, point in enumerate(points):
         groups.setdefault(point._replace(lr=0, dropout=0, initialization="xavier_uniform"), []).append(i)
@@ -173,10 +175,12 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0)
     best = max(range(len(points)), key=lambda i: (sign * fitted[i].score, -i))  # of equal ones the first
     folds = {task.folds[0].test: first.test(fitted[best])}
     for number, fold in enumerate(task.folds[1:], 1):
-        training = _Training(task, data, fold, protocol, orders)
+        training = _Training(task, data, fold, protocol, orders, num_states)
         (fit,) = training.fit([points[best]], keys[number, :1])
         folds[fold.test] = training.test(fit)
-    return TaskScores(folds, points[best], first.maximize)
+    states = fitted[best].probe.params.get("states")
+    weights = () if states is None else tuple(jax.nn.softmax(states[0]).tolist())
+    return TaskScores(folds, points[best], first.maximize, weights)
 
 
 def _points_at_once(points: int) -> int:
@@ -273,7 +277,10 @@ class _Best:
 class _Training:
     """One fold of a task."""
 
-    def __init__(self, task: Task, data: _Data, fold: Fold, protocol: Protocol, orders: np.random.Generator) -> None:
+    def __init__(
+        self, task: Task, data: _Data, fold: Fold, protocol: Protocol, orders: np.random.Generator, num_states: int
+    ) -> None:
+        self.num_states = num_states
         self.task, self.data, self.fold, self.protocol, self.orders = task, data, fold, protocol, orders
         self.train_rows = np.concatenate([np.arange(*data.spans[split]) for split in fold.train])
         self.maximize = METRICS[task.metrics[0]].maximize if task.score_stopping else False
@@ -285,7 +292,7 @@ class _Training:
         began = time.perf_counter()
         count = self._rows_of_an_epoch(point.batch_size)
         rows, classes = data.rows, len(self.task.labels)
-        state, rates = probes.begin(keys, points, rows.x.shape[1], classes)
+        state, rates = probes.begin(keys, points, rows.x.shape[1], classes, self.num_states)
         rows, valid = probes.place((rows, self._chosen(self.fold.valid)), state)
         sizes = probes.batching(count, point.batch_size)
         bests = [_Best(p.patience, self.maximize, self.protocol) for p in points]

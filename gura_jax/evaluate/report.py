@@ -1,4 +1,4 @@
-"""Score files as HEAR's kit writes them, and a table beside them."""
+"""Score files as HEAR's kit writes them, and all scores of a folder as a table."""
 
 import csv
 import hashlib
@@ -55,7 +55,7 @@ def identity(task: Task, protocol: Protocol, seed: int, embeddings: str) -> dict
     }
 
 
-def content(scores: TaskScores, embeddings: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+def content(scores: TaskScores, embeddings: Sequence[Path], described: Mapping[str, Any]) -> dict[str, Any]:
     """A score file: a key a fold that was tested, then with several ``aggregated_scores``, and what was chosen."""
     folds = {
         split: dict(fold.test)
@@ -73,7 +73,8 @@ def content(scores: TaskScores, embeddings: Path, described: Mapping[str, Any]) 
         "hparams": scores.point._asdict(),
         "postprocessing": [list(item) for item in next(iter(scores.folds.values())).postprocessing],
         "score_mode": "max" if scores.maximize else "min",
-        "embedding_path": str(embeddings),
+        "embedding_path": ", ".join(map(str, embeddings)),
+        **({"state_weights": list(scores.state_weights)} if scores.state_weights else {}),
         OURS: dict(described),
     }
 
@@ -146,6 +147,18 @@ def update_table(folder: Path, new: Sequence[Row]) -> None:
         store.write_file(folder, TABLE, text.getvalue().encode())
 
 
+def read_table(folder: Path) -> list[Row]:
+    """All scores of a folder, of whatever run."""
+    found = []
+    for values in _read_table(folder / TABLE):
+        std = float(values["std"]) if values["std"] else None
+        numbers = float(values["score"]), std, float(values["validation"]), int(values["folds"])
+        found.append(
+            Row(values["system"], values["task"], values["metric"], *numbers, values["protocol"], int(values["seed"]))
+        )
+    return found
+
+
 def _written(row: Row) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in row._asdict().items()}
 
@@ -161,21 +174,3 @@ def _read_table(path: Path) -> list[dict[str, str]]:
             return list(reader) if tuple(reader.fieldnames or ()) == Row._fields else []
     except (OSError, ValueError, csv.Error):
         return []
-
-
-def printed(table: Sequence[Row]) -> str:
-    """The table for a terminal."""
-    headings = ("task", "metric", "score", "std", "validation")
-    cells = [headings]
-    for previous, row in zip([None, *table], table, strict=False):
-        again = previous is not None and previous.task == row.task
-        std = "" if row.std is None else f"{row.std:.4f}"
-        validation = "" if again else f"{row.validation:.4f}"
-        cells.append(("" if again else row.task, row.metric, f"{row.score:.4f}", std, validation))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(headings))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    )

@@ -92,7 +92,7 @@ def load(system: str | None, model_file_path: str | Path, options: Mapping[str, 
             "system: expected the name of a system or the path of a TOML or YAML file, found none: pass system=... "
             f"""(--model-options '{{"system": "..."}}' to heareval), or set {OPTIONS_VARIABLE}"""
         )
-    described = find_system(system or own)
+    described = find_system(system or str(own))
     if model_file_path:
         if "weights" in chosen:
             raise SystemConfigError(
@@ -175,7 +175,7 @@ def _embed(audio: torch.Tensor, model: HearModel, kind: Literal["frames", "scene
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _to_jax(tensor: torch.Tensor, device: jax.Device) -> jax.Array | np.ndarray:
+def _to_jax(tensor: torch.Tensor, device: Any) -> jax.Array | np.ndarray:
     """The same memory, where JAX computes on the same kind of device."""
     same = JAX_PLATFORM.get(tensor.device.type) == device.platform
     return jax.dlpack.from_dlpack(tensor) if same else tensor.cpu().numpy()
@@ -196,7 +196,7 @@ def _check(audio: torch.Tensor, model: HearModel, min_samples: int) -> torch.Ten
     audio = audio.detach()
     fine = audio.ndim == 2 and audio.is_floating_point() and len(audio) > 0 and audio.shape[1] >= min_samples
     if not fine or not bool((audio.abs() <= PEAK_LIMIT).all()):
-        model.model.check(audio.cpu(), min_samples)  # raises, and says why
+        model.model.check(audio.cpu().numpy(), min_samples)  # raises, and says why
     return audio.float()
 
 

@@ -699,3 +699,45 @@ class SpeechFrames:
         every, counts = speech_functional(self.config, self.dtype).merge(params)(audio, lengths)
         chosen = {i: state for i, state in zip(range(max(states) + 1), every, strict=False) if i in states}
         return jnp.stack([chosen[i] for i in states], axis=1), counts
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMeans:
+    """The mean over time of every hidden state, side by side: one frame a clip, however long it is.
+
+    What layer weights are learned from; a member like any other. See :class:`Encoder` for the call.
+    """
+
+    frames: SpeechFrames
+    hop: int = 1 << 40  # samples: longer than any clip
+
+    @property
+    def config(self) -> SpeechConfig:
+        """Of the encoder."""
+        return self.frames.config
+
+    @property
+    def num_states(self) -> int:
+        """L + 1."""
+        return self.config.num_hidden_layers + 1
+
+    @property
+    def feature_size(self) -> int:
+        """(L + 1) D, the size of the frame."""
+        return self.num_states * self.config.hidden_size
+
+    @property
+    def offset(self) -> float:
+        """As of the encoder."""
+        return self.frames.offset
+
+    @property
+    def min_samples(self) -> int:
+        """As of the encoder."""
+        return self.frames.min_samples
+
+    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The frame [B, 1, (L + 1) D], and counts [B], all 1."""
+        states, counts = speech_functional(self.config, self.frames.dtype).merge(params)(audio, lengths)
+        means = [masked_mean(state, frame_mask(counts, state.shape[1])) for state in states]
+        return jnp.concatenate(means, axis=-1)[:, None, :], jnp.ones_like(counts)
