@@ -149,7 +149,7 @@ def test_a_scene_task(tmp_path: Path, protocol: Any) -> None:
 def test_nothing_is_compiled_for_another_task_of_the_shape(tmp_path: Path) -> None:
     first, second = (read_task(write_task(tmp_path / name)) for name in "ab")
     evaluate_task(first, spectra(first), KIT)
-    functions: list[Any] = [probes.train, probes._predict]
+    functions: list[Any] = [probes._train, probes._predict]
     before = [function._cache_size() for function in functions]
     evaluate_task(second, spectra(second), KIT, seed=3)
     assert [function._cache_size() for function in functions] == before

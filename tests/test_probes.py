@@ -182,17 +182,21 @@ def test_epochs_visit_every_row_in_its_batch(rows: int, batch_size: int) -> None
     moments = probes.ADAM.init(wanted.params)
     for _ in range(2):
         for start in range(0, rows, batch_size):
-            part = (jnp.asarray(a[start : start + batch_size]) for a in (x, y))
+            inputs, labels = (jnp.asarray(a[start : start + batch_size]) for a in (x, y))
             count = jnp.int32(min(batch_size, rows - start))
-            wanted, moments = probes.step(wanted, moments, jnp.float32(1e-2), *part, count, [1.0], "multilabel")
+            wanted, moments = probes.step(
+                wanted, moments, jnp.float32(1e-2), inputs, labels, count, [1.0], "multilabel"
+            )
     for a, b in zip(determined(found), determined(wanted), strict=True):
         np.testing.assert_allclose(a[0], b, atol=EPOCHS_BOUND)
 
 
-def test_points_together_are_points_alone() -> None:
-    points = [point(2, lr=lr) for lr in (1e-2, 1e-3, 1e-2, 1e-4)]
+@pytest.mark.parametrize(("count", "devices"), [(4, 4), (10, 5)])
+def test_points_together_are_points_alone(count: int, devices: int) -> None:
+    """A point a device, and two."""
+    points = [point(2, lr=(1e-2, 1e-3, 1e-4)[i % 3]) for i in range(count)]
     together, _ = trained(19, 8, points)
-    assert len(together.params["projection"]["bias"].sharding.device_set) == len(points)
+    assert len(together.params["projection"]["bias"].sharding.device_set) == devices
     keys = jax.random.split(jax.random.key(0), len(points))
     x, y = batch(19, "multilabel")
     size = probes.padded(19)
@@ -211,13 +215,14 @@ def test_dropout_drops_a_tenth() -> None:
 
 
 def test_tasks_of_like_sizes_share_a_program() -> None:
-    before = probes.train._cache_size()
+    train: Any = probes._train
+    before = train._cache_size()
     trained(33, 64, [point(1)])
-    after = probes.train._cache_size()
+    after = train._cache_size()
     assert after == before + 1
     for rows in (34, 37, 40):
         trained(rows, 64, [point(1, lr=1e-4, dropout=0.3)])
-    assert probes.train._cache_size() == after
+    assert train._cache_size() == after
 
 
 def test_predictions_and_their_loss() -> None:
@@ -225,7 +230,8 @@ def test_predictions_and_their_loss() -> None:
     x, y = batch(2100, "multiclass")
     data = probes.Rows(jnp.asarray(x), jnp.asarray(y))
     rows = np.arange(2100)[::-1].copy()
-    probabilities, loss = probes.predict(probe, data, probes.choose(rows), "multiclass")
+    placed = jax.device_put(probe, probes._sharding(1))
+    probabilities, loss = probes.predict(placed, data, probes.choose(rows), "multiclass")
     outputs = probes.logits(jax.tree.map(lambda a: a[0], probe), data.x[rows])
     np.testing.assert_allclose(probabilities[0], jax.nn.softmax(outputs), atol=1e-6)
     wanted = torch_loss(torch.tensor(np.asarray(outputs)), y[rows], "multiclass")

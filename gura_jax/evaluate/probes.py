@@ -8,7 +8,7 @@ hidden states of an encoder side by side, it begins with their sum, weighted by 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -251,6 +251,11 @@ def _sharding(points: int) -> NamedSharding:
     return NamedSharding(Mesh(np.asarray(devices[:count]), ("point",)), PartitionSpec("point"))
 
 
+def pick(probes: Probes, index: int) -> Probes:
+    """One of some probes, on one device."""
+    return jax.device_put(jax.tree.map(lambda x: x[index : index + 1], probes), _sharding(1))
+
+
 def place(arrays: Any, like: State) -> Any:
     """Arrays on every device that these probes are on."""
     sharding = like.keys.sharding
@@ -277,10 +282,42 @@ def epochs(orders: Sequence[np.ndarray], batch_size: int) -> Epochs:
     return Epochs(jnp.asarray(order), jnp.int32(rows // batch_size), jnp.int32(rows % batch_size))
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "prediction"), donate_argnames=("state",))
+def _each(function: Callable[..., Any], *points: Any) -> Any:
+    """A function of one point, over the leading axis of points; a batch of one product is slower than the product."""
+    if len(jax.tree.leaves(points)[0]) > 1:
+        return jax.vmap(function)(*points)
+    return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], points)))
+
+
+def _over_devices(function: Callable[..., Any], mesh: Mesh, *, points: int, shared: int) -> Callable[..., Any]:
+    """Each device computes its own points: the first arguments have the axis of points, the others have none."""
+    specs = (PartitionSpec("point"),) * points + (PartitionSpec(),) * shared
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("point"), check_vma=False)
+
+
 def train(state: State, rates: Rates, rows: Rows, plan: Epochs, *, sizes: Batching, prediction: Prediction) -> State:
     """Train all points for some epochs, on the same batches; ``state`` is used up."""
+    return _train(state, rates, rows, plan, mesh=_mesh(state.keys), sizes=sizes, prediction=prediction)
 
+
+def _mesh(points: jax.Array) -> Mesh:
+    assert isinstance(points.sharding, NamedSharding)
+    mesh = points.sharding.mesh
+    assert isinstance(mesh, Mesh)
+    return mesh
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "sizes", "prediction"), donate_argnames=("state",))
+def _train(
+    state: State, rates: Rates, rows: Rows, plan: Epochs, *, mesh: Mesh, sizes: Batching, prediction: Prediction
+) -> State:
+    function = functools.partial(_train_some, sizes=sizes, prediction=prediction)
+    return _over_devices(function, mesh, points=2, shared=2)(state, rates, rows, plan)
+
+
+def _train_some(
+    state: State, rates: Rates, rows: Rows, plan: Epochs, *, sizes: Batching, prediction: Prediction
+) -> State:
     def batch(state: State, order: jax.Array, start: jax.Array, size: int, count: jax.Array) -> State:
         chosen = jax.lax.dynamic_slice_in_dim(order, start, size)
         x, y = rows.x[chosen], rows.y[chosen]  # [B, D], [B, C]
@@ -293,7 +330,7 @@ def train(state: State, rates: Rates, rows: Rows, plan: Epochs, *, sizes: Batchi
             ]
             return step(probes, moments, rates.lr, x, y, count, keep, prediction)
 
-        probes, moments = jax.vmap(one)(state.probes, state.moments, state.keys, state.step, rates)
+        probes, moments = _each(one, state.probes, state.moments, state.keys, state.step, rates)
         return State(probes, moments, state.keys, state.step + 1)
 
     def epoch(state: State, order: jax.Array) -> tuple[State, None]:
@@ -314,14 +351,21 @@ def _dropout(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Arr
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), 1 / (1 - rate), 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("prediction",))
+@functools.partial(jax.jit, static_argnames=("mesh", "prediction"))
 def _predict(
+    probes: Probes, rows: Rows, order: jax.Array, count: jax.Array, *, mesh: Mesh, prediction: Prediction
+) -> tuple[jax.Array, jax.Array]:
+    function = functools.partial(_predict_some, prediction=prediction)
+    return _over_devices(function, mesh, points=1, shared=3)(probes, rows, order, count)
+
+
+def _predict_some(
     probes: Probes, rows: Rows, order: jax.Array, count: jax.Array, *, prediction: Prediction
 ) -> tuple[jax.Array, jax.Array]:
     def block(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         chosen, number = x
         inputs, y = rows.x[chosen], rows.y[chosen]
-        outputs = jax.vmap(logits, (0, None))(probes, inputs)  # [P, B, C]
+        outputs = _each(lambda probe: logits(probe, inputs), probes)  # [P, B, C]
         real = jnp.clip(count - number * len(chosen), 1, len(chosen))
         sums = jax.vmap(lambda o: loss(o, y, real, prediction) * real.astype(jnp.float32))(outputs)
         activation = jax.nn.softmax if prediction == "multiclass" else jax.nn.sigmoid
@@ -352,7 +396,10 @@ def choose(rows: np.ndarray) -> Chosen:
 def predict(probes: Probes, rows: Rows, chosen: Chosen, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [P, n, C] of the chosen rows, and the mean loss [P]."""
     count = jnp.int32(chosen.rows)
-    probabilities, losses = jax.device_get(_predict(probes, rows, chosen.order, count, prediction=prediction))
+    mesh = _mesh(probes.params["projection"]["bias"])
+    probabilities, losses = jax.device_get(
+        _predict(probes, rows, chosen.order, count, mesh=mesh, prediction=prediction)
+    )
     return probabilities[:, : chosen.rows], losses
 
 

@@ -314,7 +314,7 @@ class _Training:
                 break
         seconds = (time.perf_counter() - began) / len(points)
         return [
-            _Fitted(b.score, b.epoch, b.postprocessing, seconds, jax.tree.map(lambda x, i=i: x[i : i + 1], kept))
+            _Fitted(b.score, b.epoch, b.postprocessing, seconds, probes.pick(kept, i))
             for i, b in enumerate(bests)
         ]
 
