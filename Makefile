@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo test test-full test-hear bench bench-long bench-collection check format clean
+.PHONY: install demo evaluate-demo test test-full test-hear test-page bench bench-long bench-collection check format clean
 
 install: .venv/installed
 
@@ -20,12 +20,27 @@ install: .venv/installed
 demo: install
 	$(BIN)/python examples/demo.py
 
+# HEAR tasks made here, CREPE and random weights evaluated on them: some minutes. DIGITS=FOLDER adds two tasks of spoken
+# digits, from files named DIGIT_SPEAKER_NUMBER.wav.
+evaluate-demo: install
+	@command -v fluidsynth espeak-ng >/dev/null || $(call debian,fluidsynth timgm6mb-soundfont espeak-ng)
+	$(BIN)/python examples/evaluate_demo.py $(if $(DIGITS),--digits $(DIGITS))
+
+# What Debian has is installed as root, and named to others.
+debian = { test "$$(id -u)" = 0 && apt-get install -y --no-install-recommends $(1); } || \
+	{ echo "expected these packages: apt-get install $(1)"; exit 1; }
+
 test: install
 	$(BIN)/python -m pytest
 
 # Full-size encoders with random weights: about 12 GB of memory, and minutes.
 test-full: install
 	$(BIN)/python -m pytest -m slow
+
+# The page of gura-jax plot, in a real browser.
+test-page: install
+	@command -v chromedriver >/dev/null || $(call debian,chromium chromium-driver)
+	$(BIN)/python -m pytest -m page
 
 # HEAR's own validator and evaluation kit on every system, in an environment of their own: about an hour on two cores.
 test-hear: .venv-hear/installed

@@ -464,6 +464,36 @@ def _sources(
 
 
 @app.command()
+def plot(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders that embed or evaluate wrote.")],
+    out: Annotated[list[Path], typer.Option(help="FIGURE.png, .svg or .pdf, or PAGE.html, which plays (repeatable).")],
+    color: Annotated[str, typer.Option(help="A column of the metadata, or 'data set': the store.")] = "data set",
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(help="What was embedded, for columns that the stores do not have, as labels (repeatable)."),
+    ] = None,
+    perplexity: Annotated[float, typer.Option(help="Neighbours that count; the paper's Figure 2 has 50.")] = 50.0,
+) -> None:
+    """Lay out stored embeddings by t-SNE, as a picture or as a page that plays the clips."""
+    from gura_jax import tsne
+
+    for path in out:
+        if path.suffix not in (*tsne.PICTURES, tsne.PAGE):
+            raise InputError(f"--out: expected {', '.join(tsne.PICTURES)} or {tsne.PAGE}, found {path}")
+    found = tsne.make_map(stores, inputs=inputs or (), perplexity=perplexity)
+    colors = tsne.color_by(found, color)
+    if found.perplexity < perplexity:
+        print(f"note: perplexity {found.perplexity:g}, as there are {len(found.rows)} clips", file=sys.stderr)
+    for path in out:
+        if path.suffix == tsne.PAGE:
+            plays = tsne.write_page(found, colors, path)
+            print(f"{len(found.rows)} clips, {plays} of them play -> {path}")
+        else:
+            tsne.draw(found, colors, path)
+            print(f"{len(found.rows)} clips -> {path}")
+
+
+@app.command()
 def export(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that embed wrote.")],
     out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],

@@ -23,6 +23,7 @@ from gura_jax.errors import AudioError, InputError, StoreError, SystemConfigErro
 
 PERPLEXITY = 50.0  # Figure 2
 MIN_CLIPS = 5
+MANY_CLIPS = 1000
 SEED = 0
 PICTURES = (".png", ".svg", ".pdf")
 PAGE = ".html"
@@ -92,9 +93,12 @@ def make_map(
     perplexity = min(perplexity, (len(rows) - 1) / 3)
     try:
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
     except ModuleNotFoundError:
         raise SystemConfigError("expected scikit-learn: pip install 'gura-jax[plot]'") from None
-    places = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(scenes)
+    # Threads that wait for each other at every step take longer than one, where there is little to do.
+    with threadpool_limits(1 if len(rows) < MANY_CLIPS else None):
+        places = TSNE(perplexity=perplexity, init="pca", random_state=SEED).fit_transform(scenes)
     systems = ", ".join(dict.fromkeys(embeddings.run["system"]["name"] for embeddings in stores))
     random = sorted({name for embeddings in stores for name in embeddings.run["random_weights"]})
     marked = f"{systems} (random weights: {', '.join(random)})" if random else systems

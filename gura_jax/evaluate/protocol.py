@@ -313,10 +313,7 @@ class _Training:
             if not any(best.running for best in bests):
                 break
         seconds = (time.perf_counter() - began) / len(points)
-        return [
-            _Fitted(b.score, b.epoch, b.postprocessing, seconds, probes.pick(kept, i))
-            for i, b in enumerate(bests)
-        ]
+        return [_Fitted(b.score, b.epoch, b.postprocessing, seconds, probes.pick(kept, i)) for i, b in enumerate(bests)]
 
     def _rows_of_an_epoch(self, batch_size: int) -> int:
         count = len(self.train_rows)
