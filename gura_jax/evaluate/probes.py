@@ -105,33 +105,34 @@ class Batching(NamedTuple):
 def init(key: jax.Array, point: Point, features: int, classes: int, num_states: int = 0) -> Probes:
     """One probe as PyTorch and HEAR's kit begin: Xavier weights, biases uniform within 1 / sqrt(fan in).
 
-    The gain is 1 for the first layer and sqrt 2 after a ReLU; hidden states weigh the same. No leading axis of points.
+    The gain is 1 for the first layer and sqrt 2 after a ReLU; hidden states weigh the same. Drawn by NumPy, for which
+    nothing is compiled. No leading axis of points.
     """
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     hidden, stats = [], []
     size, gain = features // max(1, num_states), 1.0
     for _ in range(point.hidden_layers):
-        key, layer = jax.random.split(key)
-        linear = _linear(layer, point.initialization, size, point.hidden_dim, gain)
-        one, zero = jnp.ones(point.hidden_dim, jnp.float32), jnp.zeros(point.hidden_dim, jnp.float32)
+        linear = _linear(random, point.initialization, size, point.hidden_dim, gain)
+        one, zero = np.ones(point.hidden_dim, np.float32), np.zeros(point.hidden_dim, np.float32)
         hidden.append(linear | {"scale": one, "shift": zero})
         stats.append({"mean": zero, "var": one})
         size, gain = point.hidden_dim, RELU_GAIN
-    projection = _linear(key, point.initialization, size, classes, gain)
-    states = {"states": jnp.zeros(num_states, jnp.float32)} if num_states else {}
+    projection = _linear(random, point.initialization, size, classes, gain)
+    states = {"states": np.zeros(num_states, np.float32)} if num_states else {}
     return Probes({"hidden": tuple(hidden), "projection": projection} | states, tuple(stats))
 
 
-def _linear(key: jax.Array, initialization: Initialization, size: int, out: int, gain: float) -> dict[str, jax.Array]:
+def _linear(
+    random: np.random.Generator, initialization: Initialization, size: int, out: int, gain: float
+) -> dict[str, np.ndarray]:
     assert initialization in get_args(Initialization)
-    weight, bias = jax.random.split(key)
     scale = gain * math.sqrt(2 / (size + out))  # standard deviation, by either law
     if initialization == "xavier_normal":
-        values = scale * jax.random.normal(weight, (size, out), jnp.float32)
+        values = scale * random.standard_normal((size, out), np.float32)
     else:
-        bound = math.sqrt(3) * scale
-        values = jax.random.uniform(weight, (size, out), jnp.float32, -bound, bound)
-    bound = 1 / math.sqrt(size)
-    return {"weight": values, "bias": jax.random.uniform(bias, (out,), jnp.float32, -bound, bound)}
+        values = math.sqrt(3) * scale * (2 * random.random((size, out), np.float32) - 1)
+    bias = (2 * random.random(out, np.float32) - 1) / math.sqrt(size)
+    return {"weight": values.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
 def logits(probes: Probes, x: jax.Array) -> jax.Array:
@@ -237,10 +238,12 @@ def begin(
         num_states: K, hidden states that the features consist of and whose weights are learned; 0: none.
     """
     sizes = features, classes, num_states
-    each = [init(jax.random.fold_in(key, 0), point, *sizes) for key, point in zip(keys, points, strict=True)]
-    probes = jax.tree.map(lambda *x: jnp.stack(x), *each)
-    state = State(probes, jax.vmap(ADAM.init)(probes.params), keys, jnp.zeros(len(points), jnp.int32))
-    rates = Rates(*(jnp.asarray([getattr(p, name) for p in points], jnp.float32) for name in Rates._fields))
+    each = [init(key, point, *sizes) for key, point in zip(keys, points, strict=True)]
+    probes = jax.tree.map(lambda *x: np.stack(x), *each)
+    moments: Any = ADAM.init(probes.params)
+    counts = jnp.asarray(np.zeros(len(points), np.int32))
+    state = State(probes, moments._replace(count=counts), keys, counts.copy())
+    rates = Rates(*(jnp.asarray(np.asarray([getattr(p, n) for p in points], np.float32)) for n in Rates._fields))
     return jax.device_put((state, rates), _sharding(len(points)))
 
 
