@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo evaluate-demo test test-full test-hear test-page bench bench-long bench-collection check format clean
+.PHONY: install demo evaluate-demo test test-full test-hear test-page bench bench-long bench-collection bench-evaluate check format clean
 
 install: .venv/installed
 
@@ -76,6 +76,13 @@ bench-long: install
 bench-collection: install
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py crepe-tiny --clips 20000 --rounds 1 --ray
+
+# Beside HEAR's kit, on the same embeddings: half an hour on two cores.
+bench-evaluate: install .venv-hear/installed
+	$(BIN)/python benchmarks/evaluate.py --kit .venv-hear/bin/python
+	$(BIN)/python benchmarks/evaluate.py --kit .venv-hear/bin/python --clips 20000 --features 3072 --max-epochs 6
+	$(BIN)/python tests/hear/tasks.py benchmarks/.tasks
+	$(BIN)/python benchmarks/evaluate.py --kit .venv-hear/bin/python --tasks benchmarks/.tasks --seeds 5
 
 # The last transformers with Flax models, beside the one that is installed.
 benchmarks/.flax/installed:

@@ -194,9 +194,9 @@ def kit(folder: Path, seed: int) -> tuple[float, dict[str, float]]:
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # its checkpoints hold classes
     import logging
 
-    import pytorch_lightning
+    import pytorch_lightning  # pyright: ignore[reportMissingImports]
     from heareval.predictions import task_predictions as predictions  # pyright: ignore[reportMissingImports]
-    from pytorch_lightning.loops import FitLoop
+    from pytorch_lightning.loops import FitLoop  # pyright: ignore[reportMissingImports]
 
     FitLoop.current_epoch = property(  # Lightning 1.6 took the setter away
         lambda self: self.epoch_progress.current.completed,

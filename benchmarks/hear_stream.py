@@ -123,15 +123,16 @@ def measure(system: str, weights: Path, clips: int) -> str:
                     answer = contender.ask(number, seconds)
                     totals[i] += answer["seconds"]
                     shapes = answer["shapes"] or shapes
-                ours, theirs = (np.load(folder / f"{contender}.npy") for contender in names)
-                distance = max(distance, float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
+                a, b = (np.load(folder / f"{contender}.npy") for contender in names)
+                distance = max(distance, float(np.linalg.norm(a - b) / np.linalg.norm(b)))
         finally:
             for contender in pair:
                 contender.process.kill()
                 contender.process.wait()
     if not distance <= SAME:
         raise RuntimeError(f"{system}: the contenders differ by {distance:.1e}")
-    return f"| {system} | {totals[0]:.1f} | {totals[1]:.1f} | **{totals[1] / totals[0]:.2f}** | {shapes} | {distance:.0e} |"
+    ours, theirs = totals
+    return f"| {system} | {ours:.1f} | {theirs:.1f} | **{theirs / ours:.2f}** | {shapes} | {distance:.0e} |"
 
 
 def main() -> None:

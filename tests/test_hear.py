@@ -242,7 +242,7 @@ def compiled() -> Iterator[list[str]]:
     """What XLA compiles."""
     events: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event.endswith("backend_compile_duration"):
             events.append(event)
 
@@ -277,6 +277,7 @@ def test_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def spy(self: Model, audio: Any, lengths: Any, **wanted: bool) -> Any:
         out = call(self, audio, lengths, **wanted)
+        assert out.frames is not None
         pointers.append((audio.unsafe_buffer_pointer(), out.frames.addressable_data(0).unsafe_buffer_pointer()))
         return out
 

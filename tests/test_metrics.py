@@ -35,7 +35,7 @@ def test_accuracies() -> None:
 
 def test_scores_of_classes_are_scikit_learns() -> None:
     found = metrics.scores(["mAP", "aucroc", "d_prime"], PROBABILITIES, TARGETS)
-    areas = roc_auc_score(TARGETS, PROBABILITIES, average=None)
+    areas = roc_auc_score(TARGETS, PROBABILITIES, average=None)  # pyright: ignore[reportArgumentType]
     assert found["mAP"] == pytest.approx(average_precision_score(TARGETS, PROBABILITIES, average="macro"))
     assert found["aucroc"] == pytest.approx(np.mean(areas))
     assert found["d_prime"] == pytest.approx(np.mean(norm.ppf(areas)) * 2**0.5)

@@ -100,7 +100,10 @@ def compare(rows: Iterable[Row]) -> list[Table]:
         columns = sorted(systems, key=_order) if not chosen else _members(systems, chosen)
         if chosen and len(columns) < 2:
             continue
-        asked = list(dict.fromkeys((row.task, row.metric) for row in rows if row.system in columns))
+        asked = sorted(
+            {(row.task, row.metric) for row in rows if row.system in columns},
+            key=lambda line: (line[0], list(METRICS).index(line[1])),
+        )
         published: list[str] = []
         if not chosen:  # the paper's baselines, where it has numbers of these tasks
             known = {name for (table, name, *where) in numbers if table == number and _any_task(where, asked)}

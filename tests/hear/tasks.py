@@ -1,6 +1,7 @@
 """Five tiny HEAR tasks of tones in noise, one of each kind that heareval knows."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,3 +143,7 @@ def write_tasks(folder: Path) -> Iterator[str]:
         rows = [f"{i},{label}" for i, label in enumerate(labels)]
         (task / "labelvocabulary.csv").write_text("\n".join(["idx,label", *rows, ""]))
         yield task.name
+
+
+if __name__ == "__main__":
+    print(*write_tasks(Path(sys.argv[1])), sep="\n")
