@@ -30,8 +30,9 @@ evaluate-demo: install
 debian = { test "$$(id -u)" = 0 && apt-get install -y --no-install-recommends $(1); } || \
 	{ echo "expected these packages: apt-get install $(1)"; exit 1; }
 
+# Two processes: most of the time is compiling, which takes one core.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Full-size encoders with random weights: about 12 GB of memory, and minutes.
 test-full: install

@@ -138,8 +138,10 @@ def check_times(times: torch.Tensor, frames: torch.Tensor, end: float) -> None:
 # The same numbers as gura_jax's own
 
 
-@pytest.mark.parametrize("name", ["fusion_cat_xwc", "fusion_cat_xwc_time_base"])
-@pytest.mark.parametrize(("n", "seconds"), [(1, 0.61), (3, 1.3), (19, 0.3)])
+@pytest.mark.parametrize(
+    ("name", "n", "seconds"),
+    [("fusion_cat_xwc_time_base", 1, 0.61), ("cat_hubert_wav2vec2", 3, 1.3), ("hubert_base", 19, 0.3)],
+)
 def test_numbers_are_those_of_the_model(name: str, n: int, seconds: float) -> None:
     """Alone, in a batch, and in several."""
     model, audio = tiny(name), noise(n, int(seconds * SAMPLE_RATE))

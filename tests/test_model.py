@@ -581,8 +581,8 @@ def test_pitch_activation() -> None:
     assert array.dtype == np.float32
     assert (array > 0).all()
     assert (array < 1).all()
-    other = load_model(CREPE, weights="random", seed=1).pitch_activation(audio, hop=800)
-    assert difference(other[1], lists[1][::5]) < SAME_BOUND  # FUSED's second member has this seed
+    other = load_model(CREPE, weights="random").pitch_activation(audio, hop=800)
+    assert difference(other[1], lists[1][::5]) < SAME_BOUND  # a member's weights are the same in every system
 
 
 @pytest.mark.parametrize("hop", [0, -160, 1.5, "160", None])
