@@ -40,7 +40,7 @@ test-full: install
 
 # The page of gura-jax plot, in a real browser.
 test-page: install
-	@command -v chromedriver >/dev/null || $(call debian,chromium chromium-driver)
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || $(call debian,chromium chromium-driver)
 	$(BIN)/python -m pytest -m page
 
 # HEAR's own validator and evaluation kit on every system, in an environment of their own: about an hour on two cores.
