@@ -467,7 +467,9 @@ def _sources(
 def plot(
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders that embed or evaluate wrote.")],
     out: Annotated[list[Path], typer.Option(help="FIGURE.png, .svg or .pdf, or PAGE.html, which plays (repeatable).")],
-    color: Annotated[str, typer.Option(help="A column of the metadata, or 'data set': the store.")] = "data set",
+    color: Annotated[
+        str, typer.Option(help="A column of the metadata, or 'data set': the store, or the HEAR task.")
+    ] = "data set",
     inputs: Annotated[
         list[Path] | None,
         typer.Option(help="What was embedded, for columns that the stores do not have, as labels (repeatable)."),
@@ -480,17 +482,18 @@ def plot(
     for path in out:
         if path.suffix not in (*tsne.PICTURES, tsne.PAGE):
             raise InputError(f"--out: expected {', '.join(tsne.PICTURES)} or {tsne.PAGE}, found {path}")
-    found = tsne.make_map(stores, inputs=inputs or (), perplexity=perplexity)
-    colors = tsne.color_by(found, color)
+    clips = tsne.read_clips(stores, inputs=inputs or ())
+    colors = tsne.color_by(clips, color)
+    found = tsne.make_map(clips, perplexity)
     if found.perplexity < perplexity:
-        print(f"note: perplexity {found.perplexity:g}, as there are {len(found.rows)} clips", file=sys.stderr)
+        print(f"note: perplexity {found.perplexity:g}, as there are {len(clips.rows)} clips", file=sys.stderr)
     for path in out:
         if path.suffix == tsne.PAGE:
             plays = tsne.write_page(found, colors, path)
-            print(f"{len(found.rows)} clips, {plays} of them play -> {path}")
+            print(f"{len(clips.rows)} clips, {plays} of them play -> {path}")
         else:
             tsne.draw(found, colors, path)
-            print(f"{len(found.rows)} clips -> {path}")
+            print(f"{len(clips.rows)} clips -> {path}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ DYNAMIC_RANGE = 70.0  # dB below the loudest moment; below it recordings are roo
 CLIPPED = 1.0  # per cent of the values at each end of the colour range: a few outliers would flatten the rest
 
 _INK, _FAINT = "#1d2330", "#6b7280"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 9,
@@ -81,7 +81,7 @@ def embedding_figure(clips: Sequence[Clip], path: str | os.PathLike[str], title:
     images = _standardised(clips)
     limit = max(np.percentile(np.abs(np.concatenate(images)), 100 - CLIPPED), 1e-6)
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.9 + 2.9 * len(clips)), dpi=150, facecolor="white")
         height = figure.get_figheight()
         figure.text(0.085, 1 - 0.3 / height, title, fontsize=15, fontweight="bold", va="center")

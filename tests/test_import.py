@@ -56,9 +56,14 @@ def test_import_is_light() -> None:
     assert imported("gura_jax") & set(HEAVY) == set()
 
 
-@pytest.mark.parametrize("module", ["gura_jax.cli", "gura_jax.dataset", "gura_jax.evaluate.run", "gura_jax.plot"])
+@pytest.mark.parametrize(
+    "module", ["gura_jax.cli", "gura_jax.dataset", "gura_jax.evaluate.run", "gura_jax.plot", "gura_jax.tsne"]
+)
 def test_nothing_imports_torch(module: str) -> None:
-    assert imported(module) & {"torch", "transformers", "torchcrepe", "librosa", "matplotlib"} == set()
+    assert (
+        imported(module) & {"torch", "transformers", "torchcrepe", "librosa", "matplotlib", "sklearn", "plotly"}
+        == set()
+    )
 
 
 def test_all_is_complete() -> None:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from matplotlib import image
+from toy import embedded
 from typer.testing import CliRunner
 
 from gura_jax import Member, System, cli, load_model, tsne
@@ -71,24 +73,85 @@ def test_pictures(folder: Path, tmp_path: Path) -> None:
     assert outs[2].read_bytes().startswith(b"%PDF")
     first = {path: path.read_bytes() for path in outs}
     assert plotted(folder / "low", folder / "high", *options).exit_code == 0
-    assert outs[0].read_bytes() == first[outs[0]]
+    assert {path: path.read_bytes() for path in outs} == first
+
+
+def shapes(svg: Path) -> str:
+    """An SVG with its text as text."""
+    return html.unescape(svg.read_text())
+
+
+def test_a_legend_shows_names_as_they_are(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tsne.STYLE, "svg.fonttype", "none")
+    clips = tsne.read_clips([folder / "low", folder / "high"])
+    names = ["$\\frac{$", "_hidden", "@PLOTLY@", "two\nlines", "x" * 50, None]
+    rows = [{**row, "name": names[i % 6], "number": i} for i, row in enumerate(clips.rows)]
+    found = tsne.make_map(clips._replace(rows=rows))
+    colors = tsne.color_by(found.clips, "name")
+    tsne.draw(found, colors, tmp_path / "names.svg")
+    svg = shapes(tmp_path / "names.svg")
+    for shown in ("$\\frac{$", "_hidden", "@PLOTLY@", "two\ufffdlines", f"{'x' * 39}…", "no name"):
+        assert f">{shown}<" in svg
+    for color in (*tsne.palette(5), tsne.NONE):
+        assert color in svg
+    assert tsne.write_page(found, colors, tmp_path / "names.html") == 2 * CLIPS
+    groups = data_of((tmp_path / "names.html").read_text())["groups"]
+    assert [group["name"] for group in groups] == [*colors.names, "no name"]
+    monkeypatch.setattr(tsne, "LEGEND_NAMES", 3)
+    tsne.draw(found, tsne.color_by(found.clips, "number"), tmp_path / "few.svg")
+    assert f">and {2 * CLIPS - 3} more<" in shapes(tmp_path / "few.svg")
+
+
+def test_a_scale(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tsne.STYLE, "svg.fonttype", "none")
+    monkeypatch.setattr(tsne, "MAX_CATEGORIES", 10)
+    clips = tsne.read_clips([folder / "low", folder / "high"])
+    odd = {0: math.nan, 1: math.inf, 2: None}
+    found = tsne.make_map(clips._replace(rows=[{**row, "n": odd.get(i, i / 2)} for i, row in enumerate(clips.rows)]))
+    colors = tsne.color_by(found.clips, "n")
+    assert colors.names == ()
+    assert np.flatnonzero(np.isnan(colors.values)).tolist() == [0, 1, 2]
+    tsne.draw(found, colors, tmp_path / "scale.svg")
+    svg = shapes(tmp_path / "scale.svg")
+    assert ">n<" in svg
+    assert ">no n<" in svg
+    tsne.write_page(found, colors, tmp_path / "scale.html")
+    page = (tmp_path / "scale.html").read_text()
+    assert [len(group["rows"]) for group in data_of(page)["groups"]] == [2 * CLIPS - 3, 3]
+    assert "coloured by n (grey: none)" in page
+
+
+def test_data_sets(folder: Path, tmp_path: Path) -> None:
+    assert {row["data set"] for row in tsne.read_clips([folder / "low"]).rows} == {"low"}
+    shutil.copytree(folder / "low", tmp_path / "other" / "low")
+    folders = [folder / "low", tmp_path / "other" / "low"]  # of one name
+    assert {row["data set"] for row in tsne.read_clips(folders).rows} == set(map(str, folders))
+    rows = [{"id": str(i), "path": f"low-audio/{i}.wav", "task": f"task {i % 2}"} for i in range(6)]
+    (folder / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    embedded([folder / "tasks.jsonl"], tmp_path / "tasks")
+    clips = tsne.read_clips([tmp_path / "tasks"])
+    assert tsne.color_by(clips, "data set").names == ["task 0", "task 1"]
 
 
 def test_what_is_alike_lies_together(folder: Path) -> None:
-    found = tsne.make_map([folder / "low", folder / "high"])
-    low = np.array([row["data set"] == "low" for row in found.rows])
+    clips = tsne.read_clips([folder / "low", folder / "high"])
+    found = tsne.make_map(clips)
+    low = np.array([row["data set"] == "low" for row in clips.rows])
     assert (low.sum(), len(low)) == (CLIPS, 2 * CLIPS)
-    order = {row["id"]: place for row, place in zip(found.rows, found.places, strict=True)}
+    order = {row["id"]: place for row, place in zip(clips.rows, found.places, strict=True)}
     near = np.linalg.norm(order["high 5"] - order["high 6"])
     far = np.linalg.norm(order["high 5"] - order["low 5"])
     assert near < far
-    again = tsne.make_map([folder / "low", folder / "high"])
+    again = tsne.make_map(tsne.read_clips([folder / "low", folder / "high"]))
     np.testing.assert_array_equal(found.places, again.places)
-    assert found.title == "small (random weights: crepe-tiny): 24 clips"
+    assert clips.title == "small (random weights: crepe-tiny): 24 clips"
+    # Of numbers this small scikit-learn makes nothing: it crashes.
+    tiny = tsne.make_map(clips._replace(scenes=clips.scenes * np.float32(1e-30))).places
+    assert np.isfinite(tiny).all()
 
 
 def test_colors(folder: Path) -> None:
-    found = tsne.make_map([folder / "low", folder / "high"])
+    found = tsne.read_clips([folder / "low", folder / "high"])
     by_set = tsne.color_by(found, "data set")
     assert by_set.names == ["high", "low"]
     assert sorted(by_set.values) == [0] * CLIPS + [1] * CLIPS
@@ -105,12 +168,16 @@ def test_colors(folder: Path) -> None:
     texts = found._replace(rows=[{"name": f"clip {i}"} for i in range(300)])
     with pytest.raises(InputError, match="at most 200 different values, found 300"):
         tsne.color_by(texts, "name")
+    for nothing in (None, math.nan):
+        with pytest.raises(InputError, match="expected a column with values, found none in 'name'"):
+            tsne.color_by(found._replace(rows=[{"name": nothing}] * 9), "name")
 
 
 def test_labels_of_hear_tasks() -> None:
     assert tsne.shown('["a", "b"]') == "a, b"
     assert tsne.shown('[{"label": "kick", "start": 1, "end": 2}, {"label": "kick", "start": 3, "end": 4}]') == "kick"
-    assert tsne.shown("[no JSON") == "[no JSON"
+    for other in ("[no JSON", '[{"name": "kick"}]', "[" * 100_000):
+        assert tsne.shown(other) == other
     assert tsne.shown([1, 2]) == "1, 2"
 
 
@@ -118,7 +185,7 @@ def test_columns_of_the_inputs(folder: Path) -> None:
     """What the store was made from has more columns by now."""
     more = [{"id": f"low {i}", "path": f"low-audio/{i}.wav", "label": f"l{i % 3}", "kind": "?"} for i in range(1, 8)]
     (folder / "more.jsonl").write_text("\n".join(map(json.dumps, more)))
-    found = tsne.make_map([folder / "low"], inputs=[folder / "more.jsonl"])
+    found = tsne.read_clips([folder / "low"], inputs=[folder / "more.jsonl"])
     colors = tsne.color_by(found, "label")
     assert colors.names == ["l0", "l1", "l2"]
     assert np.isnan(colors.values).sum() == CLIPS - 7
@@ -141,6 +208,43 @@ def test_what_cannot_be_plotted(folder: Path, tmp_path: Path) -> None:
     work(run, Worker(0, 1, "a test"))
     with pytest.raises(InputError, match="at least 5 clips to lay out, found 1"):
         plotted(tmp_path / "one", "--out", tmp_path / "a.png")
+    silence = tmp_path / "silence"
+    silence.mkdir()
+    for i in range(6):
+        soundfile.write(silence / f"{i}.wav", np.zeros(8000), RATE)
+    embedded(silence, tmp_path / "same")
+    with pytest.raises(StoreError, match=r"embeddings that are finite and differ, found all the same in same"):
+        plotted(tmp_path / "same", "--out", tmp_path / "a.png")
+    (scenes,) = (tmp_path / "same").glob("scene-*.npy")
+    np.save(scenes, np.full_like(np.load(scenes), np.nan))
+    with pytest.raises(StoreError, match=r"embeddings that are finite and differ, found NaN or infinity in same"):
+        plotted(tmp_path / "same", "--out", tmp_path / "a.png")
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_wrong_columns_are_refused_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tsne, "make_map", lambda *_: pytest.fail("laid out"))
+    with pytest.raises(InputError, match="expected one of the columns"):
+        plotted(folder / "low", "--out", folder / "a.png", "--color", "pitch")
+
+
+def test_relative_paths(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedded where the clips are, drawn elsewhere: the files are found from the store."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "low-audio", "clips")
+    embedded("clips", Path("deep", "store"))
+    monkeypatch.chdir("/")
+    found = tsne.make_map(tsne.read_clips([tmp_path / "deep" / "store"]))
+    assert {row["path"] for row in found.clips.rows} == {f"clips/{i}.wav" for i in range(CLIPS)}
+    colors = tsne.color_by(found.clips, "data set")
+    assert tsne.write_page(found, colors, tmp_path / "page.html") == CLIPS
+    (tmp_path / "clips" / "3.wav").unlink()
+    (tmp_path / "clips" / "4.wav").write_text("no audio")
+    assert tsne.write_page(found, colors, tmp_path / "page.html") == CLIPS - 2
+    page = (tmp_path / "page.html").read_text()
+    assert f"{CLIPS - 2} clips play, 2 cannot be read<" in page
+    silent = [why for why in data_of(page)["silent"] if why]
+    assert sorted("no such file" in why for why in silent) == [False, True]
 
 
 def data_of(page: str) -> Any:
@@ -161,13 +265,13 @@ def test_a_page_has_all_that_it_needs(folder: Path, tmp_path: Path, monkeypatch:
     outside = re.findall(r"""(?:src|href)=["'](?!data:)[^"']+""", page.split("@")[0].split("<script>")[0])
     assert outside == []
     monkeypatch.setattr(tsne, "PAGE_AUDIO_BYTES", 12_000)
-    found = tsne.make_map([folder / "low"])
-    plays = tsne.write_page(found, tsne.color_by(found, "kind"), path)
+    found = tsne.make_map(tsne.read_clips([folder / "low"]))
+    plays = tsne.write_page(found, tsne.color_by(found.clips, "kind"), path)
     assert 0 < plays < CLIPS
     data = data_of(path.read_text())
     assert sum(len(sound) for sound in data["audio"] if sound) <= 12_000
     assert {why for why in data["silent"] if why} == {"the page is full"}
-    assert html.escape("the page is full") in path.read_text()
+    assert f"{plays} clips play, {CLIPS - plays} left out: the page is full<" in path.read_text()
 
 
 # In a browser
@@ -217,21 +321,21 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, browser: Any) -> No
     from selenium.webdriver.common.by import By
 
     path = tmp_path / "page.html"
-    found = tsne.make_map([folder / "low"])
+    found = tsne.make_map(tsne.read_clips([folder / "low"]))
     (folder / "low-audio" / "7.wav").rename(tmp_path / "away.wav")
     try:
-        assert tsne.write_page(found, tsne.color_by(found, "kind"), path) == CLIPS - 1
+        assert tsne.write_page(found, tsne.color_by(found.clips, "kind"), path) == CLIPS - 1
     finally:
         (tmp_path / "away.wav").rename(folder / "low-audio" / "7.wav")
     browser.get(path.as_uri())
     until(lambda: browser.execute_script("return document.body.dataset.ready"))
     points = browser.find_elements(By.CSS_SELECTOR, "#map .scatterlayer .point")
     assert len(points) == CLIPS
-    assert browser.title == found.title
+    assert browser.title == found.clips.title
     legend = [item.text for item in browser.find_elements(By.CSS_SELECTOR, "#map .legendtext")]
     assert legend == ["even", "odd"]
     shown = [index for group in data_of(path.read_text())["groups"] for index in group["rows"]]
-    ids = [found.rows[index]["id"] for index in shown]
+    ids = [found.clips.rows[index]["id"] for index in shown]
 
     def click(name: str) -> None:
         # From elsewhere, so that the point is entered, as by a person.
@@ -248,8 +352,7 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, browser: Any) -> No
     for name in ("low 4", HOSTILE):
         click(name)
         until(lambda: browser.execute_script("return played.length"))
-        hover = browser.find_element(By.CSS_SELECTOR, "#map .hoverlayer").text
-        assert name[:60] in hover
+        until(lambda name=name: name[:60] in browser.find_element(By.CSS_SELECTOR, "#map .hoverlayer").text)
         until(lambda name=name: state() in (f"Playing: {name}", f"Played: {name}"))
         (duration,) = browser.execute_script("return played.splice(0)")
         assert duration == pytest.approx(SECONDS, abs=0.15)  # MP3 fills its last frames up
@@ -261,10 +364,12 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, browser: Any) -> No
     click("low 5")
     until(lambda: state() == "Playing: low 5")
     click("low 5")
-    until(lambda: player("paused"))
-    assert state() == "Stopped: low 5"
+    until(lambda: state() == "Stopped: low 5")
+    assert player("paused")
     click("low 7")
     until(lambda: state().startswith("No sound of low 7: "))
-    assert browser.title == found.title  # no name was taken for a script
+    assert browser.title == found.clips.title  # no name was taken for a script
+    buttons = [b.get_attribute("data-title") for b in browser.find_elements(By.CSS_SELECTOR, "#map .modebar-btn")]
+    assert buttons == ["Zoom in", "Zoom out", "Reset axes", "Download plot as a PNG"]  # none that sends it away
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert errors == []
