@@ -23,11 +23,11 @@ demo: install
 # HEAR tasks made here, CREPE and random weights evaluated on them: some minutes. DIGITS=FOLDER adds two tasks of spoken
 # digits, from files named DIGIT_SPEAKER_NUMBER.wav.
 evaluate-demo: install
-	@command -v fluidsynth espeak-ng >/dev/null || $(call debian,fluidsynth timgm6mb-soundfont espeak-ng)
+	@{ command -v fluidsynth && command -v espeak-ng; } >/dev/null || $(call debian,fluidsynth timgm6mb-soundfont espeak-ng)
 	$(BIN)/python examples/evaluate_demo.py $(if $(DIGITS),--digits $(DIGITS))
 
 # What Debian has is installed as root, and named to others.
-debian = { test "$$(id -u)" = 0 && apt-get install -y --no-install-recommends $(1); } || \
+debian = { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no-install-recommends $(1); } || \
 	{ echo "expected these packages: apt-get install $(1)"; exit 1; }
 
 # Two processes: most of the time is compiling, which takes one core.
