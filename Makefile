@@ -24,7 +24,7 @@ demo: install
 # digits, from files named DIGIT_SPEAKER_NUMBER.wav.
 evaluate-demo: install
 	@{ command -v fluidsynth && command -v espeak-ng; } >/dev/null || $(call debian,fluidsynth timgm6mb-soundfont espeak-ng)
-	$(BIN)/python examples/evaluate_demo.py $(if $(DIGITS),--digits $(DIGITS))
+	$(BIN)/python examples/evaluate_demo.py $(if $(DIGITS),--digits "$(DIGITS)")
 
 # What Debian has is installed as root, and named to others.
 debian = { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no-install-recommends $(1); } || \

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import make_tasks
 
+from gura_jax.errors import GuraError
 from gura_jax.evaluate.report import read_table
 
 ROOT = Path(__file__).parent.parent
@@ -40,11 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, help="recordings of spoken digits, for two more tasks")
     digits = parser.parse_args().digits
-    if lacking := make_tasks.missing():
-        sys.exit(f"expected {', '.join(lacking)} to be installed: {make_tasks.INSTALL}")
-    OUT.mkdir(parents=True, exist_ok=True)
     print("making tasks: notes, instruments, beats, words, speakers" + (", digits" if digits else ""), flush=True)
-    make_tasks.make_tasks(TASKS, digits)
+    try:
+        make_tasks.make_tasks(TASKS, digits)
+    except GuraError as error:
+        sys.exit(f"error: {error}")
 
     gura_jax("convert", "crepe-full")
     gura_jax("evaluate", TASKS, "--systems", "crepe", "--out", RESULTS)

@@ -25,6 +25,7 @@ import soundfile
 import soxr
 
 from gura_jax.audio import load_audio
+from gura_jax.errors import AudioError, GuraError, InputError
 
 RATE = 16_000
 PROGRAMS = ("fluidsynth", "espeak-ng")
@@ -36,16 +37,17 @@ QUIET = 1e-3  # a clip whose peak is lower is a fault of the synthesiser
 PIANO_KEYS = range(21, 109)  # MIDI
 # General MIDI programs. Those of validation and test are other instruments than those of the training.
 PITCH_PROGRAMS = {"train": (0, 4, 16, 24, 40, 56), "valid": (11, 71), "test": (25, 73)}
-# Four of each family: a fold has one of each.
+# Four of each family: a fold has one of each. None has the recordings of another, as TimGM6mb's two grand pianos (0 and
+# 1) have, its violin and viola (40 and 41), and nearly its piccolo and recorder (72 and 74).
 FAMILIES = {
-    "piano": (0, 1, 2, 3),
+    "keyboard": (0, 2, 4, 6),
     "mallet": (9, 11, 12, 13),
     "organ": (16, 17, 18, 19),
     "guitar": (24, 25, 26, 27),
-    "strings": (40, 41, 42, 43),
+    "strings": (40, 42, 43, 48),
     "brass": (56, 57, 58, 60),
     "reed": (65, 66, 68, 71),
-    "pipe": (72, 73, 74, 75),
+    "pipe": (72, 73, 75, 77),
 }
 FAMILY_NOTES = range(43, 91, 4)
 DRUMS = {"kick": 36, "snare": 38, "hihat": 42}
@@ -59,13 +61,15 @@ WORDS = {
     "valid": ("nine", "no", "off", "on"),
     "test": ("right", "seven", "sheila", "stop"),
 }
-# espeak-ng's voices: an accent, and a variant that changes the speaker.
+# espeak-ng's voices: an accent, and a variant that changes the speaker. British English is en: of en-gb, espeak-ng 1.51
+# speaks every variant as the same man.
 VOICES = {
-    "train": ("en-us+m1", "en-us+f2", "en-gb+m3", "en-gb+f1", "en-gb-scotland+m2", "en-029+f4", "en-gb-x-rp+m7"),
+    "train": ("en-us+m1", "en-us+f2", "en+m3", "en+f1", "en-gb-scotland+m2", "en-029+f4", "en-gb-x-rp+m7"),
     "valid": ("en-us+f5", "en-gb-x-gbclan+m4"),
-    "test": ("en-gb+f3", "en-us+m6", "en-gb-scotland+f2"),
+    "test": ("en+f3", "en-us+m6", "en-gb-scotland+f2"),
 }
 SPEEDS = (140, 190)  # words a minute
+MIN_FOLDS, MAX_FOLDS = 3, 6  # of digits: HEAR needs three; the Free Spoken Digit Dataset has six speakers, fifty takes
 _DIGIT = re.compile(r"([0-9])_([a-z]+)_([0-9]+)\.wav")
 
 
@@ -83,16 +87,29 @@ def missing() -> list[str]:
     return found if any(font.is_file() for font in SOUNDFONTS) else [*found, "a soundfont"]
 
 
+def run(command: Sequence[str | Path]) -> bytes:
+    """What a program prints."""
+    done = subprocess.run(command, check=False, capture_output=True, timeout=300)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise AudioError(f"{command[0]}: expected exit status 0, found {done.returncode}: {said or 'nothing was said'}")
+    return done.stdout
+
+
 def write_task(folder: Path, splits: Mapping[str, Iterable[Clip]], labels: Sequence[Any], **meta: Any) -> None:
-    """Write a task as HEAR has it."""
+    """Write a task as HEAR has it. No two clips may be the same: one could be trained on, and the other tested."""
     kfold = meta["split_mode"] != "trainvaltest"
+    heard: dict[bytes, str] = {}
     for split, clips in splits.items():
         (folder / str(RATE) / split).mkdir(parents=True)
         listed = {}
         for clip in clips:
             peak = float(np.abs(clip.audio).max())
             if not QUIET < peak <= 1:
-                raise RuntimeError(f"{folder.name}/{split}/{clip.name}: expected a sound, found a peak of {peak:g}")
+                raise AudioError(f"{folder.name}/{split}/{clip.name}: expected a sound, found a peak of {peak:g}")
+            same = heard.setdefault(clip.audio.tobytes(), f"{split}/{clip.name}")
+            if same != f"{split}/{clip.name}":
+                raise AudioError(f"{folder.name}/{split}/{clip.name}: expected another sound than that of {same}")
             soundfile.write(folder / str(RATE) / split / clip.name, clip.audio, RATE, subtype="PCM_16")
             listed[clip.name] = clip.labels
         (folder / f"{split}.json").write_text(json.dumps(listed, indent=1))
@@ -129,7 +146,7 @@ def render(notes: Sequence[Note], *, program: int = 0, channel: int = 0) -> np.n
         score, sound = Path(name) / "score.mid", Path(name) / "sound.wav"
         mido.MidiFile(ticks_per_beat=1000, tracks=[track]).save(score)
         command = ["fluidsynth", "-n", "-i", "-q", "-R", "0", "-C", "0", "-g", "0.5", "-r", str(RATE), "-F", sound]
-        subprocess.run([*command, font, score], check=True, capture_output=True, timeout=300)
+        run([*command, font, score])
         return load_audio(sound)
 
 
@@ -219,8 +236,7 @@ def write_beats(folder: Path) -> None:
 def say(word: str, voice: str, speed: int) -> np.ndarray:
     """A word [n], from its start, a second long."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "--stdout", word]
-    spoken = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
-    samples, rate = soundfile.read(io.BytesIO(spoken), dtype="float32")
+    samples, rate = soundfile.read(io.BytesIO(run(command)), dtype="float32")
     audio = soxr.resample(samples, rate, RATE)
     start = int(np.argmax(np.abs(audio) > QUIET))
     size = round(CLIP_SECONDS * RATE)
@@ -250,17 +266,29 @@ def write_words(folder: Path) -> None:
         )
 
 
+def digit_files(recordings: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Recordings of digits, with what their names say: digit, speaker and take."""
+    if not recordings.is_dir():
+        raise InputError(f"{recordings}: expected a folder of recordings named DIGIT_SPEAKER_NUMBER.wav, found none")
+    found = [(path, match) for path in sorted(recordings.iterdir()) if (match := _DIGIT.fullmatch(path.name))]
+    for part, name in ((2, "speakers"), (3, "takes")):
+        values = {match[part] for _, match in found}
+        if len(values) < MIN_FOLDS:
+            expected = f"recordings named DIGIT_SPEAKER_NUMBER.wav of at least {MIN_FOLDS} {name}"
+            raise InputError(f"{recordings}: expected {expected}, found {len(values)}")
+    return found
+
+
 def write_digits(folder: Path, recordings: Path) -> None:
     """Digits by speakers that were not trained on, and speakers by other takes."""
-    found = [(path, match) for path in sorted(recordings.iterdir()) if (match := _DIGIT.fullmatch(path.name))]
-    if not found:
-        sys.exit(f"{recordings}: expected recordings named DIGIT_SPEAKER_NUMBER.wav, found none")
+    found = digit_files(recordings)
     scene = {"embedding_type": "scene", "prediction_type": "multiclass", "sample_duration": None}
     for task, label, fold in (("digit", 1, 2), ("digit_speaker", 2, 3)):
         groups = sorted({match[fold] for _, match in found})
-        folds: dict[str, list[Clip]] = {f"fold{i:02d}": [] for i in range(len(groups))}
+        folds: dict[str, list[Clip]] = {f"fold{i:02d}": [] for i in range(min(len(groups), MAX_FOLDS))}
         for path, match in found:
-            folds[f"fold{groups.index(match[fold]):02d}"].append(Clip(path.name, load_audio(path), [match[label]]))
+            index = groups.index(match[fold]) % MAX_FOLDS
+            folds[f"fold{index:02d}"].append(Clip(path.name, load_audio(path), [match[label]]))
         labels = sorted({match[label] for _, match in found})
         evaluation = ["top1_acc", "mAP"]
         write_task(
@@ -269,7 +297,16 @@ def write_digits(folder: Path, recordings: Path) -> None:
 
 
 def make_tasks(folder: Path, digits: Path | None) -> None:
-    """Write all tasks into a folder, in the place of what is there."""
+    """Write all tasks into a folder, in the place of what is there.
+
+    Raises:
+        GuraError: a program is not installed or fails, or the recordings are not as the task needs them.
+    """
+    if lacking := missing():
+        raise InputError(f"expected {', '.join(lacking)} to be installed: {INSTALL}")
+    if digits is not None:
+        digit_files(digits)  # said before minutes of work
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         made = Path(name) / "tasks"
         made.mkdir()
@@ -286,7 +323,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--digits", type=Path)
     arguments = parser.parse_args()
-    if lacking := missing():
-        sys.exit(f"expected {', '.join(lacking)} to be installed: {INSTALL}")
-    arguments.folder.parent.mkdir(parents=True, exist_ok=True)
-    make_tasks(arguments.folder, arguments.digits)
+    try:
+        make_tasks(arguments.folder, arguments.digits)
+    except GuraError as error:
+        sys.exit(f"error: {error}")
