@@ -5,16 +5,17 @@ import os
 import shutil
 import tempfile
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Many tests compile the same small encoders: each once, in all processes.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gura-jax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+CACHE = "GURA_JAX_TESTS_XLA"  # where the processes of a test run keep what they compile: many need the same programs
+if CACHE not in os.environ:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="gura-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import jax
 
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

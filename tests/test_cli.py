@@ -154,7 +154,7 @@ def test_interrupted_then_resumed(
     gura: Run, tmp_path: Path, number: signal.Signals, code: int, environment: dict[str, str]
 ) -> None:
     """The finished shards stay, the exit code and the message say so, and the rest follows: the same bytes."""
-    write_clips(tmp_path / "in", [0.5] * 120)  # of one length: one program to compile
+    write_clips(tmp_path / "in", [0.5] * 400)  # of one length: one program to compile
     options = (
         "-s",
         "hubert_base",
