@@ -43,7 +43,7 @@ test-page: install
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || $(call debian,chromium chromium-driver)
 	$(BIN)/python -m pytest -m page
 
-# HEAR's own validator and evaluation kit on every system, in an environment of their own: about an hour on two cores.
+# HEAR's own validator and evaluation kit on every system, in an environment of their own: twenty minutes on two cores.
 test-hear: .venv-hear/installed
 	.venv-hear/bin/python tests/hear/run.py
 

@@ -106,9 +106,28 @@ def test_the_grid_is_the_kits(tmp_path: Path) -> None:
     ]  # fmt: skip
     (dcase, *_) = grid_points(task._replace(grid={}, task_name="dcase2016_task2"))
     assert dcase.check_val_every_n_epoch == 10
-    for wrong in ({"hidden_norm": [1]}, {"lr": ["fast"]}, {"max_epochs": [1]}, {"initialization": ["zeros"]}):
-        with pytest.raises(InputError, match="grid"):
-            grid_points(task._replace(grid=wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_norm": [1]},
+        {"lr": ["fast"]},
+        {"lr": [math.nan]},
+        {"max_epochs": [1]},
+        {"max_epochs": [30.0]},
+        {"hidden_dim": [10**9]},
+        {"patience": [True]},
+        {"dropout": [1]},
+        {"initialization": ["zeros"]},
+        {"initialization": [["xavier_normal"]]},
+        {"lr": [0.1] * 1000},
+    ],
+)
+def test_a_grid_that_makes_no_sense(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    task = read_task(write_task(tmp_path / "t"))
+    with pytest.raises(InputError, match="grid"):
+        grid_points(task._replace(grid=wrong))
 
 
 @pytest.mark.parametrize("maximize", [True, False])
@@ -201,6 +220,8 @@ def test_embeddings_that_are_no_numbers(tmp_path: Path) -> None:
         ({"evaluation": ["segment_1s_er"]}, "found 'segment_1s_er'"),
         ({"evaluation": []}, "evaluation"),
         ({"evaluation_params": {"event_postprocessing_grid": {"width": [1]}}}, "found 'width'"),
+        ({"evaluation_params": {"event_postprocessing_grid": {"min_duration": ["long"]}}}, "numbers from 0"),
+        ({"evaluation_params": {"event_postprocessing_grid": {"median_filter_ms": [1e18]}}}, "numbers from 0"),
         ({"evaluation_params": 3}, "evaluation_params"),
     ],
 )
@@ -237,6 +258,8 @@ def test_no_tasks(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found none"):
         find_tasks(tmp_path)
     assert find_tasks(write_task(tmp_path / "t")) == [tmp_path / "t"]
+    (write_task(tmp_path / "u") / "task_metadata.json").unlink()
+    assert find_tasks(tmp_path) == [tmp_path / "t", tmp_path / "u"]  # so that somebody hears of it
 
 
 class Loud(torch.nn.Module):
@@ -289,14 +312,49 @@ def test_a_module_of_torchs(tmp_path: Path, module: Any) -> None:
         modules._check_module(modules.Module("loud", "other.pt"), tmp_path / "out/embeddings/loud/a")
 
 
+def test_a_task_that_memory_does_not_hold(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        write_task(tmp_path / "tasks" / name)
+
+    def evaluate_large(task: Task, *arguments: Any, **options: Any) -> Any:
+        if task.name == "a":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+        return evaluate_task(task, *arguments, **options)
+
+    monkeypatch.setattr(run, "evaluate_task", evaluate_large)
+    found = evaluated(tmp_path / "tasks", "--module", "loud", "--out", tmp_path / "out")
+    assert found.exit_code == cli.EXIT_SOME_INPUTS_FAILED
+    assert "larger machine" in found.stderr
+    assert "b by loud: top1_acc" in found.stderr
+
+
 def test_modules_that_are_none(module: Any) -> None:
     with pytest.raises(SystemConfigError, match="expected a module to import"):
         modules.Module("no_such_module")
     with pytest.raises(SystemConfigError, match="found no load_model"):
         modules.Module("json")
-    module.get_scene_embeddings = lambda audio, model: audio[:1]
-    with pytest.raises(SystemConfigError, match="a row for each of 3 clips"):
-        modules.Module("loud")(np.zeros((3, 400), np.float32), frames=False)
+    module.load_model = lambda: torch.zeros(1)[2]
+    with pytest.raises(SystemConfigError, match="load_model to load, found: IndexError"):
+        modules.Module("loud")
+
+
+@pytest.mark.parametrize(
+    ("scenes", "frames"),
+    [
+        (lambda x: x[:1], lambda x: (x[:, :, None], x[:1])),
+        (lambda x: x[0], lambda x: (x[:, :, None], x[:, 1:])),
+        (lambda x: x[:, :, None], lambda x: (x, x)),
+        (lambda x: x.sum(), lambda x: (x[:, :, None],)),
+        (lambda x: x[:, None], lambda x: (x[:, :, None], x * math.nan)),
+    ],
+)
+def test_a_module_that_returns_something_else(module: Any, scenes: Any, frames: Any) -> None:
+    module.get_scene_embeddings = lambda audio, model: scenes(audio)
+    module.get_timestamp_embeddings = lambda audio, model: frames(audio)
+    with pytest.raises(SystemConfigError, match=r"expected \[n, D\]"):
+        modules.Module("loud")(np.ones((3, 400), np.float32), frames=False)
+    with pytest.raises(SystemConfigError, match="times"):
+        modules.Module("loud")(np.ones((3, 400), np.float32), frames=True)
 
 
 def test_a_module_without_torch(tmp_path: Path, module: Any) -> None:

@@ -594,7 +594,7 @@ class _Computation:
             try:
                 self.out = self._dispatch(self.audio, self.lengths)
             except jax.errors.JaxRuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
 
     def _dispatch(self, audio: np.ndarray, lengths: np.ndarray) -> Any:
@@ -637,7 +637,7 @@ class _Computation:
         try:
             out = jax.device_get(out if out is not None else self._dispatch(audio, lengths))
         except jax.errors.JaxRuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(audio) == 1:
                 message = f"the devices have no memory for a clip of {lengths[0] / SAMPLE_RATE:.1f} s: see --window"
@@ -657,7 +657,8 @@ class _Computation:
         return results
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of JAX says that a device, or its host, has no memory left."""
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 

@@ -88,12 +88,19 @@ class Module:
         self.name, self.weights = name, weights
         try:
             self.module = importlib.import_module(name)
-        except ImportError as error:
-            raise SystemConfigError(f"--module {name}: expected a module to import, found: {error}") from None
+        except Exception as error:  # its own code runs
+            found = f"{type(error).__name__}: {error}"
+            raise SystemConfigError(f"--module {name}: expected a module to import, found: {found}") from error
         wanted = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
         if missing := [part for part in wanted if not callable(getattr(self.module, part, None))]:
             raise SystemConfigError(f"--module {name}: expected HEAR's common API, found no {', '.join(missing)}")
-        self.model = self.module.load_model(*([] if weights is None else [weights]))
+        try:
+            self.model = self.module.load_model(*([] if weights is None else [weights]))
+        except GuraError:
+            raise
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            raise SystemConfigError(f"--module {name}: expected load_model to load, found: {found}") from error
         rate = getattr(self.model, "sample_rate", None)
         if not isinstance(rate, int):
             raise SystemConfigError(f"--module {name}: expected a model with a sample_rate, found {rate!r}")
@@ -114,11 +121,15 @@ class Module:
         else:
             out = function(audio, self.model)
             arrays = [np.asarray(x) for x in (out if frames else (out,))]
-        if len(arrays) != 1 + frames or any(len(x) != len(audio) for x in arrays):
+        shapes = [x.shape for x in arrays]
+        of_clips = len(arrays) == 1 + frames and all(shape[:1] == audio.shape[:1] for shape in shapes)
+        if not of_clips or len(shapes[0]) != 2 + frames or (frames and shapes[1] != shapes[0][:2]):
+            wanted = "[n, T, D] and times [n, T]" if frames else "[n, D]"
             raise SystemConfigError(
-                f"--module {self.name}: expected a row for each of {len(audio)} clips from {function.__name__}, found "
-                f"{[x.shape for x in arrays]}"
+                f"--module {self.name}: expected {wanted} from {function.__name__} for {len(audio)} clips, found {shapes}"
             )
+        if frames and not np.isfinite(arrays[1]).all():
+            raise SystemConfigError(f"--module {self.name}: expected times in milliseconds, found NaN")
         return arrays[0].astype(np.float32), arrays[1].astype(np.float64) if frames else None
 
 

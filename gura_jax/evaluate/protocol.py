@@ -32,9 +32,22 @@ GRID: Mapping[str, Sequence[Any]] = {
     "check_val_every_n_epoch": [3],
     "patience": [20],
 }
+# What a task may ask for: a type, the least and the greatest value. More is a mistake, or a file that is not to be trusted.
+LIMITS: Mapping[str, tuple[type, float, float]] = {
+    "hidden_layers": (int, 0, 16),
+    "hidden_dim": (int, 1, 1 << 15),
+    "dropout": (float, 0, 0.99),
+    "lr": (float, 0, 1e3),
+    "batch_size": (int, 1, 1 << 24),
+    "max_epochs": (int, 1, 100_000),
+    "check_val_every_n_epoch": (int, 1, 100_000),
+    "patience": (int, 1, 100_000),
+}
+MOST_VALUES = 100  # of a parameter of the grid
 TASK_GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {"dcase2016_task2": {"check_val_every_n_epoch": [10]}}
 GRID_POINTS = 8
 GRID_SEED = 42  # of the kit's shuffle; also where probes have another seed, so that the points are the same
+SHOWN = 100  # characters of a value in a message
 FILES_SEED = 0  # of the kit's shuffle of a task's files
 
 
@@ -107,21 +120,32 @@ def grid_points(task: Task) -> list[Point]:
     grid = {**GRID, **TASK_GRIDS.get(task.task_name, {}), **task.grid}
     if unknown := sorted(set(grid) - set(GRID)):
         raise InputError(f"{task.folder}: expected a grid of {', '.join(GRID)}, found {', '.join(unknown)}")
+    for name, values in grid.items():
+        if len(values) > MOST_VALUES or not all(_allowed(name, value) for value in values):
+            raise InputError(f"{task.folder}: expected a grid with {_described(name)}, found {str(values)[:SHOWN]}")
     names = sorted(grid)
     points = [
         Point(**dict(zip(names, values, strict=True))) for values in itertools.product(*(grid[name] for name in names))
     ]
     random.Random(GRID_SEED).shuffle(points)
     for point in points:
-        numbers = [v for name, v in point._asdict().items() if name != "initialization"]
-        if not all(isinstance(v, (int, float)) and v >= 0 for v in numbers) or not (
-            point.initialization in GRID["initialization"]
-            and point.dropout < 1
-            and min(point.hidden_dim, point.batch_size, point.patience, point.check_val_every_n_epoch) >= 1
-            and point.max_epochs >= point.check_val_every_n_epoch
-        ):
-            raise InputError(f"{task.folder}: expected a grid of positive numbers, found {point}")
+        if point.max_epochs < point.check_val_every_n_epoch:
+            raise InputError(f"{task.folder}: expected a grid with max_epochs to the first validation, found {point}")
     return points[:GRID_POINTS]
+
+
+def _allowed(name: str, value: Any) -> bool:
+    if name not in LIMITS:
+        return value in GRID[name]
+    kind, least, greatest = LIMITS[name]
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and least <= value <= greatest
+
+
+def _described(name: str) -> str:
+    if name not in LIMITS:
+        return f"{name} of {', '.join(GRID[name])}"
+    kind, least, greatest = LIMITS[name]
+    return f"{name}, at most {MOST_VALUES} of type {kind.__name__} from {least} to {greatest}"
 
 
 class _File(NamedTuple):

@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from gura_jax.dataset import store
 from gura_jax.dataset.manifest import plain_name
+from gura_jax.dataset.run import is_out_of_memory
 from gura_jax.errors import GuraError, InputError
 from gura_jax.evaluate import metrics, report
 from gura_jax.evaluate.embed import SystemEmbeddings
 from gura_jax.evaluate.modules import ModuleEmbeddings
-from gura_jax.evaluate.protocol import Protocol, evaluate_task
+from gura_jax.evaluate.protocol import Protocol, evaluate_task, grid_points
 from gura_jax.evaluate.tasks import Task, find_tasks, read_task
 
 EMBEDDINGS = "embeddings"
@@ -58,7 +61,9 @@ def evaluate(tasks: Path, sources: Sequence[Source], out: Path, protocol: Protoc
     readable: list[Task] = []
     for folder in find_tasks(tasks):
         try:
-            readable.append(read_task(folder))
+            task = read_task(folder)
+            grid_points(task)  # better now than after it is embedded
+            readable.append(task)
         except GuraError as error:
             failed[folder.name] = str(error)
             print(f"{folder.name}: {error}", file=sys.stderr)
@@ -116,7 +121,15 @@ def _scores(
     described = report.identity(task, protocol, seed, embedded.fingerprint)
     scores = report.read_scores(target)
     if scores is None or scores[report.OURS] != described:
-        found = evaluate_task(task, embedded.lookup, protocol, seed, num_states=source.num_states)
+        try:
+            found = evaluate_task(task, embedded.lookup, protocol, seed, num_states=source.num_states)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{task.folder}: expected embeddings and probes that the memory holds, found {error}: evaluate this "
+                "task on a larger machine, with the same --out"
+            ) from None
         scores = report.content(found, folders, described)
         report.write_scores(target, scores)
     return scores

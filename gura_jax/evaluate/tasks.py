@@ -17,6 +17,7 @@ TRAIN_VALID_TEST = ("train", "valid", "test")
 MIN_FOLDS = 3  # one to test, one to validate, one to train
 END_SLACK = 0.0001  # ms: a frame at an event's very end is part of it
 POSTPROCESSING = {"median_filter_ms": [250.0], "min_duration": [125.0, 250.0]}  # ms
+LONGEST = 60_000  # ms, of a filter or an event's least duration
 
 
 class Fold(NamedTuple):
@@ -77,7 +78,8 @@ def find_tasks(folder: Path) -> list[Path]:
     """
     if (folder / HEAR_METADATA).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{HEAR_METADATA}"))
+    # A vocabulary too is a task's: its metadata are missing, and that is to be said.
+    found = sorted({path.parent for name in (HEAR_METADATA, VOCABULARY) for path in folder.glob(f"*/{name}")})
     if not found:
         raise InputError(f"{folder}: expected folders of HEAR tasks, each with a {HEAR_METADATA}, found none")
     return found
@@ -113,6 +115,9 @@ def read_task(folder: Path) -> Task:
     postprocessing = _grid(path, parameters.get("event_postprocessing_grid", POSTPROCESSING))
     if unknown := [name for name in postprocessing if name not in (*POSTPROCESSING, "threshold")]:
         raise InputError(f"{path}: expected median_filter_ms, min_duration and threshold, found {unknown[0]!r}")
+    for name, values in postprocessing.items():
+        if not all(isinstance(v, (int, float)) and 0 <= v <= LONGEST for v in values):
+            raise InputError(f"{path}: expected {name}, numbers from 0 to {LONGEST}, found {values!r}")
     if embedding == "event" and not score_stopping and any(len(values) != 1 for values in postprocessing.values()):
         raise InputError(
             f"{path}: expected one value of each postprocessing parameter where scores do not choose, found "
