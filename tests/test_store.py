@@ -18,6 +18,7 @@ from toy import embedded, write_clips
 
 from gura_jax import EmbeddingStore
 from gura_jax.dataset import store
+from gura_jax.dataset.export import export
 from gura_jax.dataset.run import Settings
 from gura_jax.dataset.store import (
     Failure,
@@ -273,3 +274,13 @@ def test_a_damaged_store_names_the_file(made: Path, tmp_path: Path, name: str) -
     (tmp_path / name).write_bytes(b"short")
     with pytest.raises(StoreError, match=rf"{name}: .* run gura-jax embed again"):
         EmbeddingStore(tmp_path)
+
+
+def test_a_folder_whose_name_is_not_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    write_clips(tmp_path / "in", [0.1, 0.2])
+    for _ in range(2):  # the second goes on with what is there
+        embedded(tmp_path / "in", folder / "store")
+    made = EmbeddingStore(folder / "store")
+    assert len(made) == 2
+    assert export(made, folder / "new", "datasets") == 2

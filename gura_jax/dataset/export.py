@@ -72,7 +72,7 @@ def _datasets(store: EmbeddingStore, out: Path, timestamps: bool) -> None:
     for index, shard in enumerate(shards):
         part = store.filter(pc.field("shard") == shard)
         path = out / "data" / f"train-{index:05d}-of-{len(shards):05d}.parquet"
-        with parquet.ParquetWriter(path, schema) as writer:
+        with open(path, "wb") as file, parquet.ParquetWriter(file, schema) as writer:
             for group in _groups(part):
                 columns = {name: [clip.meta[name] for clip in group] for name in schema.names if name in group[0].meta}
                 columns["scene"] = [clip.scene for clip in group]

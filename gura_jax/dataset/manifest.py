@@ -247,14 +247,14 @@ def _read_table(path: Path) -> "pa.Table":
 
     strings = {"id": pa.string(), "path": pa.string()}
     try:
-        if path.suffix.lower() == ".csv":
-            options = csv.ConvertOptions(column_types=strings, strings_can_be_null=True)
-            table = csv.read_csv(path, convert_options=options)
-        elif path.suffix.lower() == ".jsonl":
-            table = arrow_json.read_json(path)
-        else:
-            with parquet.ParquetFile(path) as file:
-                table = file.read()
+        with open(path, "rb") as file:  # Arrow itself opens none whose name is not UTF-8
+            if path.suffix.lower() == ".csv":
+                options = csv.ConvertOptions(column_types=strings, strings_can_be_null=True)
+                table = csv.read_csv(file, convert_options=options)
+            elif path.suffix.lower() == ".jsonl":
+                table = arrow_json.read_json(file)
+            else:
+                table = parquet.read_table(file)
         table.validate(full=True)
         str(table.column_names)  # may not be Unicode
         return table

@@ -316,12 +316,11 @@ def _read_plans(
 ) -> list["pa.Table"]:
     """The plans in a folder. The first is made again where it is damaged: it depends on the inputs alone."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     tables: list[pa.Table] = []
     for path in sorted(folder.glob("plan-*.parquet")) or [folder / "plan-00000.parquet"]:
         try:
-            tables.append(parquet.read_table(path))
+            tables.append(store.read_parquet(path))
         except (pa.ArrowException, OSError):
             if tables:
                 raise StoreError(

@@ -374,10 +374,16 @@ def write_failed(folder: Path) -> list[Failure]:
     return failed
 
 
-def failures(folder: Path, numbers: Sequence[int]) -> list[Failure]:
-    """The clips that failed in some shard, and that no shard has."""
+def read_parquet(path: Path, columns: list[str] | None = None) -> "pa.Table":
+    """A Parquet file, whatever its folder's name: Arrow opens none whose path is not UTF-8."""
     from pyarrow import parquet
 
+    with open(path, "rb") as file:
+        return parquet.read_table(file, columns=columns)
+
+
+def failures(folder: Path, numbers: Sequence[int]) -> list[Failure]:
+    """The clips that failed in some shard, and that no shard has."""
     records = [record for number in numbers if (record := read_shard(folder, number)) is not None]
     failed = {failure.id: failure for record in records for failure in record.failed}
     if not failed:
@@ -386,7 +392,7 @@ def failures(folder: Path, numbers: Sequence[int]) -> list[Failure]:
     for record in records:
         if record.number > first:
             path = folder / f"meta-{record.number:05d}.parquet"
-            for name in parquet.read_table(path, columns=["id"])["id"].to_pylist():
+            for name in read_parquet(path, ["id"])["id"].to_pylist():
                 failed.pop(name, None)
     return list(failed.values())
 
@@ -419,7 +425,6 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         import pyarrow as pa
-        from pyarrow import parquet
 
         self.folder = Path(folder)
         run = read_run(self.folder) if self.folder.is_dir() else None
@@ -436,7 +441,7 @@ class EmbeddingStore:
                 if not path.is_file() or path.stat().st_size != expected["bytes"]:
                     raise _damaged(self.folder, name)
             try:
-                table = parquet.read_table(self.folder / f"meta-{number:05d}.parquet")
+                table = read_parquet(self.folder / f"meta-{number:05d}.parquet")
             except (pa.ArrowException, OSError):
                 raise _damaged(self.folder, f"meta-{number:05d}.parquet") from None
             table = table.append_column("shard", pa.array([number] * len(table), pa.int64()))

@@ -126,7 +126,7 @@ class Module:
         if not of_clips or len(shapes[0]) != 2 + frames or (frames and shapes[1] != shapes[0][:2]):
             wanted = "[n, T, D] and times [n, T]" if frames else "[n, D]"
             raise SystemConfigError(
-                f"--module {self.name}: expected {wanted} from {function.__name__} for {len(audio)} clips, found {shapes}"
+                f"--module {self.name}: expected {wanted} from {function.__name__} for {len(audio)}, found {shapes}"
             )
         if frames and not np.isfinite(arrays[1]).all():
             raise SystemConfigError(f"--module {self.name}: expected times in milliseconds, found NaN")

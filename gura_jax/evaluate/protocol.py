@@ -32,7 +32,7 @@ GRID: Mapping[str, Sequence[Any]] = {
     "check_val_every_n_epoch": [3],
     "patience": [20],
 }
-# What a task may ask for: a type, the least and the greatest value. More is a mistake, or a file that is not to be trusted.
+# What a task may ask for: a type, the least and the greatest value. More is a mistake, or meant to do harm.
 LIMITS: Mapping[str, tuple[type, float, float]] = {
     "hidden_layers": (int, 0, 16),
     "hidden_dim": (int, 1, 1 << 15),
