@@ -411,6 +411,8 @@ def test_model_files_that_are_wrong(own_system: str, checkpoints: Path, tmp_path
     ("audio", "words"),
     [
         (np.zeros((1, 16_000), np.float32), ["torch tensor", "ndarray"]),
+        (torch.zeros((1, 16_000), device="meta"), ["dense torch tensor", "meta"]),
+        (torch.zeros((1, 16_000)).to_sparse(), ["dense torch tensor", "sparse"]),
         (torch.zeros(16_000), ["[n, samples]", "(16000,)"]),
         (torch.zeros((1, 1, 16_000)), ["(1, 1, 16000)"]),
         (torch.zeros((0, 16_000)), ["at least one clip"]),
@@ -426,6 +428,11 @@ def test_audio_that_is_wrong(audio: Any, words: list[str]) -> None:
         with pytest.raises(AudioError) as caught:
             getattr(module("hubert_base"), function)(audio, tiny("hubert_base"))
         assert all(word in str(caught.value) for word in words)
+
+
+def test_a_model_that_is_none() -> None:
+    with pytest.raises(SystemConfigError, match="what load_model returned, found Linear"):
+        module("hubert_base").get_scene_embeddings(noise(1, SAMPLE_RATE), torch.nn.Linear(1, 1))
 
 
 def test_a_clip_too_short_for_a_scene() -> None:

@@ -119,8 +119,9 @@ def get_scene_embeddings(audio: torch.Tensor, model: HearModel) -> torch.Tensor:
 
     Raises:
         AudioError: audio of another rank, type or range, with NaN, or shorter than the system needs.
+        SystemConfigError: a model that is not from ``load_model``.
     """
-    return _embed(_check(audio, model, model.model.min_scene_samples), model, "scenes")
+    return _embed(_check(audio, model, "min_scene_samples"), model, "scenes")
 
 
 def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +130,7 @@ def get_timestamp_embeddings(audio: torch.Tensor, model: HearModel) -> tuple[tor
     Returns:
         [n, T, D] float32, and [n, T] float32 in milliseconds, evenly spaced.
     """
-    audio = _check(audio, model, model.model.min_samples)
+    audio = _check(audio, model, "min_samples")
     frames = _embed(audio, model, "frames")
     times = even_times(model.model.timestamps(audio.shape[1]))
     return frames, torch.from_numpy(times).to(frames.device).repeat(len(frames), 1)
@@ -189,11 +190,16 @@ def _to_torch(array: jax.Array, device: torch.device) -> torch.Tensor:
     return torch.tensor(np.asarray(array), device=device)
 
 
-def _check(audio: torch.Tensor, model: HearModel, min_samples: int) -> torch.Tensor:
+def _check(
+    audio: torch.Tensor, model: HearModel, shortest: Literal["min_samples", "min_scene_samples"]
+) -> torch.Tensor:
     """Audio that can be embedded, float32; looked at where it is."""
-    if not isinstance(audio, torch.Tensor):
-        raise AudioError(f"audio: expected a torch tensor [n, samples], found {type(audio).__name__}")
-    audio = audio.detach()
+    if not isinstance(model, HearModel):
+        raise SystemConfigError(f"model: expected what load_model returned, found {type(model).__name__}")
+    if not isinstance(audio, torch.Tensor) or audio.layout != torch.strided or audio.is_meta:
+        found = f"{audio.layout} on {audio.device}" if isinstance(audio, torch.Tensor) else type(audio).__name__
+        raise AudioError(f"audio: expected a dense torch tensor [n, samples], found {found}")
+    audio, min_samples = audio.detach(), getattr(model.model, shortest)
     fine = audio.ndim == 2 and audio.is_floating_point() and len(audio) > 0 and audio.shape[1] >= min_samples
     if not fine or not bool((audio.abs() <= PEAK_LIMIT).all()):
         model.model.check(audio.cpu().numpy(), min_samples)  # raises, and says why
