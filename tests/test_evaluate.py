@@ -345,7 +345,6 @@ def test_modules_that_are_none(module: Any) -> None:
         (lambda x: x[0], lambda x: (x[:, :, None], x[:, 1:])),
         (lambda x: x[:, :, None], lambda x: (x, x)),
         (lambda x: x.sum(), lambda x: (x[:, :, None],)),
-        (lambda x: x[:, None], lambda x: (x[:, :, None], x * math.nan)),
     ],
 )
 def test_a_module_that_returns_something_else(module: Any, scenes: Any, frames: Any) -> None:
@@ -355,6 +354,18 @@ def test_a_module_that_returns_something_else(module: Any, scenes: Any, frames: 
         modules.Module("loud")(np.ones((3, 400), np.float32), frames=False)
     with pytest.raises(SystemConfigError, match="times"):
         modules.Module("loud")(np.ones((3, 400), np.float32), frames=True)
+
+
+def test_a_module_that_returns_nan_is_asked_again(tmp_path: Path, module: Any) -> None:
+    write_task(tmp_path / "tasks" / "a")
+    arguments = tmp_path / "tasks", "--module", "loud", "--out", tmp_path / "out"
+    scenes = module.get_scene_embeddings
+    module.get_scene_embeddings = lambda audio, model: scenes(audio, model) * math.nan
+    broken = evaluated(*arguments)
+    assert broken.exit_code == cli.EXIT_FAILED
+    assert "expected finite embeddings" in broken.stderr
+    module.get_scene_embeddings = scenes
+    assert evaluated(*arguments).exit_code == 0
 
 
 def test_a_module_without_torch(tmp_path: Path, module: Any) -> None:

@@ -128,8 +128,8 @@ class Module:
             raise SystemConfigError(
                 f"--module {self.name}: expected {wanted} from {function.__name__} for {len(audio)}, found {shapes}"
             )
-        if frames and not np.isfinite(arrays[1]).all():
-            raise SystemConfigError(f"--module {self.name}: expected times in milliseconds, found NaN")
+        if not all(np.isfinite(x).all() for x in arrays):  # nor stored: the module may be mended
+            raise SystemConfigError(f"--module {self.name}: expected finite embeddings and times, found others")
         return arrays[0].astype(np.float32), arrays[1].astype(np.float64) if frames else None
 
 

@@ -234,7 +234,7 @@ def _load(task: Task, lookup: Lookup) -> _Data:
                     f"{task.name}/{split}/{name}: expected an embedding of one size, found {embedding.shape}"
                 )
             if not np.isfinite(found).all():
-                raise InputError(f"{task.name}/{split}/{name}: expected an embedding of finite numbers, found NaN")
+                raise InputError(f"{task.name}/{split}/{name}: expected an embedding of finite numbers, found others")
             if task.embedding == "event":
                 assert times is not None
                 ascending = np.argsort(times, kind="stable")
