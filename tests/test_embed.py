@@ -185,7 +185,7 @@ def test_a_changed_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_of_something_else_is_refused(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "scene-00000.npy").write_text("precious")
-    with pytest.raises(StoreError, match=r"found scene-00000\.npy: choose another folder, or overwrite"):
+    with pytest.raises(StoreError, match=r"found scene-00000\.npy: choose another folder, or remove"):
         opened(clips, tmp_path, SMALL)
     assert (tmp_path / "scene-00000.npy").read_text() == "precious"
     (tmp_path / "run.json").write_text("{}")

@@ -268,7 +268,7 @@ def open_run(
             if there:
                 raise StoreError(
                     f"{folder}: expected a folder without embeddings, or with a {store.RUN_FILE} to go on with, found "
-                    f"{there[0]}: choose another folder, or overwrite (--overwrite)"
+                    f"{there[0]}: {store.ELSEWHERE}"
                 )
             table = plan_table(model, clips, settings)
             _write_plan(folder, 0, table)
@@ -329,10 +329,7 @@ def _read_plans(
             tables.append(plan_table(model, clips, settings))
             _write_plan(folder, 0, tables[0])
     if table_sha256(tables[0]) != run["plan_sha256"]:
-        raise StoreError(
-            f"{folder}: expected the plan that the run began with, found another: choose another folder, or overwrite "
-            "(--overwrite)"
-        )
+        raise StoreError(f"{folder}: expected the plan that the run began with, found another: {store.ELSEWHERE}")
     return tables
 
 
@@ -425,7 +422,7 @@ def _check_same(folder: Path, run: dict[str, Any], description: dict[str, Any]) 
         differences = "\n".join(f"    {name}: {then.get(name)} then, {now.get(name)} now" for name in names)
         raise StoreError(
             f"{folder}: expected the run that began here, found another:\n{differences}\n"
-            "go on with the same inputs and options, choose another folder, or overwrite (--overwrite)"
+            f"go on with the same inputs and options, {store.ELSEWHERE}"
         )
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 FAILED_FILE = "failed.csv"
 LOCK_FILE = ".lock"
+ELSEWHERE = "choose another folder, or remove this one (gura-jax embed: --overwrite)"
 ASIDE = "aside"  # folder for shards that were found damaged
 STORE_FILE = re.compile(
     r"(?:scene|frames)-\d{5,}\.npy|(?:meta|plan)-\d{5,}\.parquet|shard-\d{5,}\.json|run\.json|failed\.csv"
@@ -280,10 +281,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise StoreError(
-            f"{path}: expected what a run of this version wrote, found: {error}: choose another folder, or overwrite "
-            "(--overwrite)"
-        ) from None
+        raise StoreError(f"{path}: expected what a run of this version wrote, found: {error}: {ELSEWHERE}") from None
     return content
 
 
