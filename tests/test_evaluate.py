@@ -528,6 +528,9 @@ def test_members_are_embedded_once(tmp_path: Path) -> None:
         parts = [part for name in names for part in SystemEmbeddings(SYSTEMS[name]).parts(tasks[kind])]
         assert {part.name for part in parts} == wanted
         assert len(set(parts)) == len(wanted)
+    both = [SystemEmbeddings(SYSTEMS[f"{how}_hubert_wav2vec2"]).parts(tasks["scene"]) for how in ("avg", "cat")]
+    assert both[0] == both[1]
+    assert [part.name for part in both[0]] == ["hubert-large.last", "wav2vec2_large"]
     own = System("mine", (Member("hubert-base", layers=(1, 2)), Member("wav2vec2-base", weights="random")))
     assert [p.name for p in SystemEmbeddings(own).parts(tasks["scene"])] == [
         "mine.hubert-base",

@@ -24,7 +24,7 @@ from gura_jax.model import Model, Weights, find_weights, load_model, member_weig
 from gura_jax.models.encoder import Encoder
 from gura_jax.models.speech import LayerMeans, SpeechFrames
 from gura_jax.parallel import bucket_length
-from gura_jax.systems import SYSTEMS, Member, System
+from gura_jax.systems import ENCODERS, SYSTEMS, Member, System
 
 LEARNED = "_learned"  # what the name of a system ends in whose layer weights are learned
 COMBINED_AT_ONCE = 4096  # clips
@@ -166,10 +166,12 @@ class SystemEmbeddings:
 
 
 def _alone(system: System, member: Member) -> System:
-    """A member as a system: a registered one, where there is one."""
+    """A member as a system, the same for all systems that have it: a registered one, where there is one."""
     for known in SYSTEMS.values():
         if known == System(known.name, (member,)):
             return known
+    if member.name in ENCODERS and member == Member(member.name, member.layers) and isinstance(member.layers, str):
+        return System(f"{member.name}.{member.layers}", (member,))
     return System(f"{system.name}.{member.name}", (member,))
 
 
