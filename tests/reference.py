@@ -111,11 +111,11 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def assert_parity(ours: Any, single: Any, double: Any, name: str = "") -> None:
+def assert_parity(ours: Any, single: Any, double: Any, name: str = "", floor: float = ORACLE_FLOOR) -> None:
     """As close to PyTorch as promised, and about as close to the truth as PyTorch is."""
     to_torch, to_oracle, torch_to_oracle = relative(ours, single), relative(ours, double), relative(single, double)
     assert to_torch <= PARITY_BOUND, f"{name}: {to_torch:.2e} from PyTorch"
-    assert to_oracle <= max(ORACLE_FACTOR * torch_to_oracle, ORACLE_FLOOR), (
+    assert to_oracle <= max(ORACLE_FACTOR * torch_to_oracle, floor), (
         f"{name}: {to_oracle:.2e} from float64, PyTorch {torch_to_oracle:.2e}"
     )
 
