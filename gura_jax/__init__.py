@@ -1,6 +1,6 @@
 """gura_jax: the fused audio embeddings of NTU-GURA (HEAR 2021) in JAX and Flax."""
 
-from gura_jax.dataset.store import EmbeddingStore
+from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.errors import (
     AudioError,
     CheckpointError,
@@ -10,14 +10,17 @@ from gura_jax.errors import (
     StoreError,
     SystemConfigError,
 )
-from gura_jax.model import ClipEmbedding, Model, load_model
-from gura_jax.models.encoder import Encoder
-from gura_jax.systems import ENCODERS, SYSTEMS, EncoderEntry, Member, System
+from gura_jax.loading import load_model
+from gura_jax.model import ClipEmbedding, Model
+from gura_jax.models.encoder import Encoder, Family, FrameGrid, Options, Output, Preset
+from gura_jax.models.families import ENCODERS, FAMILIES, register
+from gura_jax.systems import SYSTEMS, Member, System
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ENCODERS",
+    "FAMILIES",
     "SYSTEMS",
     "AudioError",
     "CheckpointError",
@@ -25,13 +28,18 @@ __all__ = [
     "ConversionError",
     "EmbeddingStore",
     "Encoder",
-    "EncoderEntry",
+    "Family",
+    "FrameGrid",
     "GuraError",
     "InputError",
     "Member",
     "Model",
+    "Options",
+    "Output",
+    "Preset",
     "StoreError",
     "System",
     "SystemConfigError",
     "load_model",
+    "register",
 ]

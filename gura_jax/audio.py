@@ -1,13 +1,14 @@
-"""Audio: decode, mix to mono, resample to 16 kHz, and check what a user hands in."""
+"""Audio: decode files, mix to mono, resample to any rate, and check clips that a user passes."""
 
 import contextlib
 import functools
+import io
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 
@@ -16,11 +17,11 @@ from gura_jax.errors import AudioError
 if TYPE_CHECKING:
     import soundfile
 
-SAMPLE_RATE = 16_000  # Hz: what every member was trained on
-MIN_SAMPLES = 400  # the receptive field of the speech encoders' convolutions: one frame
+HEAR_RATE = 16_000  # Hz: HEAR's common rate, and that of every encoder in the paper
+MIN_SECONDS = 0.025  # one frame of the speech encoders: the receptive field of their convolutions
 PEAK_LIMIT = 8.0  # loud mixes and resampling exceed 1 a little; above 8 the audio is surely not scaled to [-1, 1]
-MIN_FILE_RATE = 1_000  # Hz; below the slowest voice codecs: a damaged header
-MAX_FILE_RATE = 768_000  # Hz; the fastest converters sold: above it a damaged header
+MIN_RATE = 1_000  # Hz; slower than any voice codec: a lower rate in a header means damage
+MAX_RATE = 768_000  # Hz; the fastest converters sold: a higher rate in a header means damage
 MAX_SECONDS = 3600  # longer recordings are better cut
 BLOCK_VALUES = 1 << 20  # decoded at once, all channels together: 4 MiB whatever a header promises
 
@@ -40,33 +41,49 @@ _LOGGED_SIZE = re.compile(r"^ *(?:data|riff|SSND|Data Size) *: (\d+) \(should be
 _LOGGED_OGG_CUT = re.compile(r"Ogg ?: (?:Junk after the last page|File ended unexpectedly)")
 
 
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a local file to read it.
+
+    Raises:
+        AudioError: there is no such file.
+        OSError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no such file"
+        raise AudioError(f"{path}: expected an audio file, found {found}")
+    return open(path, "rb")
+
+
 def load_audio(
     path: str | os.PathLike[str],
     offset: float = 0.0,
     duration: float | None = None,
     *,
+    sample_rate: int = HEAR_RATE,
     max_seconds: float = MAX_SECONDS,
 ) -> np.ndarray:
-    """Decode an audio file in any format that soundfile reads, mean over channels, at 16 kHz.
+    """Decode an audio file in any format that soundfile reads, average its channels, and resample it.
 
-    Resampling is soxr's HQ, and equals ``librosa.load(path, sr=16000, res_type="soxr_hq", ...)``. The file is decoded
-    in blocks, so memory is bounded by the clip itself, whatever the header says and however many channels there are.
+    Resampling is soxr's HQ, and equals ``librosa.load(path, sr=sample_rate, res_type="soxr_hq", ...)``. The file is
+    decoded in blocks, so memory is bounded by the clip itself, whatever the header says and however many channels
+    there are.
 
     Args:
         path: of the file.
         offset: where the clip starts, in seconds.
         duration: of the clip in seconds; by default to the file's end.
+        sample_rate: to resample to, in Hz.
         max_seconds: a longer clip is refused before it is decoded.
 
     Returns:
-        [n] float32 at 16 kHz, n >= 400.
+        [n] float32 at ``sample_rate``, at least :func:`min_samples` long.
 
     Raises:
         AudioError: no file, not audio, damaged or cut short, no samples or too few or more than ``max_seconds``, an
             impossible sample rate, NaN or infinite samples, samples far outside [-1, 1], or a file that ends before
             the clip does; names the file.
     """
-    clip, *_ = load_segments(path, [(offset, duration)], max_seconds=max_seconds)
+    clip, *_ = load_segments(path, [(offset, duration)], sample_rate=sample_rate, max_seconds=max_seconds)
     if isinstance(clip, AudioError):
         raise clip
     return clip
@@ -76,28 +93,40 @@ def load_segments(
     path: str | os.PathLike[str],
     segments: Sequence[tuple[float, float | None]],
     *,
+    sample_rate: int,
     max_seconds: float = MAX_SECONDS,
+    opener: Callable[[str], BinaryIO] = open_file,
 ) -> list[np.ndarray | AudioError]:
-    """Several clips of one file, each (offset, duration) as in :func:`load_audio`: the clip, or why there is none.
+    """Decode several clips of one file, each (offset, duration) as in :func:`load_audio`: the clip, or its error.
 
     Segments in order of time are decoded in one pass, also of formats in which only that is exact (MP3, OGG).
+
+    Args:
+        path: of the file.
+        segments: (offset, duration) of each clip.
+        sample_rate, max_seconds: as in :func:`load_audio`.
+        opener: opens the path; what it returns can seek.
+
+    Raises:
+        AudioError: an impossible ``sample_rate``; every other error is returned in its clip's place.
     """
+    check_rate(sample_rate)
     clips: list[np.ndarray | AudioError] = []
     try:
         with contextlib.ExitStack() as stack:
-            file, sound = stack.enter_context(_opened(path))
+            file, sound = stack.enter_context(_opened(path, opener))
             position = 0.0  # in frames
             for offset, duration in segments:
                 start = round(offset * sound.samplerate)
                 stop = None if duration is None else start + round(duration * sound.samplerate)
                 if position > start:
-                    file, sound = stack.enter_context(_opened(path))
+                    file, sound = stack.enter_context(_opened(path, opener))
                     position = 0
                 try:
                     skip, position = start - int(position), math.inf if stop is None else stop
-                    clip = _decode(path, sound, skip, start, stop, max_seconds)
+                    clip = _decode(path, sound, skip, start, stop, sample_rate, max_seconds)
                     _check_complete(path, file, sound, whole=stop is None)
-                    clips.append(check_clip(clip, name=str(path)))
+                    clips.append(check_clip(clip, name=str(path), sample_rate=sample_rate))
                 except AudioError as error:
                     position = math.inf
                     clips.append(error)
@@ -113,28 +142,103 @@ def probe_audio(
     offset: float = 0.0,
     duration: float | None = None,
     *,
+    sample_rate: int,
     max_seconds: float = MAX_SECONDS,
+    opener: Callable[[str], BinaryIO] = open_file,
 ) -> int:
-    """The number of samples that :func:`load_audio` will give, from the file's header alone where that has it.
+    """Return the number of samples of a clip that :func:`load_segments` decodes, from the file's header if it has it.
+
+    Arguments as in :func:`load_segments`.
 
     Raises:
-        AudioError: the file is missing, is not audio, or is too long; names the file.
+        AudioError: the file is missing, is not audio, or is too long; names the file. Or an impossible ``sample_rate``.
     """
+    check_rate(sample_rate)
     try:
-        with _opened(path) as (_, sound):
+        with _opened(path, opener) as (_, sound):
             rate, frames = sound.samplerate, sound.frames
             if frames >= _UNKNOWN:  # a FLAC from a pipe: counted by decoding
-                return len(load_audio(path, offset, duration, max_seconds=max_seconds))
+                (clip,) = load_segments(
+                    path, [(offset, duration)], sample_rate=sample_rate, max_seconds=max_seconds, opener=opener
+                )
+                if isinstance(clip, AudioError):
+                    raise clip
+                return len(clip)
             start = round(offset * rate)
             stop = frames if duration is None else start + round(duration * rate)
             _check_span(path, rate, frames, start, stop, max_seconds)
-            return math.ceil((min(stop, frames) - start) * SAMPLE_RATE / rate)
+            return resampled_length(min(stop, frames) - start, rate, sample_rate)
     except (soundfile_error(), OSError) as error:
         raise _cannot_decode(path, error) from None
 
 
+@overload
+def resampled_length(samples: int, source_rate: int, target_rate: int) -> int: ...
+@overload
+def resampled_length(samples: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray: ...
+def resampled_length(samples: int | np.ndarray, source_rate: int, target_rate: int) -> int | np.ndarray:
+    """Return the length of a clip after resampling: ``ceil(samples * target_rate / source_rate)``, exactly.
+
+    Args:
+        samples: an integer, or an array of integers.
+        source_rate, target_rate: in Hz.
+
+    Returns:
+        An int, or an int64 array.
+    """
+    if isinstance(samples, np.ndarray):
+        samples = samples.astype(np.int64)  # the product of a minute's samples and a rate is beyond 32 bits
+    return -(-samples * target_rate // source_rate)
+
+
+def resample(clip: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
+    """Resample a clip with soxr's HQ.
+
+    Args:
+        clip: [n] float32 at ``source_rate``.
+        source_rate, target_rate: in Hz.
+
+    Returns:
+        [resampled_length(n, source_rate, target_rate)] float32; the clip itself if the rates are equal.
+
+    Raises:
+        AudioError: an impossible rate.
+    """
+    if check_rate(source_rate) == check_rate(target_rate):
+        return clip
+    import soxr
+
+    out = soxr.resample(clip, source_rate, target_rate, quality="HQ")
+    length = resampled_length(len(clip), source_rate, target_rate)
+    return np.pad(out[:length], (0, max(0, length - len(out))))
+
+
+def check_rate(sample_rate: int) -> int:
+    """Check a rate that audio is to be resampled from or to.
+
+    Raises:
+        AudioError: not an integer, or outside :data:`MIN_RATE` to :data:`MAX_RATE`.
+    """
+    whole = isinstance(sample_rate, (int, np.integer)) and not isinstance(sample_rate, bool)
+    if not whole or not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise AudioError(
+            f"sample rate: expected a whole number of Hz from {MIN_RATE} to {MAX_RATE}, found {sample_rate!r}"
+        )
+    return int(sample_rate)
+
+
+def kilohertz(sample_rate: int) -> str:
+    """Format a rate for a message, as in "22.05 kHz"."""
+    return f"{sample_rate / 1000:g} kHz"
+
+
+def min_samples(sample_rate: int) -> int:
+    """Return the length of the shortest clip that is accepted, :data:`MIN_SECONDS`, in samples."""
+    return math.ceil(MIN_SECONDS * sample_rate)
+
+
 def soundfile_error() -> type[Exception]:
-    """What libsndfile raises."""
+    """Return the exception class that libsndfile's errors are raised as."""
     import soundfile
 
     return soundfile.LibsndfileError
@@ -163,20 +267,28 @@ def _forward_sound_file() -> "type[soundfile.SoundFile]":
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, "soundfile.SoundFile"]]:
-    if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "no such file"
-        raise AudioError(f"{path}: expected an audio file, found {found}")
-    if Path(path).suffix.lower() == ".raw":  # soundfile takes it for samples without a header
-        raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV")
-    # By descriptor, libsndfile reads for itself; of a Python file it would call back for every block.
-    with open(path, "rb") as file, _forward_sound_file()(file.fileno(), closefd=False) as sound:
-        if not MIN_FILE_RATE <= sound.samplerate <= MAX_FILE_RATE:
+def _opened(
+    path: str | os.PathLike[str], opener: Callable[[str], BinaryIO]
+) -> Iterator[tuple[BinaryIO, "soundfile.SoundFile"]]:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(opener(os.fspath(path)))
+        if Path(path).suffix.lower() == ".raw":  # soundfile takes it for samples without a header
+            raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV")
+        sound = stack.enter_context(_forward_sound_file()(_descriptor(file), closefd=False))
+        if not MIN_RATE <= sound.samplerate <= MAX_RATE:
             raise AudioError(
-                f"{path}: expected a sample rate from {MIN_FILE_RATE} to {MAX_FILE_RATE} Hz, found "
+                f"{path}: expected a sample rate from {MIN_RATE} to {MAX_RATE} Hz, found "
                 f"{sound.samplerate}: the header is damaged"
             )
         yield file, sound
+
+
+def _descriptor(file: BinaryIO) -> int | BinaryIO:
+    """Return a file's descriptor, by which libsndfile reads for itself; without one, it calls back for each block."""
+    try:
+        return file.fileno()
+    except io.UnsupportedOperation:
+        return file
 
 
 def _seeks_exactly(sound: "soundfile.SoundFile") -> bool:
@@ -206,16 +318,17 @@ def _decode(
     skip: int,
     start: int,
     stop: int | None,
+    sample_rate: int,
     max_seconds: float,
 ) -> np.ndarray:
-    """Frames start to stop, or to the end; ``skip`` is how far from here the start is."""
+    """Decode frames ``start`` to ``stop``, or to the end; ``skip`` is the distance from here to ``start``."""
     import soxr
 
     rate = sound.samplerate
     promised = sound.frames if sound.frames < _UNKNOWN else 0
     _check_span(path, rate, promised, start, stop, max_seconds)
     # The stream gives the same samples as resampling the whole at once.
-    stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if rate != SAMPLE_RATE else None
+    stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
     parts: list[np.ndarray] = []
     block_frames = BLOCK_VALUES // sound.channels
     # Asked for more than the header promises, the decoder would run on past it and drop the rest.
@@ -246,7 +359,8 @@ def _decode(
     if stream:
         parts.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
         # soxr may stop a sample early; librosa fills up with zeros to the exact length.
-        parts.append(np.zeros(max(0, math.ceil(read * SAMPLE_RATE / rate) - sum(map(len, parts))), np.float32))
+        missing = resampled_length(read, rate, sample_rate) - sum(map(len, parts))
+        parts.append(np.zeros(max(0, missing), np.float32))
     return np.concatenate(parts)
 
 
@@ -263,7 +377,7 @@ def _check_complete(path: str | os.PathLike[str], file: BinaryIO, sound: "soundf
         position = file.tell()
         if _mp3_has_length(file):
             cut = read < promised - _MP3_SLACK
-        elif position < os.fstat(file.fileno()).st_size - _MP3_READ_AHEAD:
+        elif position < file.seek(0, os.SEEK_END) - _MP3_READ_AHEAD:
             # Then the length is a guess from the first frame, and libsndfile reads no further.
             raise AudioError(
                 f"{path}: expected an MP3 whose header says its length, found one without, which soundfile reads only "
@@ -290,27 +404,30 @@ def _mp3_has_length(file: BinaryIO) -> bool:
     return any(tag in frame for tag in _MP3_LENGTH_TAGS)
 
 
-def check_clip(clip: Any, name: str = "audio") -> np.ndarray:
+def check_clip(clip: Any, name: str = "audio", *, sample_rate: int) -> np.ndarray:
     """Check one clip.
 
     Args:
-        clip: [n] floating point, n >= 400, in [-1, 1], at 16 kHz (the rate cannot be checked: samples do not say).
+        clip: [n] floating point, at least :func:`min_samples` long, in [-1, 1].
         name: what to call it in errors.
+        sample_rate: of the clip, in Hz; samples do not tell it, so it cannot be checked.
 
     Returns:
         [n] float32.
 
     Raises:
-        AudioError: another rank or dtype, too short, NaN or infinite samples, or values beyond ``PEAK_LIMIT``.
+        AudioError: another rank or dtype, too short, NaN or infinite samples, values beyond ``PEAK_LIMIT``, or an
+            impossible ``sample_rate``.
     """
+    shortest = min_samples(check_rate(sample_rate))
     array = _as_array(clip, name)
     if array.ndim != 1:
         raise AudioError(f"{name}: expected a clip of one axis, [samples], found shape {array.shape}")
     _check_dtype(array, name)
-    if len(array) < MIN_SAMPLES:
+    if len(array) < shortest:
         raise AudioError(
-            f"{name}: expected at least {MIN_SAMPLES} samples at 16 kHz ({1000 * MIN_SAMPLES / SAMPLE_RATE:g} ms), "
-            f"found {len(array)}"
+            f"{name}: expected at least {shortest} samples at {kilohertz(sample_rate)} "
+            f"({1000 * shortest / sample_rate:g} ms), found {len(array)}"
         )
     finite = np.isfinite(array)
     if not finite.all():
@@ -324,11 +441,12 @@ def check_clip(clip: Any, name: str = "audio") -> np.ndarray:
     return array.astype(np.float32, copy=False)
 
 
-def check_audio(audio: Any) -> list[np.ndarray]:
+def check_audio(audio: Any, *, sample_rate: int) -> list[np.ndarray]:
     """Check a batch of clips.
 
     Args:
         audio: [n, samples], or a list of clips [samples] of any lengths; see :func:`check_clip`. NumPy or jax arrays.
+        sample_rate: of the clips, in Hz.
 
     Returns:
         n clips, each [samples] float32.
@@ -345,7 +463,7 @@ def check_audio(audio: Any) -> list[np.ndarray]:
             )
     if len(audio) == 0:
         raise AudioError("audio: expected at least one clip, found none")
-    return [check_clip(clip, f"audio[{i}]") for i, clip in enumerate(audio)]
+    return [check_clip(clip, f"audio[{i}]", sample_rate=sample_rate) for i, clip in enumerate(audio)]
 
 
 def _as_array(values: Any, name: str) -> np.ndarray:

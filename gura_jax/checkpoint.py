@@ -6,25 +6,24 @@
 A checkpoint is complete or absent: it is written under a temporary name and renamed.
 """
 
-import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gura_jax.errors import CheckpointError, GuraError
-from gura_jax.systems import Architecture, architecture_from_dict
+from gura_jax.files import cache_folder, is_folder, new_folder, recover_folder
+from gura_jax.models.encoder import Config
+from gura_jax.models.families import config_from_dict
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -32,13 +31,14 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MEMORY_GB = 0.1  # that Orbax holds beyond the arrays themselves; with more, loading is slower too
+HASH_THREADS = 4  # each has one array in host memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds and where it came from; the same source always gives the same manifest."""
+    """Description of a checkpoint's content and origin; the same source always gives the same manifest."""
 
-    architecture: Architecture
+    architecture: Config
     source: str
     source_sha256: Mapping[str, str]
     converter_version: str
@@ -48,12 +48,16 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """One sha256 of the architecture and of all arrays."""
-        content = {"architecture": dataclasses.asdict(self.architecture), "arrays": dict(self.arrays_sha256)}
+        content = {"architecture": _fields(self.architecture), "arrays": dict(self.arrays_sha256)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _fields(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)  # pyright: ignore[reportArgumentType] - a protocol cannot say: a dataclass
+
+
 def checkpoint_folder() -> Path:
-    """Where checkpoints are: ``GURA_JAX_CHECKPOINTS``, else a source checkout's own, else the user's cache."""
+    """Return the folder of checkpoints: ``GURA_JAX_CHECKPOINTS``, else a source checkout's, else one in the cache."""
     if chosen := os.environ.get("GURA_JAX_CHECKPOINTS"):
         return Path(chosen)
     checkout = Path(__file__).parent.parent
@@ -62,92 +66,104 @@ def checkpoint_folder() -> Path:
     return cache_folder() / "checkpoints"
 
 
-def cache_folder() -> Path:
-    """The user's cache folder of gura_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gura_jax"
+def find_folder(name: str) -> Path:
+    """Return the folder of this path; else that of the converted checkpoint of this name."""
+    return Path(name) if is_folder(Path(name)) else checkpoint_folder() / name
 
 
 def array_sha256(array: np.ndarray) -> str:
-    """Hash of an array's shape, type and bytes."""
+    """Hash an array's shape, type and bytes."""
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def save(path: Path, params: Mapping[str, np.ndarray], manifest: Manifest, *, overwrite: bool = False) -> None:
-    """Write a checkpoint, atomically.
+def arrays_sha256(params: Mapping[str, np.ndarray | jax.Array]) -> dict[str, str]:
+    """Hash arrays as :func:`save` writes them; those on devices are copied to the host a few at a time.
+
+    Args:
+        params: arrays by dotted path, with any sharding over this process's devices.
+
+    Returns:
+        A manifest's ``arrays_sha256``.
+    """
+
+    def sha256(array: np.ndarray | jax.Array) -> str:
+        host = _on_host(array) if isinstance(array, jax.Array) else array
+        return array_sha256(host.astype(np.float32) if host.dtype == jnp.bfloat16 else host)
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(params, pool.map(sha256, params.values()), strict=True))
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Return an array in host memory, put together there from its shards; no copy where one on a CPU has it whole."""
+    shards = [shard for shard in _same_buffers(array).addressable_shards if shard.replica_id == 0]
+    if len(shards) == 1:
+        return np.asarray(shards[0].data)
+    out = np.empty(array.shape, array.dtype)
+    for shard in shards:
+        out[shard.index] = np.asarray(shard.data)
+    return out
+
+
+def _same_buffers(array: jax.Array) -> jax.Array:
+    """Return a new array over the same buffers; of a replicated one, over those of one device.
+
+    JAX keeps what it copies to the host as long as the array that was copied: here, as long as the new one.
+    """
+    shards, sharding = array.addressable_shards, array.sharding
+    if array.is_fully_replicated:
+        shards = shards[:1]
+        sharding = jax.sharding.SingleDeviceSharding(shards[0].device)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, [shard.data for shard in shards])
+
+
+def save(
+    path: Path, params: Mapping[str, np.ndarray | jax.Array], manifest: Manifest, *, overwrite: bool = False
+) -> None:
+    """Write a checkpoint, complete or not at all.
 
     Args:
         path: the checkpoint's folder.
-        params: arrays by dotted path.
-        manifest: what they are.
-        overwrite: replace what is there; it stays until the new one is complete.
+        params: arrays by dotted path, on any devices and with any sharding. Those of bfloat16 are written as float32,
+            which is exact.
+        manifest: their description; :func:`arrays_sha256` has the hashes for it.
+        overwrite: replace the checkpoint that is there; it stays until the new one is complete.
 
     Raises:
         CheckpointError: ``path`` exists and is not to be replaced, or cannot be written.
     """
     import orbax.checkpoint as ocp
 
-    _recover(path)
+    recover_folder(path)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already: remove it, or pass --overwrite")
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        cpu = jax.devices("cpu")[0]
-        with _orbax(params.values()) as checkpointer:
-            # As arrays of the CPU's: Orbax copies NumPy arrays before it writes them, all at once.
-            tree = {name: jax.device_put(array, cpu) for name, array in params.items()}
-            checkpointer.save((temporary / "params").resolve(), args=ocp.args.PyTreeSave(tree))
-        content = dataclasses.asdict(manifest)
-        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        _replace(temporary, path)
+        with new_folder(path) as temporary:
+            cpu = jax.devices("cpu")[0]
+            with _orbax(params.values()) as checkpointer:
+                # NumPy arrays as arrays of JAX's: Orbax would copy all of them at once before it writes.
+                tree = {
+                    name: _same_buffers(array) if isinstance(array, jax.Array) else jax.device_put(array, cpu)
+                    for name, array in params.items()
+                }
+                float32 = jnp.dtype(jnp.float32)
+                cast = {
+                    name: ocp.SaveArgs(dtype=float32 if array.dtype == jnp.bfloat16 else None)
+                    for name, array in tree.items()
+                }
+                checkpointer.save((temporary / "params").resolve(), args=ocp.args.PyTreeSave(tree, save_args=cast))
+            content = dataclasses.asdict(manifest)
+            with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1, sort_keys=True)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from None
     except ValueError as error:  # TensorStore's, as when the disk is full
         raise CheckpointError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Rename; an older checkpoint goes out of the way first, and comes back if that fails."""
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / "old"
-        try:
-            os.rename(path, old)
-            try:
-                os.rename(temporary, path)
-            except BaseException:
-                os.rename(old, path)
-                raise
-        finally:
-            if path.exists():
-                shutil.rmtree(old.parent, ignore_errors=True)
-    else:
-        os.rename(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _recover(path: Path) -> None:
-    """Put back an older checkpoint whose replacement was killed between its two renames."""
-    if not path.exists():
-        for old in path.parent.glob(f".{glob.escape(path.name)}.old.*/old"):
-            with contextlib.suppress(OSError):
-                os.rename(old, path)
-                old.parent.rmdir()
-                return
 
 
 def _reason(error: BaseException) -> str:
@@ -160,7 +176,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: there is no complete checkpoint at ``path``, or a newer version of gura_jax wrote it.
     """
-    _recover(path)
+    recover_folder(path)
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -177,7 +193,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} has format version {version}, and this gura_jax reads up to {FORMAT_VERSION}: update gura_jax"
         )
     try:
-        architecture = architecture_from_dict(content.pop("architecture"))
+        architecture = config_from_dict(content.pop("architecture"))
         manifest = Manifest(architecture=architecture, **content)
         texts = [manifest.source, manifest.converter_version]
         for table in (manifest.arrays_sha256, manifest.source_sha256):
@@ -189,13 +205,13 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def check_architecture(name: str, wanted: Architecture, found: Architecture, where: str) -> None:
-    """Refuse weights that are of another architecture than encoder ``name``, and name what differs.
+def check_architecture(name: str, wanted: Config, found: Config, where: str) -> None:
+    """Refuse weights of another architecture than encoder ``name``, and name what differs.
 
     Raises:
-        CheckpointError: they are.
+        CheckpointError: the architectures differ.
     """
-    a, b = dataclasses.asdict(wanted), dataclasses.asdict(found)
+    a, b = _fields(wanted), _fields(found)
     differences = [
         f"{key}: expected {a.get(key)}, found {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
     ]
@@ -206,18 +222,20 @@ def check_architecture(name: str, wanted: Architecture, found: Architecture, whe
 REDO = "remove it and run gura-jax convert again"
 
 
-def load(
-    path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: jax.sharding.Sharding
-) -> dict[str, jax.Array]:
+Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding]
+"""One sharding for all arrays, or one for each by its name."""
+
+
+def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Shardings) -> dict[str, jax.Array]:
     """Read a checkpoint's arrays straight to their devices, and check their hashes.
 
     Args:
         path: the checkpoint's folder.
         abstract: the arrays that the encoder expects.
-        sharding: where they go.
+        sharding: where they go, over this process's devices.
 
     Raises:
-        CheckpointError: arrays missing, of other shapes, or damaged.
+        CheckpointError: arrays missing, of other shapes, or damaged; a sharding that does not fit an array.
     """
     import orbax.checkpoint as ocp
 
@@ -225,8 +243,9 @@ def load(
     if set(manifest.arrays_sha256) != set(abstract):
         difference = sorted(set(manifest.arrays_sha256) ^ set(abstract))
         raise CheckpointError(f"{path}: expected other arrays, differing in {', '.join(difference[:8])}; {REDO}")
+    shardings = _shardings(path, abstract, sharding)
     restore_args = {
-        name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=a.dtype, global_shape=a.shape, strict=True)
+        name: ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=a.dtype, global_shape=a.shape, strict=True)
         for name, a in abstract.items()
     }
     try:
@@ -237,19 +256,44 @@ def load(
             )
     except Exception as error:  # whatever Orbax and TensorStore say of a damaged folder
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}; {REDO}") from None
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda array: array_sha256(_host(array)), arrays.values())
-        damaged = [name for name, found in zip(arrays, hashes, strict=True) if found != manifest.arrays_sha256[name]]
+    found = arrays_sha256(arrays)
+    damaged = [name for name in arrays if found[name] != manifest.arrays_sha256[name]]
     if damaged:
         raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {REDO}")
     return arrays
 
 
-def _host(array: jax.Array) -> np.ndarray:
-    return np.asarray(array.addressable_data(0))  # no copy on the CPU
+def _shardings(
+    path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Shardings
+) -> Mapping[str, jax.sharding.Sharding]:
+    """Return a sharding for each array, checked."""
+    shardings = sharding if isinstance(sharding, Mapping) else dict.fromkeys(abstract, sharding)
+    if missing := [name for name in abstract if name not in shardings]:
+        raise CheckpointError(f"{path}: expected a sharding for every array, found none for {', '.join(missing[:8])}")
+    elsewhere = [s for s in shardings.values() if not (s.is_fully_addressable or s.is_fully_replicated)]
+    if elsewhere:  # no process would have the whole of an array to hash
+        raise CheckpointError(f"{path}: expected shardings over this process's devices, found {_spec(elsewhere[0])}")
+    faults = []
+    for name, array in abstract.items():
+        try:
+            shardings[name].shard_shape(array.shape)
+        except (ValueError, IndexError):  # not divisible; more axes than the array has
+            faults.append(f"{name} {array.shape} with {_spec(shardings[name])}")
+    if faults:
+        raise CheckpointError(
+            f"{path}: expected shardings that divide the axes of their arrays evenly, found {', '.join(faults[:8])}: "
+            "shard an axis that the mesh divides, or replicate the array (PartitionSpec())"
+        )
+    return shardings
 
 
-def _orbax(arrays: Iterable[np.ndarray | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
+def _spec(sharding: jax.sharding.Sharding) -> str:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return f"PartitionSpec{tuple(sharding.spec)} over {dict(sharding.mesh.shape)}"
+    return str(sharding)
+
+
+def _orbax(arrays: Iterable[np.ndarray | jax.Array | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
     import orbax.checkpoint as ocp
 
     largest = max((math.prod(a.shape) * a.dtype.itemsize for a in arrays), default=0)
@@ -259,6 +303,7 @@ def _orbax(arrays: Iterable[np.ndarray | jax.ShapeDtypeStruct]) -> "ocp.Checkpoi
             use_zarr3=True,
             use_compression=False,  # trained weights hardly compress, and reading is faster
             save_concurrent_gb=memory,
+            save_device_host_concurrent_gb=memory,
             restore_concurrent_gb=memory,
         )
     )

@@ -16,11 +16,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from gura_jax import __version__, checkpoint
-from gura_jax.audio import MAX_SECONDS, SAMPLE_RATE
+from gura_jax.audio import MAX_SECONDS
 from gura_jax.errors import CheckpointError, DownloadError, GuraError, InputError, SystemConfigError
-from gura_jax.fusion import fused_size
+from gura_jax.loading import load_model, outline
+from gura_jax.model import Model
+from gura_jax.models.families import ENCODERS, import_families
 from gura_jax.parallel import cache_compilations
-from gura_jax.systems import ENCODERS, SYSTEMS, System, encoders, find_system
+from gura_jax.systems import SYSTEMS, System, find_system
 
 EXIT_FAILED = 1  # nothing, or not what was asked for, was done
 EXIT_SOME_INPUTS_FAILED = 3
@@ -56,6 +58,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
     cache_compilations()
     try:
+        import_families()
         app()
     except GuraError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,12 +101,12 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'system':26} {'frame':>5} {'scene':>5}  members")
+    print(f"{'system':26} {'Hz':>5} {'frame':>5} {'scene':>5}  members")
     for row in rows:
         members = f" {row['combination']} ".join(
             m["encoder"] + (f" ({m['layers']})" if m["layers"] not in ("last", None) else "") for m in row["members"]
         )
-        print(f"{row['name']:26} {row['frame_size']:5} {row['scene_size']:5}  {members}")
+        print(f"{row['name']:26} {row['sample_rate']:5} {row['frame_size']:5} {row['scene_size']:5}  {members}")
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
     for name, entry in ENCODERS.items():
         state = (
@@ -117,18 +120,26 @@ def _have(encoder: str) -> bool:
 
 
 def _system_row(system: System) -> dict[str, Any]:
-    sizes = [encoders(ENCODERS[str(m.encoder)].architecture, m.layers)[0].feature_size for m in system.members]
-    frame_size = fused_size(sizes, system.combination, system.feature_size)
-    speech = {m.name: ENCODERS[str(m.encoder)].architecture.model_type != "crepe" for m in system.members}
+    model = outline(system)
+    members = []
+    for member, built in zip(system.members, model.fusion.members, strict=True):
+        named = isinstance(member.encoder, str)
+        members.append(
+            {
+                "encoder": member.encoder if named else type(member.encoder).__qualname__,
+                "layers": member.layers if built.encoder.num_states else None,
+                "scene": member.scene,
+                "sample_rate": built.encoder.sample_rate,
+                "converted": _have(str(member.encoder)) if named else None,
+            }
+        )
     return {
         "name": system.name,
-        "members": [
-            {"encoder": m.encoder, "layers": m.layers if speech[m.name] else None, "converted": _have(str(m.encoder))}
-            for m in system.members
-        ],
+        "members": members,
         "combination": system.combination,
-        "frame_size": frame_size,
-        "scene_size": frame_size * system.scene_groups,
+        "sample_rate": model.sample_rate,
+        "frame_size": model.timestamp_embedding_size,
+        "scene_size": model.scene_embedding_size,
     }
 
 
@@ -199,12 +210,12 @@ def _conversions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _convert_one(spec: str, name: str, architecture: str | None) -> Any:
-    from gura_jax.convert import convert  # pyright: ignore[reportMissingImports] - convert/ stands elsewhere
+    from gura_jax.convert import convert
 
     converted = convert(spec, architecture=architecture)
     if name in ENCODERS:
         checkpoint.check_architecture(
-            name, ENCODERS[name].architecture, converted.manifest.architecture, converted.manifest.source
+            name, ENCODERS[name].config, converted.manifest.architecture, converted.manifest.source
         )
     return converted
 
@@ -272,9 +283,9 @@ def embed(
         logging.basicConfig(format="%(message)s")
         logging.getLogger("gura_jax").setLevel(logging.INFO)
     from gura_jax.dataset import ray_engine, workers
-    from gura_jax.dataset.manifest import read_inputs
-    from gura_jax.dataset.run import Settings, open_run
-    from gura_jax.model import load_model
+    from gura_jax.dataset.run import open_run
+    from gura_jax.dataset.sources import read_inputs
+    from gura_jax.dataset.table import Settings
 
     described = find_system(system)
     settings = Settings(timestamps, storage, window, max_duration, shard_hours, batch_seconds)
@@ -294,9 +305,10 @@ def embed(
             f"--overwrite and --retry-failed are for one process, found {worker.total} (by {worker.found}): "
             "run it alone, or with --engine ray"
         )
-    clips = read_inputs(inputs, root=root, allow_outside=allow_outside)
+    sizes = outline(described, size=size)
+    clips = read_inputs(inputs, sample_rate=sizes.sample_rate, root=root, allow_outside=allow_outside)
     if dry_run:
-        _print_plan(clips, described, size, settings)
+        _print_plan(sizes, clips, settings)
         return
     with _interruptible():
         try:
@@ -338,11 +350,9 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print_plan(clips: Any, system: System, size: Literal["tiny"] | None, settings: Any) -> None:
-    from gura_jax.dataset.run import plan_table, summarise
-    from gura_jax.model import outline
+def _print_plan(model: Model, clips: Any, settings: Any) -> None:
+    from gura_jax.dataset.table import plan_table, summarise
 
-    model = outline(system, size=size)
     table = plan_table(model, clips, settings)
     plan = summarise(model, settings, table)
     print(
@@ -361,7 +371,7 @@ def _print_plan(clips: Any, system: System, size: Literal["tiny"] | None, settin
 def _print_summary(summary: Any, out: Path, worker: Any) -> None:
     done = summary.done
     print(
-        f"{done.clips} clips, {done.samples / SAMPLE_RATE:.1f} s of audio ({summary.rates['clips_per_second']:.1f} "
+        f"{done.clips} clips, {summary.seconds:.1f} s of audio ({summary.rates['clips_per_second']:.1f} "
         f"clips/s, {summary.rates['audio_hours_per_hour']:.0f} h of audio/h) -> {out}"
     )
     if summary.before:
@@ -401,8 +411,7 @@ def evaluate(
         ),
     ] = False,
     protocol: Annotated[
-        Literal["hear2021", "fixed"],
-        typer.Option(help="hear2021: as HEAR's kit computes, with its faults; fixed: without them."),
+        str, typer.Option(help="hear2021: reproduces the bugs of HEAR's kit; fixed: without them.")
     ] = "hear2021",
     seed: Annotated[int, typer.Option(help="Of the probes.", min=0)] = 0,
 ) -> None:
@@ -411,19 +420,20 @@ def evaluate(
     Run again with the same arguments, it goes on where it stopped. Exit code 3: something failed, the rest is done.
     """
     from gura_jax.evaluate import report, run, tables
-    from gura_jax.evaluate.protocol import PROTOCOLS
+    from gura_jax.evaluate.benchmarks import find_protocol
 
+    benchmark, chosen = find_protocol(protocol)
     sources = _sources(systems, module or [], weights or [], size, learn_layers)
     with _interruptible():
         try:
-            outcome = run.evaluate(tasks, sources, out, PROTOCOLS[protocol], seed)
+            outcome = run.evaluate(tasks, sources, out, benchmark, chosen, seed)
         except KeyboardInterrupt as interruption:
             print(f"interrupted: run the same command again to go on in {out}", file=sys.stderr)
             raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
     if outcome.rows:
         everything = [row for row in report.read_table(out) if (row.protocol, row.seed) == (protocol, seed)]
         name = f"tables-{protocol}-{seed}"
-        compared = tables.compare(everything)
+        compared = tables.compare(everything, benchmark.comparisons, benchmark.published)
         paths = tables.write(out, name, compared)
         print(f"protocol {protocol}, seed {seed}\n\n{tables.terminal(compared)}\n")
         print(f"-> {', '.join(map(str, [out / report.TABLE, *paths]))}")
@@ -512,7 +522,7 @@ def export(
 ) -> None:
     """Write stored embeddings in the formats of other tools."""
     from gura_jax.dataset.export import export as export_store
-    from gura_jax.dataset.store import EmbeddingStore
+    from gura_jax.dataset.reader import EmbeddingStore
 
     print(f"{export_store(EmbeddingStore(store), out, form, timestamps=timestamps)} clips -> {out}")
 
@@ -530,11 +540,13 @@ def parity(
 
     The clip, and its first 60 %, go through PyTorch one by one, and through gura_jax as one padded batch.
     """
-    from gura_jax.audio import MIN_SAMPLES, load_audio
-    from gura_jax.convert import parity as parity_module  # pyright: ignore[reportMissingImports]
+    from gura_jax.audio import load_audio
+    from gura_jax.convert import parity as parity_module
 
-    clip = load_audio(audio) if audio else parity_module.synthetic_clip()
-    clips = [clip, clip[: max(MIN_SAMPLES, len(clip) * 3 // 5)]]
+    model = outline(system, size=size)
+    rate = model.sample_rate
+    clip = load_audio(audio, sample_rate=rate) if audio else parity_module.synthetic_clip(sample_rate=rate)
+    clips = [clip, clip[: max(model.min_scene_samples, len(clip) * 3 // 5)]]
     start = time.perf_counter()
     rows = []
     if not as_json:

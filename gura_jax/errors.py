@@ -4,6 +4,9 @@ Each message says what was expected, what was found, and what to do. The command
 alone and exits with 1; anything else that escapes is a bug.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class GuraError(Exception):
     """Base of every error that gura_jax raises on purpose."""
@@ -35,3 +38,11 @@ class InputError(GuraError, ValueError):
 
 class StoreError(GuraError):
     """An output folder that cannot be written, or stored embeddings that cannot be read."""
+
+
+def expected(found: object, known: Iterable[str]) -> str:
+    """Say of a name that is not in a table which ones are close to it, or all there are."""
+    names = list(known)
+    close = difflib.get_close_matches(str(found), names)
+    choices = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+    return f"{found!r} is not known; {choices}"

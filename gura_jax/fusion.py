@@ -1,10 +1,11 @@
-"""Combining hidden states, members and frames: pure functions, all aware of each clip's own frame count.
+"""Combine members and frames: pure functions, all aware of each clip's own frame count.
 
 Resampling is PyTorch's ``interpolate(mode="linear", align_corners=False)``: half-pixel centres, no
 antialiasing. Paper: Sections 3.2 (feature aggregation) and 3.3 (feature concatenation).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,29 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.encoder import Encoder, frame_mask, masked_mean
-
-
-def weighted_sum(states: Iterable[jax.Array], weights: np.ndarray) -> jax.Array:
-    """Running sum of ``weights[i] * states[i]``; takes no more states than have a weight.
-
-    Args:
-        states: hidden states [B, T, D], one by one.
-        weights: [L + 1]; zeros are skipped.
-    """
-    last = int(np.flatnonzero(weights)[-1])
-    total = None
-    for i, state in zip(range(last + 1), states, strict=False):
-        if weights[i]:
-            term = state if weights[i] == 1.0 else state * weights[i]
-            total = term if total is None else _add_now(total, term)
-    assert total is not None
-    return total
-
-
-def _add_now(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a + b, as a matrix product: XLA puts additions off into one loop at the end, and holds every state till then."""
-    return jnp.einsum("kbtd,k->btd", jnp.stack([a, b]), jnp.ones(2, a.dtype), precision="highest")
+from gura_jax.models.encoder import Encoder, Options, Output, frame_mask, masked_mean
 
 
 def resample_features(x: jax.Array, size: int) -> jax.Array:
@@ -103,11 +82,45 @@ def average(members: Sequence[jax.Array]) -> jax.Array:
     return sum(members[1:], start=members[0]) / len(members)
 
 
-COMBINATIONS: Mapping[str, Callable[[Sequence[jax.Array]], jax.Array]] = {
-    "interleave": interleave,
-    "interleave_time": interleave_time,
-    "concatenate": concatenate,
-    "average": average,
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """A way to combine members that have one frame rate.
+
+    Attributes:
+        function: K of [B, T, D] -> [B, T', D'].
+        joins: the axis along which members follow each other; None: they are merged.
+        one_size: whether members must be of one size.
+        frames: that every member of every clip is resampled to along time; None: as many as the first member has.
+    """
+
+    function: Callable[[Sequence[jax.Array]], jax.Array]
+    joins: Literal["features", "time"] | None
+    one_size: bool = True
+    frames: int | None = None
+
+    def fused_size(self, sizes: Sequence[int]) -> int:
+        """Size of a fused frame, from the members' sizes."""
+        return sum(sizes) if self.joins == "features" else sizes[0]
+
+    def fixed_frames(self, members: int) -> int | None:
+        """Frames of every clip, whatever its length; None: those of the first member."""
+        if self.frames is None:
+            return None
+        return self.frames * (members if self.joins == "time" else 1)
+
+    @property
+    def linear_scenes(self) -> bool:
+        """Whether the mean of fused frames is the combination of the members' means."""
+        return self.frames is None
+
+
+PAPER_FRAMES = 1024  # "models' time dimensions are all resampled into 1024" (Section 3.3)
+
+COMBINATIONS: Mapping[str, Combination] = {
+    "interleave": Combination(interleave, "features"),
+    "interleave_time": Combination(interleave_time, "time", frames=PAPER_FRAMES),
+    "concatenate": Combination(concatenate, "features", one_size=False),
+    "average": Combination(average, None),
 }
 
 
@@ -117,18 +130,14 @@ def fused_size(sizes: Sequence[int], combination: str, feature_size: int | None)
     Raises:
         SystemConfigError: the members would have to be of one size, and are not.
     """
+    how = COMBINATIONS[combination]
     sizes = [feature_size or size for size in sizes]
-    if combination == "concatenate":
-        return sum(sizes)
-    if len(set(sizes)) > 1:
+    if how.one_size and len(set(sizes)) > 1:
         raise SystemConfigError(
             f"combination {combination!r} needs members of one size, found {', '.join(map(str, sizes))}: "
             "set feature_size"
         )
-    return sizes[0] * (len(sizes) if combination == "interleave" else 1)
-
-
-PAPER_FRAMES = 1024  # "models' time dimensions are all resampled into 1024" (Section 3.3)
+    return how.fused_size(sizes)
 
 
 def scene(frames: jax.Array, counts: jax.Array, groups: int = 1) -> jax.Array:
@@ -158,27 +167,37 @@ def combine(
     Returns:
         frames [B, T, D], zero past a clip's count, and counts [B].
     """
+    how = COMBINATIONS[combination]
     frames, counts = members[0]
     num_frames = frames.shape[1]
-    if combination == "interleave_time":
-        num_frames, counts = PAPER_FRAMES, jnp.full_like(counts, PAPER_FRAMES)
+    if how.frames is not None:
+        num_frames, counts = how.frames, jnp.full_like(counts, how.frames)
     aligned = []
     for k, (x, own_counts) in enumerate(members):
         x = x if feature_size is None else resample_features(x, feature_size)
-        if k > 0 or combination == "interleave_time":
+        if k > 0 or how.frames is not None:
             x = resample_time(x, own_counts, counts, num_frames)
         aligned.append(x)
-    fused = COMBINATIONS[combination](aligned)  # [B, T, D]
+    fused = how.function(aligned)  # [B, T, D]
     counts = counts * (fused.shape[1] // num_frames)
     return jnp.where(frame_mask(counts, fused.shape[1])[:, :, None], fused, 0.0), counts
 
 
-class FusedMember(NamedTuple):
-    """A member, ready to be called: its key among the weights, and its encoder for each kind of embedding."""
+SceneOf = Literal["frames", "pooled"]
+"""What a member gives to scenes: the mean of its frames, or the encoder's own embedding of the clip."""
 
-    name: str
+
+class FusedMember(NamedTuple):
+    """A member, ready to be called."""
+
+    name: str  # its key among the weights
     encoder: Encoder
-    scene_encoder: Encoder  # the same object where scenes are the mean of the timestamp embedding's frames
+    scene_encoder: (
+        Encoder  # whose frames are averaged into scenes; the same object where those are the timestamp frames
+    )
+    scene: SceneOf = "frames"
+    config: Any = None  # of its family; None for a member that is an object
+    options: Options = Options()
 
 
 class Fusion(NamedTuple):
@@ -188,6 +207,11 @@ class Fusion(NamedTuple):
     combination: str
     feature_size: int | None
     scene_groups: int
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """The sample rates that the members take, in Hz, the highest first."""
+        return tuple(sorted({member.encoder.sample_rate for member in self.members}, reverse=True))
 
 
 class Embeddings(NamedTuple):
@@ -205,8 +229,8 @@ def fuse(
     fusion: Fusion,
     wanted: frozenset[Wanted],
     params: Mapping[str, Any],
-    audio: jax.Array,
-    lengths: jax.Array,
+    audio: Mapping[int, jax.Array],
+    lengths: Mapping[int, jax.Array],
 ) -> Embeddings:
     """Embed a padded batch: the one function that is compiled. Pure, and differentiable.
 
@@ -214,23 +238,51 @@ def fuse(
         fusion: the system.
         wanted: what to compute.
         params: weights of each member, by its name.
-        audio: [B, N] float32 at 16 kHz; what lies past a clip's length is not looked at.
-        lengths: [B] int32, samples in each clip.
+        audio: [B, N] float32 by sample rate; what lies past a clip's length is not looked at.
+        lengths: [B] int32 by sample rate, samples in each clip.
     """
-    audio = jnp.where(frame_mask(lengths, audio.shape[1]), audio, 0.0)
+    audio = {rate: jnp.where(frame_mask(lengths[rate], x.shape[1]), x, 0.0) for rate, x in audio.items()}
 
-    def run(encoders: Mapping[str, Encoder]) -> dict[str, tuple[jax.Array, jax.Array]]:
-        return {name: encoder(params[name], audio, lengths) for name, encoder in encoders.items()}
+    def run(encoders: Mapping[str, Encoder]) -> dict[str, Output]:
+        return {
+            name: encoder(params[name], audio[encoder.sample_rate], lengths[encoder.sample_rate])
+            for name, encoder in encoders.items()
+        }
 
-    def combined(outputs: Mapping[str, tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
-        return combine([outputs[m.name] for m in fusion.members], fusion.combination, fusion.feature_size)
+    def combined(outputs: Mapping[str, Output]) -> tuple[jax.Array, jax.Array]:
+        members = [(outputs[m.name].frames, outputs[m.name].counts) for m in fusion.members]
+        return combine(members, fusion.combination, fusion.feature_size)
 
     frames = counts = scenes = None
-    own = {m.name: m.scene_encoder for m in fusion.members if m.scene_encoder is not m.encoder}
+    own = {m.name: m.scene_encoder for m in fusion.members if m.scene == "frames" and m.scene_encoder is not m.encoder}
     outputs = run({m.name: m.encoder for m in fusion.members if "frames" in wanted or m.name not in own})
     if "frames" in wanted:
         frames, counts = combined(outputs)
     if "scenes" in wanted:
-        fused = combined(outputs | run(own)) if own or frames is None or counts is None else (frames, counts)
-        scenes = scene(*fused, fusion.scene_groups)
+        averaged = outputs | run(own)
+        if any(m.scene == "pooled" for m in fusion.members):
+            scenes = _combine_clips(fusion, averaged)
+        else:
+            fused = combined(averaged) if own or frames is None or counts is None else (frames, counts)
+            scenes = scene(*fused, fusion.scene_groups)
     return Embeddings(frames, counts, scenes)
+
+
+def _combine_clips(fusion: Fusion, outputs: Mapping[str, Output]) -> jax.Array:
+    """Scenes [B, S] of members of which some are pooled: one vector a member, combined as one frame."""
+    timed = [outputs[m.name] for m in fusion.members if m.scene == "frames"]
+    vectors = []
+    for member in fusion.members:
+        out = outputs[member.name]
+        if member.scene == "pooled":
+            assert out.pooled is not None  # as its size says
+            x = out.pooled
+        else:  # at the rate of the first that has frames, as when all have
+            first = timed[0]
+            frames = out.frames
+            if out is not first:
+                frames = resample_time(frames, out.counts, first.counts, first.frames.shape[1])
+            x = masked_mean(frames, frame_mask(first.counts, frames.shape[1]))
+        x = x[:, None, :]  # [B, 1, D]
+        vectors.append(x if fusion.feature_size is None else resample_features(x, fusion.feature_size))
+    return COMBINATIONS[fusion.combination].function(vectors)[:, 0]

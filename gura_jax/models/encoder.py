@@ -1,15 +1,23 @@
-"""What every member of a system offers, and the seam between NNX modules and pure functions."""
+"""What a member of a system offers, what a family of encoders is, and NNX modules as pure functions."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from gura_jax.backend import PLATFORMS, Platform
+from gura_jax.models.layers import Layers
+
+if TYPE_CHECKING:
+    from gura_jax.convert.keys import KeyTable
+
 Params = Mapping[str, jax.Array]
-"""An encoder's weights by dotted path in the module, as ``encoder.layers.0.attention.q_proj.kernel``."""
+"""An encoder's weights by dotted path in the module, such as ``encoder.layers.0.attention.q_proj.kernel``."""
 
 DType = np.dtype
 DTypeName = Literal["float32", "bfloat16"]
@@ -18,45 +26,168 @@ DTypeName = Literal["float32", "bfloat16"]
 SUM_BLOCK = 256  # frames; sums of a block and of the blocks of a ten-minute clip are then about equally long
 
 
+class FrameGrid(NamedTuple):
+    """Where an encoder's frames lie, in samples at its own rate."""
+
+    hop: int  # from one frame to the next
+    offset: float  # from the start of the clip to the centre of its first frame
+    window: int  # that the first frame needs: a clip of n samples has 1 + (n - window) // hop frames
+
+    def count(self, samples: Any) -> Any:
+        """Frames of a clip of so many samples: 0 below one window. Works on integers and arrays."""
+        frames = 1 + (samples - self.window) // self.hop
+        if isinstance(samples, (int, np.integer)):
+            return max(0, int(frames))
+        return (jnp if isinstance(samples, jax.Array) else np).maximum(frames, 0)
+
+    def times(self, samples: int, sample_rate: int) -> np.ndarray:
+        """Centres [T] of a clip's frames in milliseconds."""
+        return (self.offset + self.hop * np.arange(self.count(samples))) * (1000 / sample_rate)
+
+
+class Output(NamedTuple):
+    """What an encoder computes from a padded batch."""
+
+    frames: jax.Array  # [B, T, D] float32, finite everywhere; any value past a clip's count
+    counts: jax.Array  # [B] int32, frames of each clip
+    pooled: jax.Array | None = None  # [B, P] float32, where the architecture has an embedding of the whole clip
+
+
 class Encoder(Protocol):
     """A member of a system: audio and lengths in, frames and counts out.
 
-    Any object with these attributes can be a member. It is called inside the one compiled function, so it
-    must be traceable by JAX, and a clip's frames must not depend on the other clips or on the padding.
+    Subclass it: what a simple encoder does not have is inherited. Nothing but what stands here is looked up on a
+    member. Every method is called inside compiled functions, so JAX must be able to trace it; and a clip's results
+    must depend neither on the other clips of its batch nor on the padding.
+
+    Attributes:
+        sample_rate: of the audio that it takes, in Hz.
+        feature_size: D, the size of a frame.
+        grid: where its frames lie.
+        num_states: hidden states that ``layers`` may choose from; 0: there is no choice.
+        pooled_size: P, the size of ``Output.pooled``; 0: it has none.
+        parts: the names that :meth:`states` yields, in order.
     """
 
-    @property
-    def feature_size(self) -> int:
-        """D, the size of a frame."""
+    sample_rate: int
+    feature_size: int
+    grid: FrameGrid
+    num_states: int = 0
+    pooled_size: int = 0
+    parts: tuple[str, ...] = ("frames",)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random weights, as a checkpoint holds them."""
         ...
 
-    @property
-    def hop(self) -> int:
-        """Samples from one frame to the next."""
-        ...
-
-    @property
-    def offset(self) -> float:
-        """Samples from the start of the clip to the centre of its first frame."""
-        ...
-
-    @property
-    def min_samples(self) -> int:
-        """A clip of n samples has 1 + (n - min_samples) // hop frames."""
-        ...
-
-    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Output:
         """Embed a padded batch.
 
         Args:
-            params: the encoder's weights, any pytree of arrays.
-            audio: [B, N] float32 at 16 kHz; zero from ``lengths[b]`` on.
+            params: weights as :meth:`prepare` gives them; with or without what :meth:`derive` adds.
+            audio: [B, N] float32 at ``sample_rate``; zero from ``lengths[b]`` on.
             lengths: [B] int32, samples in each clip.
-
-        Returns:
-            frames [B, T, D] float32 (finite everywhere, any value past a clip's count), counts [B] int32.
         """
         ...
+
+    def states(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+        """Every named part of the computation: (name, value [B, T, ...], counts [B]).
+
+        Hidden states are called ``state 0`` to ``state L``. A consumer that is compiled computes only what it keeps.
+        """
+        out = self(params, audio, lengths)
+        yield "frames", out.frames, out.counts
+
+    def abstract_params(self) -> Any:
+        """Shape and dtype of every weight in a checkpoint, by dotted path."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def prepare(self, params: Any) -> Any:
+        """The weights as they are held on the devices, from a checkpoint's; done once."""
+        return params
+
+    def restore(self, params: Any) -> Any:
+        """A checkpoint's weights from those that are held: the inverse of :meth:`prepare`."""
+        return params
+
+    def derive(self, params: Any) -> Params:
+        """What is computed from the weights once instead of in every call; a call without it computes it itself."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an encoder is built, beside its config.
+
+    Attributes:
+        layers: the hidden states that frames are made of, see :func:`gura_jax.models.layers.layer_weights`.
+        dtype: of convolutions and matrix products.
+        hop: samples between frames, where the family lets choose; None: the family's own.
+        platform: where it will run.
+    """
+
+    layers: Layers = "last"
+    dtype: DTypeName = "float32"
+    hop: int | None = None
+    platform: Platform = PLATFORMS["cpu"]
+
+    @property
+    def compute_dtype(self) -> DType:
+        """Of convolutions and matrix products, as NumPy has it."""
+        return jnp.dtype(self.dtype)
+
+
+class Config(Protocol):
+    """Sizes and kinds of an encoder: a frozen dataclass whose ``model_type`` is its family's name."""
+
+    @property
+    def model_type(self) -> str:
+        """The family's name."""
+        ...
+
+    @classmethod
+    def from_source(cls, config: Mapping[str, Any]) -> Self:
+        """Read a ``config.json``.
+
+        Raises:
+            SystemConfigError: naming every attribute that changes the computation and is not handled.
+        """
+        ...
+
+    def tiny(self) -> Self:
+        """A small encoder of the same kind."""
+        ...
+
+
+class Preset(NamedTuple):
+    """A named encoder of a family, and where ``gura-jax convert`` finds its weights."""
+
+    config: Any
+    source: str | None = None  # a hub id, or an asset of a package; None: no published weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture: all that the rest of the package knows of it.
+
+    Attributes:
+        name: transformers' ``model_type`` where there is one.
+        config: its frozen dataclass, see :class:`Config`.
+        build: (config, options) -> encoder.
+        keys: source library -> key table, see :mod:`gura_jax.convert.keys`.
+        reference: dotted name of the class that runs it in PyTorch, for parity; see
+            :class:`gura_jax.convert.references.Reference`.
+        presets: its published encoders, by name.
+        scene_hop: samples between the frames that are averaged into scenes, where these are not the timestamp frames.
+    """
+
+    name: str
+    config: type[Any]
+    build: Callable[[Any, Options], Encoder]
+    keys: "Mapping[str, KeyTable]" = dataclasses.field(default_factory=dict)
+    reference: str = ""
+    presets: Mapping[str, Preset] = dataclasses.field(default_factory=dict)
+    scene_hop: int | None = None
 
 
 class Functional(NamedTuple):
@@ -88,17 +219,54 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     return Functional({name: flat[path] for name, path in paths.items()}, merge)
 
 
-def random_params(build: Callable[[nnx.Rngs], nnx.Module], seed: int) -> dict[str, jax.Array]:
-    """Freshly initialised parameters of the module that ``build`` makes, by dotted path."""
-    flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(build(nnx.Rngs(seed)))))
-    return {".".join(map(str, path)): array for path, array in flat.items()}
+@functools.cache
+def _functional_of(encoder: "ModuleEncoder") -> Functional:
+    return functional(encoder.module)
 
 
-def kernels_as(params: Params, dtype: DTypeName) -> Params:
-    """The weights with those of convolutions and matrix products in ``dtype``; the small ones stay as they are."""
-    if dtype == "float32":
-        return params
-    return {name: array.astype(dtype) if name.endswith(".kernel") else array for name, array in params.items()}
+class ModuleEncoder(Encoder):
+    """An encoder whose network is an NNX module, ``module(rngs)``: a family's encoder adds sizes and the call."""
+
+    def __init__(self, config: Any, options: Options) -> None:
+        self.config, self.options = config, options
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and (other.config, other.options) == (self.config, self.options)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.config, self.options))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config!r}, {self.options!r})"
+
+    def module(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The network with fresh weights; products are in ``options.dtype``."""
+        raise NotImplementedError
+
+    def network(self, params: Params) -> Any:
+        """The network with these weights, inside a compiled function."""
+        return _functional_of(self).merge(params)
+
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Random weights."""
+        state = nnx.to_pure_dict(nnx.state(self.module(nnx.Rngs(key))))
+        flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(state)
+        return {".".join(map(str, path)): array for path, array in flat.items()}
+
+    def abstract_params(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every weight in a checkpoint."""
+        return _functional_of(self).abstract
+
+    def prepare(self, params: Params) -> Params:
+        """Weights of convolutions and matrix products in ``options.dtype``; the small ones stay as they are."""
+        if self.options.dtype == "float32":
+            return params
+        dtype = self.options.compute_dtype
+        return {name: array.astype(dtype) if name.endswith(".kernel") else array for name, array in params.items()}
+
+    def restore(self, params: Params) -> Params:
+        """All weights in float32, which holds bfloat16 exactly."""
+        return {name: array.astype(jnp.float32) for name, array in params.items()}
 
 
 def frame_mask(counts: jax.Array, num_frames: int) -> jax.Array:

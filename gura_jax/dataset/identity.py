@@ -1,0 +1,146 @@
+"""The identity of a run: its system, inputs and settings, which must be the same when it is resumed."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from gura_jax import checkpoint
+from gura_jax.dataset.commit import ELSEWHERE
+from gura_jax.dataset.sinks import DEFAULT
+from gura_jax.dataset.table import Settings, batch_seconds
+from gura_jax.errors import StoreError
+from gura_jax.fusion import FusedMember
+from gura_jax.model import Model
+from gura_jax.systems import Member
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Runs that differ in any of these are different runs.
+_IDENTITY = (
+    "system", "random_weights", "dtype", "precision", "resampler", "sample_rate", "storage", "scene_embedding_size",
+    "timestamp_embedding_size", "window", "max_duration", "shard_hours", "batch_seconds", "code_version",
+    "inputs_sha256", "plan_sha256", "format",
+)  # fmt: skip
+
+
+def describe(model: Model, clips: "pa.Table", settings: Settings) -> dict[str, Any]:
+    """Describe a run, without its plan, as ``run.json`` has it."""
+    system = model.system
+    described = {
+        "name": system.name,
+        "members": [_member(model, *both) for both in zip(system.members, model.fusion.members, strict=True)],
+        "combination": system.combination,
+        "feature_size": system.feature_size,
+        "scene_groups": system.scene_groups,
+    }
+    if system.sample_rate is not None:  # stores of earlier versions do not have it
+        described["sample_rate"] = system.sample_rate
+    run = {
+        "system": described,
+        "random_weights": model.random_members,
+        "dtype": model.dtype,
+        "precision": model.compilation.precision,
+        "resampler": f"soxr HQ {version('soxr')}",
+        "sample_rate": model.sample_rate,
+        "storage": settings.storage,
+        "scene_embedding_size": model.scene_embedding_size,
+        "timestamp_embedding_size": model.timestamp_embedding_size if settings.timestamps else None,
+        "window": settings.window,
+        "max_duration": settings.max_duration,
+        "shard_hours": settings.shard_hours,
+        "batch_seconds": batch_seconds(model, settings),
+        "code_version": version("gura-jax"),
+        "inputs_sha256": table_sha256(clips),
+        "versions": {name: version(name) for name in ("jax", "flax", "soundfile")},
+    }
+    if settings.format != DEFAULT:  # stores of earlier versions do not have it
+        run["format"] = settings.format
+    return run
+
+
+def _member(model: Model, member: Member, fused: FusedMember) -> dict[str, Any]:
+    named = isinstance(member.encoder, str)
+    weights = dict(model.weights[member.name])
+    if not {"fingerprint", "seed"} & set(weights):  # of an encoder that is an object, or changed since they were loaded
+        weights["fingerprint"] = _params_sha256(model.params[member.name])
+    described = {
+        "name": member.name,
+        "encoder": member.encoder if named else type(member.encoder).__qualname__,
+        "layers": _as_json(member.layers),
+        "architecture": None if fused.config is None else _as_json(dataclasses.asdict(fused.config)),
+        "weights": weights,
+    }
+    if member.scene != "frames":  # stores of earlier versions do not have it
+        described["scene"] = member.scene
+    return described
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as it is when read back from JSON: tuples as lists."""
+    return json.loads(json.dumps(value))
+
+
+def describe_plan(table: "pa.Table", sample_rate: int) -> dict[str, Any]:
+    """Describe a run's plan, as ``run.json`` has it."""
+    return {
+        "plan_sha256": table_sha256(table),
+        "clips": len(table),
+        "shards": len(np.unique(table["shard"].to_numpy())),
+        "seconds": float(table["samples"].to_numpy().sum() / sample_rate),
+    }
+
+
+def fingerprint(run: Mapping[str, Any]) -> str:
+    """Return the hash of a run's identity."""
+    content = {name: run[name] for name in _IDENTITY if name in run}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_same(folder: Path, run: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Refuse to resume a run that is another one.
+
+    Raises:
+        StoreError: names what differs.
+    """
+    names = [name for name in _IDENTITY if name != "plan_sha256"]
+    both = ({"format": DEFAULT, **content} for content in (run, description))
+    then, now = (_flat({name: content.get(name) for name in names}) for content in both)
+    different = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+    if different:
+        differences = "\n".join(f"    {name}: {then.get(name)} then, {now.get(name)} now" for name in different)
+        raise StoreError(
+            f"{folder}: expected the run that began here, found another:\n{differences}\n"
+            f"go on with the same inputs and options, {ELSEWHERE}"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list) and any(isinstance(x, dict) for x in value):
+        items = ((x.get("name", i) if isinstance(x, dict) else i, x) for i, x in enumerate(value))
+    else:
+        return {prefix: value}
+    return {k: v for key, x in items for k, v in _flat(x, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def table_sha256(table: "pa.Table") -> str:
+    """Return the hash of a table's columns, types and values, whatever wrote it."""
+    digest = hashlib.sha256(str([(field.name, str(field.type)) for field in table.schema]).encode())
+    for batch in table.to_batches(max_chunksize=4096):
+        digest.update(json.dumps(batch.to_pylist(), default=str).encode())
+    return digest.hexdigest()
+
+
+def _params_sha256(params: Any) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    hashes = {jax.tree_util.keystr(path): checkpoint.array_sha256(np.asarray(leaf)) for path, leaf in leaves}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

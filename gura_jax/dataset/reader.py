@@ -1,0 +1,201 @@
+"""Stored embeddings, read clip by clip."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+
+from gura_jax.dataset.commit import RUN_FILE, ShardRecord, data_file, read_run, read_shard, record_file, shard_numbers
+from gura_jax.dataset.sinks import Open, Rows
+from gura_jax.errors import StoreError
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+T = TypeVar("T")
+
+
+class StoredClip(NamedTuple):
+    """A clip of a store: its row of the metadata, its scene embedding, and with timestamps its frames and times."""
+
+    meta: Mapping[str, Any]
+    scene: np.ndarray  # [S]
+    frames: np.ndarray | None  # [T, D]
+    times: np.ndarray | None  # [T], milliseconds
+
+
+class EmbeddingStore:
+    """Embeddings that ``gura-jax embed`` wrote, read from their files as they are asked for.
+
+    ``store["id"]`` is a clip, ``len(store)`` and iteration are over clips, ``store.filter(...)`` is a part.
+    Shards that are not complete are left out, so a store can be read while it is written.
+
+    Args:
+        folder: the store.
+
+    Raises:
+        StoreError: there is no store, or files of a shard are missing or differ in size from its record.
+
+    Attributes:
+        run: content of ``run.json``.
+        meta: an Arrow table with a row a clip; ``shard`` and ``row`` say where the clip is stored.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        import pyarrow as pa
+
+        self.folder = Path(folder)
+        run = read_run(self.folder) if self.folder.is_dir() else None
+        if run is None:
+            raise StoreError(f"{self.folder}: expected a folder of embeddings with a {RUN_FILE}, found none")
+        self.run: Mapping[str, Any] = run
+        self._records: dict[int, ShardRecord] = {}
+        tables = []
+        for number in shard_numbers(self.folder):
+            record = read_shard(self.folder, number)
+            if record is None or record.run != run["fingerprint"]:
+                raise _damaged(self.folder / record_file(number))
+            for name, expected in record.files.items():
+                path = self.folder / name
+                if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                    raise _damaged(path)
+            self._records[number] = record
+            table = self._read(number, record.sink.meta)
+            table = table.append_column("shard", pa.array([number] * len(table), pa.int64()))
+            tables.append(table.append_column("row", pa.array(range(len(table)), pa.int64())))
+        self.meta: pa.Table = (
+            pa.concat_tables(tables, promote_options="default")
+            if tables
+            else pa.table(
+                {"id": pa.array([], pa.string()), "shard": pa.array([], pa.int64()), "row": pa.array([], pa.int64())}
+            )
+        )
+        self._scenes: dict[int, Rows] = {}
+        self._frames: dict[int, Rows] = {}
+        self._index: dict[str, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<gura_jax.EmbeddingStore {self.folder}: {len(self)} clips by {self.run['system']['name']}>"
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the clips, in order."""
+        return self.meta["id"].to_pylist()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._positions()
+
+    def __getitem__(self, name: str) -> StoredClip:
+        """Return the clip of this id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        positions = self._positions()
+        if name not in positions:
+            raise KeyError(f"{self.folder}: no clip {name!r}")
+        return self._clip(self.meta.slice(positions[name], 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[StoredClip]:
+        for batch in self.meta.to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                yield self._clip(row)
+
+    def filter(self, expression: "pc.Expression") -> "EmbeddingStore":
+        """Return the clips whose metadata fulfil an Arrow expression: ``pyarrow.compute.field("split") == "train"``.
+
+        Raises:
+            StoreError: the metadata have no such column, or one of another type.
+        """
+        import pyarrow as pa
+
+        part = object.__new__(EmbeddingStore)
+        try:
+            meta = self.meta.filter(expression)
+        except (pa.ArrowException, KeyError) as error:
+            columns = ", ".join(self.meta.column_names)
+            raise StoreError(f"{self.folder}: expected a filter on {columns}, found: {error}") from None
+        part.__dict__ |= self.__dict__ | {"meta": meta, "_index": None}
+        return part
+
+    def scenes(self) -> np.ndarray:
+        """Return the scene embeddings of all clips in order, [n, S], in memory."""
+        shards, rows = (self.meta[name].to_numpy() for name in ("shard", "row"))
+        size, dtype = self.run["scene_embedding_size"], self.run["storage"]
+        out = np.empty((len(rows), size), dtype)
+        for shard in dict.fromkeys(shards.tolist()):
+            chosen = shards == shard
+            out[chosen] = self._shard_scenes(shard)[rows[chosen]]
+        return out
+
+    def to_arrow(self, *, embeddings: bool = False) -> "pa.Table":
+        """Return the metadata, and with ``embeddings`` a column ``scene`` of lists."""
+        import pyarrow as pa
+
+        if not embeddings:
+            return self.meta
+        scenes = self.scenes()
+        values = pa.FixedSizeListArray.from_arrays(pa.array(scenes.ravel()), scenes.shape[1])
+        return self.meta.append_column("scene", values)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return the metadata as a data frame (needs pandas)."""
+        try:
+            import pandas  # noqa: F401
+        except ModuleNotFoundError:
+            raise StoreError("expected pandas: pip install pandas, or use to_arrow()") from None
+        return self.meta.to_pandas()
+
+    def _positions(self) -> dict[str, int]:
+        if self._index is None:
+            self._index = {name: i for i, name in enumerate(self.ids)}
+        return self._index
+
+    def _shard_scenes(self, shard: int) -> Rows:
+        if shard not in self._scenes:
+            self._scenes[shard] = self._read(shard, self._records[shard].sink.scenes)
+        return self._scenes[shard]
+
+    def _shard_frames(self, shard: int) -> Rows:
+        if shard not in self._frames:
+            self._frames[shard] = self._read(shard, self._records[shard].sink.frames)
+        return self._frames[shard]
+
+    def _clip(self, row: dict[str, Any]) -> StoredClip:
+        shard, number = row["shard"], row["row"]
+        frames = times = None
+        if "frame_start" in row and row["frame_start"] is not None:
+            start = row["frame_start"]
+            frames = self._shard_frames(shard)[start : start + row["num_frames"]]
+            times = row["frame_offset_ms"] + row["frame_hop_ms"] * np.arange(row["num_frames"])
+        return StoredClip(row, self._shard_scenes(shard)[number], frames, times)
+
+    def _read(self, shard: int, read: Callable[[Open], T]) -> T:
+        """Let a sink read from a shard; an error names the file that it opened last."""
+        import pyarrow as pa
+
+        path = self.folder / record_file(shard)
+
+        def open_file(file: str) -> BinaryIO:
+            nonlocal path
+            path = self.folder / data_file(file, shard)
+            return open(path, "rb")
+
+        try:
+            return read(open_file)
+        except (pa.ArrowException, OSError, ValueError, EOFError):
+            raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> StoreError:
+    return StoreError(
+        f"{path}: expected a file as its shard describes it, found one that is missing or damaged: "
+        "run gura-jax embed again, with the same arguments, to compute that shard anew"
+    )

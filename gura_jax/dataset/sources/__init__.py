@@ -1,0 +1,101 @@
+"""Inputs of ``gura-jax embed``, of any kind, as one table of clips. A kind is one module and one row of SOURCES."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from gura_jax.audio import HEAR_RATE, check_rate
+from gura_jax.dataset.sources.folders import File, Folder, Pattern
+from gura_jax.dataset.sources.hear import HearTask
+from gura_jax.dataset.sources.manifests import Manifest
+from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable, scheme
+from gura_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["SOURCES", "Options", "Source", "decoded", "encoded", "open_clip", "printable", "read_inputs"]
+
+SOURCES: list[Source] = [HearTask(), Manifest(), Folder(), Pattern(), File()]
+"""All kinds of inputs; the first that recognises an input reads it."""
+
+
+def read_inputs(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    sample_rate: int = HEAR_RATE,
+    root: str | os.PathLike[str] | None = None,
+    allow_outside: bool = False,
+) -> "pa.Table":
+    """Read inputs as one table of clips, in the order given.
+
+    Args:
+        inputs: each an audio file, a folder (searched at any depth for audio files), a glob pattern, a manifest
+            (CSV, JSON Lines or Parquet, with the columns ``id`` and ``path``, perhaps ``offset`` and ``duration`` in
+            seconds, and any others), or the folder of a HEAR task.
+        sample_rate: of the model. A HEAR task's audio is read at this rate, else at the next higher one that it has,
+            else at its highest.
+        root: what a manifest's paths are relative to; by default the manifest's folder.
+        allow_outside: allow paths and links that lead out of the root, or out of a folder that is searched.
+
+    Returns:
+        A row a clip: ``id`` and ``path`` (string), ``offset`` (seconds, 0 at the start), ``duration`` (seconds; null:
+        to the end), and further columns of manifests and tasks.
+
+    Raises:
+        InputError: no clips, a URL, a manifest that cannot be read, missing columns, a bad or repeated id, a path
+            outside the root; names the row.
+    """
+    import pyarrow as pa
+
+    options = Options(check_rate(sample_rate), None if root is None else Path(root), allow_outside)
+    tables: list[pa.Table] = []
+    distinct: list[bool] = []
+    for given in [os.fspath(given) for given in inputs]:
+        source = next((source for source in SOURCES if source.recognises(given)), None)
+        if source is None:
+            raise InputError(f"{given}: expected a path, found a URL: download it first")
+        table = source.table(given, options)
+        if table is not None:
+            tables.append(table)
+            distinct += [source.distinct] * len(table)
+    if not tables:
+        raise InputError(f"expected audio files, found none in {', '.join(map(str, inputs)) or 'no inputs'}")
+    try:
+        return _unique(pa.concat_tables(tables, promote_options="permissive").combine_chunks(), distinct)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"expected inputs whose columns are of the same types, found: {error}") from None
+
+
+def _unique(clips: "pa.Table", distinct: Sequence[bool]) -> "pa.Table":
+    """Drop files named twice, unless the later row is distinct; a repeated id is replaced by the path."""
+    import pyarrow as pa
+
+    keep: list[int] = []
+    names: list[str] = []
+    seen: set[tuple[str, float, float | None]] = set()
+    taken: set[str] = set()
+    columns = (clips[name].to_pylist() for name in ("id", "path", "offset", "duration"))
+    for i, (name, path, offset, duration) in enumerate(zip(*columns, strict=True)):
+        clip = path if scheme(path) else os.path.abspath(path), offset, duration
+        if clip in seen and (name in taken or not distinct[i]):
+            continue
+        if name in taken:
+            name = path if path not in taken else f"{path}#{i}"
+        keep.append(i)
+        names.append(name)
+        seen.add(clip)
+        taken.add(name)
+    clips = clips.take(pa.array(keep, pa.int64()))
+    return clips.set_column(clips.column_names.index("id"), "id", pa.array(names, pa.string()))
+
+
+def open_clip(path: str) -> BinaryIO:
+    """Open a clip's file by the source of its path's scheme: see :meth:`Source.open`.
+
+    Args:
+        path: :func:`decoded`.
+    """
+    kind = scheme(path)
+    return next(source for source in SOURCES if source.scheme == kind).open(path)

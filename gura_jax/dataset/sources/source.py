@@ -1,0 +1,140 @@
+"""What an input of ``gura-jax embed`` provides: a table of its clips, and their bytes."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+
+from gura_jax import audio
+from gura_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+
+
+class Options(NamedTuple):
+    """What applies to all inputs of a run.
+
+    Attributes:
+        sample_rate: of the model, in Hz; for inputs that hold the same clips at several rates.
+        root: what a manifest's paths are relative to; None: the manifest's folder.
+        allow_outside: allow paths and links that lead out of the root, or out of a folder that is searched.
+    """
+
+    sample_rate: int
+    root: Path | None
+    allow_outside: bool
+
+
+class Source(Protocol):
+    """A kind of input. Subclasses inherit the defaults, which are those of local files.
+
+    Attributes:
+        scheme: of the paths of its clips, as ``s3`` in ``s3://bucket/clip.wav``; empty for local paths.
+        distinct: each row is a clip of its own, even if another input has the same file.
+    """
+
+    scheme: str = ""
+    distinct: bool = False
+
+    def recognises(self, given: str) -> bool:
+        """Whether an input is of this kind."""
+        ...
+
+    def table(self, given: str, options: Options) -> "pa.Table | None":
+        """List the clips of an input.
+
+        Returns:
+            The columns ``id`` and ``path`` (string, :func:`encoded`), ``offset`` and ``duration`` (seconds, float64;
+            null: to the end), then any others. None: there are no clips.
+
+        Raises:
+            InputError: the input is damaged, or refused.
+        """
+        ...
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a clip's file to read it; the result can seek.
+
+        Args:
+            path: :func:`decoded`, with its scheme.
+
+        Raises:
+            AudioError: there is no file; names it.
+            OSError: it cannot be read.
+        """
+        return audio.open_file(path)
+
+
+def scheme(path: str) -> str:
+    """Return the scheme of a URL; empty for a local path."""
+    match = _URL.match(path)
+    return match[1] if match else ""
+
+
+def clip_table(files: Sequence[tuple[str, str]], **columns: Sequence[Any]) -> "pa.Table | None":
+    """Make the table of whole files, each (id, path), with further columns of strings; None if there are none."""
+    import pyarrow as pa
+
+    if not files:
+        return None
+    names, paths = zip(*files, strict=True)
+    return pa.table(
+        {
+            "id": pa.array([printable(name) for name in names], pa.string()),
+            "path": pa.array([encoded(path) for path in paths], pa.string()),
+            "offset": pa.array([0.0] * len(files), pa.float64()),
+            "duration": pa.nulls(len(files), pa.float64()),
+        }
+        | {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    )
+
+
+def printable(text: str) -> str:
+    """Return a file name as Unicode, with escapes for bytes that are not."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def encoded(path: str) -> str:
+    """Return a path as Unicode, whatever its bytes; :func:`decoded` is the inverse."""
+    return path.replace("\\", "\\\\").encode("utf-8", "backslashreplace").decode() if _odd(path) else path
+
+
+def decoded(path: str) -> str:
+    """Return the path that :func:`encoded` was given."""
+    return re.sub(r"\\(?:\\|udc([0-9a-f]{2}))", lambda m: chr(0xDC00 + int(m[1], 16)) if m[1] else "\\", path)
+
+
+def _odd(path: str) -> bool:
+    return "\\" in path or any(0xDC80 <= ord(c) <= 0xDCFF for c in path)
+
+
+def check_inside(path: str, root: Path, where: str, parents: dict[str, str] | None = None) -> None:
+    """Refuse a path that leads out of its root, by itself or by a link.
+
+    Args:
+        path: of a file.
+        root: a folder.
+        where: start of the message.
+        parents: real paths of folders, filled for the next calls.
+
+    Raises:
+        InputError: it leads elsewhere.
+    """
+    real_root = os.path.realpath(root)
+    folder, name = os.path.split(path)
+    if parents is None:
+        parents = {}
+    if folder not in parents:
+        parents[folder] = os.path.realpath(folder)
+    real = os.path.join(parents[folder], name)
+    if name in ("", ".", "..") or os.path.islink(real):
+        real = os.path.realpath(real)
+    if os.path.commonpath([real_root, real]) != real_root:
+        raise InputError(
+            f"{where}expected a path inside {root}, found {path}, which leads to {real}: "
+            "name another --root, or pass --allow-outside"
+        )

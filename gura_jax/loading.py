@@ -1,0 +1,265 @@
+"""``load_model``: from a system's description to encoders and weights on the devices."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+
+from gura_jax import checkpoint, parallel
+from gura_jax.backend import Platform, find_platform, platform_of
+from gura_jax.errors import CheckpointError, SystemConfigError, expected
+from gura_jax.files import is_folder
+from gura_jax.fusion import FusedMember, Fusion
+from gura_jax.model import Model
+from gura_jax.models.encoder import DTypeName, Options
+from gura_jax.models.families import ENCODERS, build_encoder, check_encoder, find_family
+from gura_jax.models.layers import Layers
+from gura_jax.systems import HUB_ID, Member, System, find_system
+
+Weights = Literal["pretrained", "random"] | Mapping[str, str | Path]
+"""Of a system's members: see :func:`load_model`."""
+
+Size = Literal["tiny"]
+
+
+def load_model(
+    system: str | Path | System,
+    *,
+    layers: Layers | None = None,
+    weights: Weights = "pretrained",
+    size: Size | None = None,
+    seed: int = 0,
+    parallel_by: parallel.Parallel = "jit",
+    devices: Sequence[Any] | None = None,
+    dtype: DTypeName = "float32",
+    precision: parallel.Precision = "highest",
+    platform: str | None = None,
+) -> Model:
+    """Load a system.
+
+    Args:
+        system: a name (see ``gura-jax systems``); the path of a TOML or YAML file, or of a folder that ``Model.save``
+            wrote; a :class:`System`; or one encoder: a name in :data:`ENCODERS`, the path of a checkpoint or of a
+            Hugging Face folder, or a hub id.
+        layers: of that one encoder, see :func:`gura_jax.models.layers.layer_weights`; by default the last.
+        weights: ``"pretrained"``, from the checkpoint folder; ``"random"``, for trying out; or for some members,
+            by name, either of these or the path of a checkpoint or of PyTorch weights that
+            :func:`gura_jax.convert.convert` takes.
+        size: ``"tiny"`` puts a small encoder of the same kind in the place of each, with random weights.
+        seed: of random weights; of each member also by its name.
+        parallel_by: ``"jit"`` or ``"pmap"``, over ``devices``.
+        devices: by default all local ones.
+        dtype: of convolutions and matrix products; norms, softmax and sums, and what comes out, are float32. On a
+            CPU CREPE stays in float32.
+        precision: of float32 products: ``"highest"``, or ``"default"``, which is TF32 on a GPU and bfloat16 on a TPU.
+        platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``: whose sizes and forms to compute by; by default the devices'.
+
+    Raises:
+        SystemConfigError: an unknown system, member, encoder or platform.
+        CheckpointError: weights that are missing, damaged, or of another architecture.
+    """
+    described = find_system(system, layers)
+    if parallel_by not in get_args(parallel.Parallel):
+        raise SystemConfigError(f"parallel_by: {expected(parallel_by, get_args(parallel.Parallel))}")
+    if devices is not None and not devices:
+        raise SystemConfigError("devices: expected at least one, found none")
+    for option, value, choices in (
+        ("dtype", dtype, get_args(DTypeName)),
+        ("precision", precision, get_args(parallel.Precision)),
+    ):
+        if value not in choices:
+            raise SystemConfigError(f"{option}: {expected(value, choices)}")
+    if size not in (None, "tiny"):
+        raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
+    chosen = member_weights(described, weights)
+    mesh = parallel.make_mesh(devices)
+    row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
+    members, params, sources = [], {}, {}
+    for member in described.members:
+        built = _build(member, size, dtype, row)
+        members.append(built)
+        loaded = _load_weights(member, built, chosen[member.name], seed, parallel.replicated(mesh))
+        params[member.name], sources[member.name] = loaded.params, loaded.source
+    fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
+    compilation = parallel.Compilation(mesh, parallel_by, precision)
+    return Model(described, fusion, params, sources, compilation, dtype, row)
+
+
+def outline(system: str | Path | System, *, size: Size | None = None, platform: str | None = None) -> Model:
+    """A model without weights, for its sizes alone: nothing is loaded, and it embeds nothing.
+
+    Raises:
+        SystemConfigError: an unknown system, member, encoder or platform.
+    """
+    described = find_system(system)
+    mesh = parallel.make_mesh()
+    row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
+    members = tuple(_build(member, size, "float32", row) for member in described.members)
+    fusion = Fusion(members, described.combination, described.feature_size, described.scene_groups)
+    return Model(described, fusion, {}, {}, parallel.Compilation(mesh), "float32", row)
+
+
+def member_weights(system: System, weights: Weights) -> dict[str, str]:
+    """Where the weights of each member are to come from: ``"pretrained"``, ``"random"``, or a path.
+
+    Raises:
+        SystemConfigError: weights of members that there are not, or no weights.
+    """
+    names = [m.name for m in system.members]
+    if isinstance(weights, Mapping):
+        chosen = dict(weights)
+        for name in chosen:
+            if name not in names:
+                raise SystemConfigError(f"weights: member {expected(name, names)}")
+    elif weights in ("pretrained", "random"):
+        chosen = {m.name: weights for m in system.members if m.weights is None}
+    else:
+        raise SystemConfigError(
+            f"weights: expected 'pretrained', 'random' or a mapping from member to path, found {weights!r}"
+        )
+    return {m.name: str(chosen.get(m.name, m.weights or "pretrained")) for m in system.members}
+
+
+def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platform) -> FusedMember:
+    """A member's encoders, without weights."""
+    where = f"member {member.name!r}"
+    options = Options(member.layers, dtype, platform=platform)
+    if isinstance(member.encoder, str):
+        config = find_encoder(member.encoder).config
+        config = config.tiny() if size == "tiny" else config
+        encoder = scenes = build_encoder(config, options)
+        scene_hop = find_family(config.model_type).scene_hop
+        if scene_hop is not None and member.scene == "frames":
+            scenes = build_encoder(config, Options(member.layers, dtype, scene_hop, platform))
+    else:
+        if isinstance(member.encoder, type):
+            raise SystemConfigError(
+                f"{where}: expected an encoder, by name, by path, or as an object (see gura_jax.Encoder), found the "
+                f"class {member.encoder.__qualname__}"
+            )
+        config, encoder, scenes = None, member.encoder, member.encoder
+        check_encoder(encoder, where)
+    if member.scene == "pooled" and not encoder.pooled_size:
+        raise SystemConfigError(
+            f"{where}: scene: expected 'frames', as it has no embedding of the whole clip, found 'pooled'"
+        )
+    return FusedMember(member.name, encoder, scenes, member.scene, config, options)
+
+
+class _Loaded(NamedTuple):
+    params: Any
+    source: Mapping[str, Any]
+
+
+def _load_weights(
+    member: Member, built: FusedMember, weights: str, seed: int, sharding: jax.sharding.Sharding
+) -> _Loaded:
+    encoder = built.encoder
+    # By name, so that a member has the same random weights in every system.
+    key = jax.random.key((seed + zlib.crc32(member.name.encode())) % 2**32)
+    if not isinstance(member.encoder, str):
+        if weights not in ("pretrained", "random"):
+            raise SystemConfigError(f"member {member.name!r} brings its own weights: {weights} is of no use to it")
+        params = jax.device_put(encoder.init(key), sharding)
+        return _Loaded(encoder.prepare(params), {"source": f"given as {type(member.encoder).__qualname__}"})
+    if weights == "random":
+        params = jax.device_put(encoder.init(key), sharding)
+        return _Loaded(encoder.prepare(params), {"source": "random", "seed": seed})
+    if built.config != find_encoder(member.encoder).config:
+        raise SystemConfigError(
+            f"member {member.name!r}: size='tiny' has random weights only: pass weights='random' "
+            "(--weights random on the command line)"
+        )
+    where = find_weights(member, weights)
+    if isinstance(where, str) or where.is_file() or is_hugging_face(where):
+        from gura_jax.convert import convert
+
+        arrays, manifest = convert(where)
+        checkpoint.check_architecture(member.name, built.config, manifest.architecture, str(where))
+        # One by one, so that there are never two copies of all of them.
+        params = {name: jax.device_put(arrays.pop(name), sharding) for name in list(arrays)}
+    else:
+        manifest = checkpoint.read_manifest(where)
+        checkpoint.check_architecture(member.name, built.config, manifest.architecture, str(where))
+        params = checkpoint.load(where, encoder.abstract_params(), sharding)
+    return _Loaded(encoder.prepare(params), {"source": manifest.source, "fingerprint": manifest.fingerprint})
+
+
+def find_weights(member: Member, weights: str) -> Path | str:
+    """Where the weights of a member are: the path of a checkpoint or of PyTorch weights, or a hub id.
+
+    Args:
+        member: its encoder is a name, a path or a hub id.
+        weights: ``"pretrained"`` or a path.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    home = find_encoder(str(member.encoder)).home
+    if weights != "pretrained" and os.path.isfile(weights):
+        return Path(weights)
+    if weights == "pretrained" and isinstance(home, str):
+        return home
+    folder = Path(home) if weights == "pretrained" else checkpoint.find_folder(weights)
+    if is_folder(folder):
+        return folder
+    if weights == "pretrained":
+        raise CheckpointError(_how_to_get(str(member.encoder), folder))
+    raise CheckpointError(
+        f"member {member.name!r}: expected a checkpoint, or a folder or file of PyTorch weights, at {weights}"
+    )
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's, and not a checkpoint."""
+    return (folder / "config.json").is_file() and not (folder / checkpoint.MANIFEST).is_file()
+
+
+class Found(NamedTuple):
+    """An encoder that was named: where its weights are or would be, and its config."""
+
+    home: Path | str  # a folder, or a hub id
+    config: Any
+
+
+def find_encoder(encoder: str) -> Found:
+    """Find a registered encoder, or one in a folder or on the hub.
+
+    Raises:
+        SystemConfigError: there is none, or its config is not supported.
+        ConversionError: it is on the hub, and cannot be downloaded.
+    """
+    if encoder in ENCODERS:
+        return Found(checkpoint.checkpoint_folder() / encoder, ENCODERS[encoder].config)
+    folder = checkpoint.find_folder(encoder)
+    if not is_folder(folder) and HUB_ID.fullmatch(encoder):
+        folder = checkpoint.checkpoint_folder() / encoder.replace("/", "--")  # as gura-jax convert names it
+        if not is_folder(folder):
+            from gura_jax.convert import read_config
+
+            return Found(encoder, read_config(encoder))
+    if not is_folder(folder):
+        raise SystemConfigError(
+            f"encoder {expected(encoder, ENCODERS)} (or the path of a folder, a checkpoint's name in "
+            f"{checkpoint.checkpoint_folder()}, or a hub id)"
+        )
+    if not is_hugging_face(folder):
+        return Found(folder, checkpoint.read_manifest(folder).architecture)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return Found(folder, find_family(config.get("model_type")).config.from_source(config))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise SystemConfigError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _how_to_get(encoder: str, folder: Path) -> str:
+    if encoder in ENCODERS and ENCODERS[encoder].source is None:
+        return f"nobody published weights of {encoder} for PyTorch: pass weights='random' or a path"
+    return (
+        f"no pretrained weights of {encoder} at {folder}. Run\n    gura-jax convert {encoder}\n"
+        "or pass weights='random' (--weights random) to try things out without them"
+    )

@@ -1,0 +1,72 @@
+"""The choice of an encoder's hidden states, and their weighted sum."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gura_jax.errors import SystemConfigError
+
+Layers = Literal["last", "mean", "mean_blocks"] | tuple[int, ...] | tuple[float, ...]
+"""Which hidden states an encoder's frames are made of: see :func:`layer_weights`."""
+
+
+def layer_weights(layers: Layers, num_hidden_layers: int) -> np.ndarray:
+    """Weights [L + 1] of the hidden states, state 0 being the transformer's input.
+
+    Args:
+        layers: ``"last"``; ``"mean"`` of all L + 1 states, as the authors' code has it; ``"mean_blocks"``,
+            the L blocks' outputs alone, as the paper's Equation 1 has it; integers, the mean of these states
+            (negative ones count from the end); or L + 1 floats, a weighted sum.
+        num_hidden_layers: L.
+
+    Raises:
+        SystemConfigError: anything else.
+    """
+    num_states = num_hidden_layers + 1
+    weights = np.zeros(num_states, np.float32)
+    listed: Sequence[Any] = layers if isinstance(layers, (tuple, list)) else ()
+    if isinstance(layers, str):
+        chosen = {"last": slice(-1, None), "mean": slice(None), "mean_blocks": slice(1, None)}.get(layers)
+        if chosen is not None:
+            weights[chosen] = 1.0
+            return weights / weights.sum()
+    elif listed and all(isinstance(x, int) and not isinstance(x, bool) for x in listed):
+        states = {int(x) % num_states for x in listed if -num_states <= x < num_states}
+        if len(states) == len(listed):  # in range, and distinct
+            weights[sorted(states)] = 1.0
+            return weights / weights.sum()
+    elif len(listed) == num_states and all(isinstance(x, float) for x in listed):
+        with np.errstate(over="ignore"):
+            weights[:] = listed
+        if np.isfinite(weights).all() and weights.any():
+            return weights
+    raise SystemConfigError(
+        f"layers: expected 'last', 'mean', 'mean_blocks', distinct integers from {-num_states} to "
+        f"{num_states - 1}, or {num_states} finite floats, not all zero (one for each hidden state of this "
+        f"encoder: its input and {num_hidden_layers} blocks), found {layers!r}"
+    )
+
+
+def weighted_sum(states: Iterable[jax.Array], weights: np.ndarray) -> jax.Array:
+    """Running sum of ``weights[i] * states[i]``; takes no more states than have a weight.
+
+    Args:
+        states: hidden states [B, T, D], one by one.
+        weights: [L + 1]; zeros are skipped.
+    """
+    last = int(np.flatnonzero(weights)[-1])
+    total = None
+    for i, state in zip(range(last + 1), states, strict=False):
+        if weights[i]:
+            term = state if weights[i] == 1.0 else state * weights[i]
+            total = term if total is None else _add_now(total, term)
+    assert total is not None
+    return total
+
+
+def _add_now(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a + b, as a matrix product: XLA would defer plain additions to the end and keep every state alive till then."""
+    return jnp.einsum("kbtd,k->btd", jnp.stack([a, b]), jnp.ones(2, a.dtype), precision="highest")

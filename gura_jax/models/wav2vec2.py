@@ -1,0 +1,389 @@
+"""HuBERT and wav2vec 2.0: one architecture, two families, its sizes as data.
+
+Follows the PyTorch models of transformers (``HubertModel``, ``Wav2Vec2Model``) exactly, except that a clip's
+results never depend on the padding: group norm takes its statistics over each clip's own frames.
+Papers: wav2vec 2.0 (Baevski et al., 2020), HuBERT (Hsu et al., 2021).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gura_jax.convert.wav2vec2 import KEYS
+from gura_jax.errors import SystemConfigError
+from gura_jax.models.attention import attention, over_frames, over_tokens
+from gura_jax.models.encoder import (
+    Family,
+    FrameGrid,
+    ModuleEncoder,
+    Options,
+    Output,
+    Params,
+    Preset,
+    frame_mask,
+    masked_mean,
+)
+from gura_jax.models.layers import layer_weights, weighted_sum
+from gura_jax.models.wav2vec2_config import ACTIVATIONS, Wav2Vec2Config
+
+SAMPLE_RATE = 16_000  # Hz, of all published weights
+CONV_NORM_EPS = 1e-5  # PyTorch's default: the feature encoder ignores the config's layer_norm_eps
+BATCH_NORM_EPS = 1e-5  # PyTorch's default, for conv_pos_batch_norm
+
+
+class Statistics(NamedTuple):
+    """Mean and variance of each channel over a clip's own frames: [B, C] each."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+class MaskedGroupNorm(nnx.Module):
+    """GroupNorm with one group a channel, given the statistics over each clip's own frames."""
+
+    def __init__(self, size: int, *, rngs: nnx.Rngs) -> None:
+        self.scale = nnx.Param(jnp.ones(size, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(size, jnp.float32))
+
+    def __call__(self, x: jax.Array, statistics: Statistics) -> jax.Array:
+        mean, variance = (each[:, None, :] for each in statistics)
+        scale = jax.lax.rsqrt(variance + CONV_NORM_EPS) * self.scale[...][None, None, :]
+        return (x - mean) * scale + self.bias[...][None, None, :]
+
+
+def _layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+
+
+class ConvLayer(nnx.Module):
+    """One layer of the feature encoder: convolution, norm (if any), activation."""
+
+    def __init__(self, config: Wav2Vec2Config, index: int, options: Options, *, rngs: nnx.Rngs) -> None:
+        in_size = config.conv_dim[index - 1] if index else 1
+        size = config.conv_dim[index]
+        self.kernel, self.stride = config.conv_kernel[index], config.conv_stride[index]
+        self.activation = ACTIVATIONS[config.feat_extract_activation]
+        self.conv = nnx.Conv(
+            in_size,
+            size,
+            self.kernel,
+            strides=self.stride,
+            padding="VALID",
+            use_bias=config.conv_bias,
+            dtype=options.compute_dtype,
+            rngs=rngs,
+        )
+        if config.feat_extract_norm == "layer":
+            self.norm = _layer_norm(size, CONV_NORM_EPS, rngs)
+        else:
+            self.norm = MaskedGroupNorm(size, rngs=rngs) if index == 0 else None
+
+    def __call__(self, x: jax.Array, statistics: Statistics | None) -> jax.Array:
+        """[B, T, C] -> [B, (T - kernel) // stride + 1, C']; ``statistics`` are for group norm."""
+        x = self.conv(x)
+        if isinstance(self.norm, MaskedGroupNorm):
+            assert statistics is not None
+            x = self.norm(x.astype(jnp.float32), statistics)
+        elif self.norm is not None:
+            x = self.norm(x)
+        return self.activation(x)
+
+
+class FeatureExtractor(nnx.Module):
+    """Waveform to frames: seven strided convolutions, in blocks of frames.
+
+    No padding, so frames past a clip touch none within; and a block of frames is a function of its own samples
+    alone, but for group norm, whose statistics over the clip are computed first, in blocks too.
+    """
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        self.window, self.hop, self.block = config.window, config.hop, options.platform.frames
+        self.layers = nnx.List(ConvLayer(config, i, options, rngs=rngs) for i in range(len(config.conv_dim)))
+
+    def __call__(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Audio [B, N], lengths [B] -> frames [B, T, C], counts [B]."""
+        num_frames = (audio.shape[1] - self.window) // self.hop + 1
+        statistics = self.statistics(audio, lengths)
+
+        def layers(samples: jax.Array, start: jax.Array) -> jax.Array:
+            x = samples[:, :, None]
+            for layer in self.layers:
+                x = layer(x, statistics)
+            return x
+
+        x = over_frames(layers, audio, num_frames, self.window, self.hop, self.block)  # [B, n, F, C]
+        x = x.reshape(len(audio), -1, x.shape[-1])[:, :num_frames]
+        return x, (lengths - self.window) // self.hop + 1
+
+    def statistics(self, audio: jax.Array, lengths: jax.Array) -> Statistics | None:
+        """What group norm needs of whole clips: block by block, put together as Chan et al. (1983) do."""
+        first = self.layers[0]
+        if not isinstance(first.norm, MaskedGroupNorm):
+            return None
+        num_frames = (audio.shape[1] - first.kernel) // first.stride + 1
+        counts = (lengths - first.kernel) // first.stride + 1  # [B]
+
+        def moments(samples: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            x = first.conv(samples[:, :, None]).astype(jnp.float32)  # [B, F, C]
+            mask = frame_mask(counts - start, x.shape[1])
+            mean = masked_mean(x, mask)
+            squares = jnp.where(mask[:, :, None], jnp.square(x - mean[:, None, :]), 0.0)
+            return mask.sum(axis=1, dtype=x.dtype), mean, squares.sum(axis=1)
+
+        size = self.block * self.hop // first.stride  # of as many samples as a block of the last layer's frames
+        count, mean, squares = over_frames(moments, audio, num_frames, first.kernel, first.stride, size)
+        total = count.sum(axis=1)[:, None]  # [B, 1], of [B, n]
+        overall = (count[:, :, None] * mean).sum(axis=1) / total
+        between = (count[:, :, None] * jnp.square(mean - overall[:, None, :])).sum(axis=1)
+        return Statistics(overall, (squares.sum(axis=1) + between) / total)
+
+
+class FeatureProjection(nnx.Module):
+    """Layer norm and linear projection to the transformer's width."""
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        size = config.conv_dim[-1]
+        use_norm = config.feat_proj_layer_norm
+        self.layer_norm = _layer_norm(size, config.layer_norm_eps, rngs) if use_norm else None
+        self.projection = nnx.Linear(size, config.hidden_size, dtype=options.compute_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.projection(x if self.layer_norm is None else self.layer_norm(x)).astype(jnp.float32)
+
+
+class ConvolutionalPositionalEmbedding(nnx.Module):
+    """Grouped convolution over time; zero past each clip's end, as if the clip stood alone."""
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        size, self.kernel = config.hidden_size, config.num_conv_pos_embeddings
+        self.groups, self.dtype = config.num_conv_pos_embedding_groups, options.compute_dtype
+        self.activation = ACTIVATIONS[config.feat_extract_activation]
+        if config.conv_pos_batch_norm:
+            self.batch_norm = nnx.BatchNorm(
+                size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs
+            )
+        else:
+            self.batch_norm = None
+        self.conv = nnx.Conv(size, size, self.kernel, feature_group_count=self.groups, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        if self.batch_norm is not None:
+            x = self.batch_norm(x)
+        x = jnp.where(mask[:, :, None], x, 0.0).astype(self.dtype)  # [B, T, D]
+        assert self.conv.bias is not None
+        kernel, bias = (weight[...].astype(self.dtype) for weight in (self.conv.kernel, self.conv.bias))
+        # PyTorch pads kernel // 2 on both sides, and drops the last frame of an even kernel.
+        x = jnp.pad(x, ((0, 0), (self.kernel // 2, (self.kernel - 1) // 2), (0, 0)))
+        return self.activation(grouped_convolution(x, kernel, self.groups) + bias[None, None, :]).astype(jnp.float32)
+
+
+def grouped_convolution(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+    """Convolve each group of features by itself, one after the other.
+
+    A convolution with ``feature_group_count`` is the same; but XLA gathers a sharded batch for it.
+
+    Args:
+        x: [B, T + K - 1, D].
+        kernel: [K, D / groups, D'].
+        groups: of features, in and out.
+
+    Returns:
+        [B, T, D'].
+    """
+    B, N, D = x.shape
+    K, _, size = kernel.shape
+    parts = x.reshape(B, N, groups, D // groups).transpose(2, 0, 1, 3)
+    kernels = kernel.reshape(K, D // groups, groups, size // groups).transpose(2, 0, 1, 3)
+
+    def convolve(group: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jax.lax.conv_general_dilated(*group, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    out = jax.lax.map(convolve, (parts, kernels))  # [groups, B, T, D' / groups]
+    return out.transpose(1, 2, 0, 3).reshape(B, -1, size)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over each clip's own frames."""
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        size = config.hidden_size
+        self.num_heads, self.platform = config.num_attention_heads, options.platform
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nnx.Linear(size, size, dtype=options.compute_dtype, rngs=rngs) for _ in range(4)
+        )
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        B, T, D = x.shape
+        q, k, v = (p(x).reshape(B, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = attention(q, k, v, mask, self.platform)  # [B, T, H, D / H]
+        return self.out_proj(x.reshape(B, T, D)).astype(jnp.float32)
+
+
+class FeedForward(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        size, inner, dtype = config.hidden_size, config.intermediate_size, options.compute_dtype
+        self.activation, self.tokens = ACTIVATIONS[config.hidden_act], options.platform.tokens
+        self.intermediate_dense = nnx.Linear(size, inner, dtype=dtype, rngs=rngs)
+        self.output_dense = nnx.Linear(inner, size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def some(x: jax.Array) -> jax.Array:
+            return self.output_dense(self.activation(self.intermediate_dense(x))).astype(jnp.float32)
+
+        return over_tokens(some, x, self.tokens)
+
+
+class EncoderLayer(nnx.Module):
+    """A transformer block; layer norm after each part (post-norm) or before it (``do_stable_layer_norm``)."""
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        self.pre_norm = config.do_stable_layer_norm
+        self.attention = Attention(config, options, rngs=rngs)
+        self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.feed_forward = FeedForward(config, options, rngs=rngs)
+        self.final_layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        if self.pre_norm:
+            x = x + self.attention(self.layer_norm(x), mask)
+            return x + self.feed_forward(self.final_layer_norm(x))
+        x = self.layer_norm(x + self.attention(x, mask))
+        return self.final_layer_norm(x + self.feed_forward(x))
+
+
+class Transformer(nnx.Module):
+    """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        self.pre_norm = config.do_stable_layer_norm
+        self.pos_conv_embed = ConvolutionalPositionalEmbedding(config, options, rngs=rngs)
+        self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.layers = nnx.List(EncoderLayer(config, options, rngs=rngs) for _ in range(config.num_hidden_layers))
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
+        x = jnp.where(mask[:, :, None], x, 0.0)
+        x = x + self.pos_conv_embed(x, mask)
+        if not self.pre_norm:
+            x = self.layer_norm(x)
+        yield x
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask)
+            last = i == len(self.layers) - 1
+            yield self.layer_norm(x) if self.pre_norm and last else x
+
+
+class Wav2Vec2(nnx.Module):
+    """HuBERT or wav2vec 2.0 without its heads.
+
+    ``dtype`` is that of convolutions and matrix products; norms, softmax, residual sums and hidden states are float32.
+    """
+
+    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+        self.feature_extractor = FeatureExtractor(config, options, rngs=rngs)
+        self.feature_projection = FeatureProjection(config, options, rngs=rngs)
+        self.encoder = Transformer(config, options, rngs=rngs)
+
+    def __call__(self, audio: jax.Array, lengths: jax.Array) -> tuple[Iterator[jax.Array], jax.Array]:
+        """Hidden states, one by one, so that a caller that sums them holds one at a time.
+
+        Args:
+            audio: [B, N] float32 at 16 kHz.
+            lengths: [B] int32, samples in each clip.
+
+        Returns:
+            An iterator over L + 1 states [B, T, D]: the transformer's input (after the positional
+            convolution, and the layer norm of post-norm models), then each block's output, in pre-norm models
+            the last after the final layer norm (reference: transformers 4); and counts [B] int32.
+        """
+        x, counts = self.feature_extractor(audio, lengths)
+        return self.encoder(self.feature_projection(x), frame_mask(counts, x.shape[1])), counts
+
+
+class Wav2Vec2Encoder(ModuleEncoder):
+    """HuBERT or wav2vec 2.0 as a member: its chosen layers, combined."""
+
+    config: Wav2Vec2Config
+
+    def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
+        super().__init__(config, options)
+        layer_weights(options.layers, config.num_hidden_layers)  # refuses layers that there are not
+        if options.hop is not None:
+            raise SystemConfigError(f"hop: {config.model_type} has a frame every {config.hop} samples, and no choice")
+        self.sample_rate = SAMPLE_RATE
+        self.feature_size = config.hidden_size
+        self.grid = FrameGrid(config.hop, config.window / 2, config.window)
+        self.num_states = config.num_hidden_layers + 1
+        self.parts = (
+            *(f"convolution {i}" for i in range(len(config.conv_dim))),
+            "projection",
+            "positional",
+            *(f"state {i}" for i in range(self.num_states)),
+        )
+
+    def module(self, rngs: nnx.Rngs) -> Wav2Vec2:
+        """The network with fresh weights."""
+        return Wav2Vec2(self.config, self.options, rngs=rngs)
+
+    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
+        """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
+        states, counts = self.network(params)(audio, lengths)
+        weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
+        return Output(weighted_sum(states, weights), counts)
+
+    def states(
+        self, params: Params, audio: jax.Array, lengths: jax.Array
+    ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+        """Each convolution's output (whole, not in blocks), the projection, the positional embedding, the states."""
+        network = self.network(params)
+        statistics = network.feature_extractor.statistics(audio, lengths)
+        x, counts = audio[:, :, None], lengths
+        for i, layer in enumerate(network.feature_extractor.layers):
+            x, counts = layer(x, statistics), (counts - layer.kernel) // layer.stride + 1
+            yield f"convolution {i}", x, counts
+        x, counts = network.feature_extractor(audio, lengths)
+        x, mask = network.feature_projection(x), frame_mask(counts, x.shape[1])
+        yield "projection", x, counts
+        yield "positional", network.encoder.pos_conv_embed(x, mask), counts
+        for i, state in enumerate(network.encoder(x, mask)):
+            yield f"state {i}", state, counts
+
+
+_LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "do_stable_layer_norm": True,
+    "feat_extract_norm": "layer",
+    "conv_bias": True,
+}
+_XLARGE: dict[str, Any] = _LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
+
+HUBERT = Family(
+    name="hubert",
+    config=Wav2Vec2Config,
+    build=Wav2Vec2Encoder,
+    keys=KEYS,
+    reference="gura_jax.convert.references.Hubert",
+    presets={
+        "hubert-base": Preset(Wav2Vec2Config("hubert"), "facebook/hubert-base-ls960"),
+        "hubert-large": Preset(Wav2Vec2Config("hubert", **_LARGE), "facebook/hubert-large-ll60k"),
+        "hubert-xlarge": Preset(Wav2Vec2Config("hubert", **_XLARGE), "facebook/hubert-xlarge-ll60k"),
+    },
+)
+WAV2VEC2 = Family(
+    name="wav2vec2",
+    config=Wav2Vec2Config,
+    build=Wav2Vec2Encoder,
+    keys=KEYS,
+    reference="gura_jax.convert.references.Wav2Vec2",
+    presets={
+        "wav2vec2-base": Preset(Wav2Vec2Config("wav2vec2"), "facebook/wav2vec2-base"),
+        "wav2vec2-large": Preset(Wav2Vec2Config("wav2vec2", **_LARGE), "facebook/wav2vec2-large-960h-lv60-self"),
+    },
+)
