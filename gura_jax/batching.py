@@ -1,4 +1,4 @@
-"""Batches: which clips are computed together, how long they are padded, and the padded arrays themselves."""
+"""Batches: which clips are computed together, the lengths they are padded to, and the padded arrays."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -77,11 +77,11 @@ def _pad_rows(x: Any, rows: int, value: int) -> Any:
 def pack(
     lengths: Sequence[int], max_rows: int, devices: int, *, platform: Platform, sample_rate: int, exact: bool = True
 ) -> list[Batch]:
-    """Cut clips into batches such that the least is computed, padding and silent rows included.
+    """Cut clips into the batches that cost least to compute, padding and silent rows included.
 
     Rows are a power of two times the devices, and lengths those of :func:`bucket_length`, so that shapes are few.
-    Where all clips are of one length, that is the length, and a single batch has as many rows as clips: where shapes
-    are to be few over many calls, ``exact=False`` does without.
+    Clips of one length are not padded, and a single batch of them has as many rows as clips. ``exact=False`` pads them
+    too, for few shapes over many calls.
 
     Args:
         lengths: of the clips, in samples.
@@ -126,9 +126,10 @@ def bucket_length(samples: int, per_octave: int = BUCKETS_PER_OCTAVE) -> int:
 
 
 def bucket_lengths(lengths: np.ndarray) -> np.ndarray:
-    """The lengths to pad a known collection to, ascending: as few as keep the padding under :data:`PADDING`.
+    """Choose the lengths to pad a known collection to, ascending: as few as keep the padding under :data:`PADDING`.
 
-    Of that number, the best. Each is the length of a clip, so that clips of one length are not padded at all.
+    Among sets of that size, the one with the least padding. Each is the length of a clip, so that clips of one length
+    are not padded at all.
 
     Args:
         lengths: [n] in samples, over 0, in any order.

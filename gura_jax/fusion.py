@@ -62,7 +62,7 @@ def resample_time(x: jax.Array, counts: jax.Array, new_counts: jax.Array, num_fr
 
 
 def interleave(members: Sequence[jax.Array]) -> jax.Array:
-    """[x1, y1, x2, y2, ...] along features: K of [B, T, D] -> [B, T, K * D]; what the authors' code does."""
+    """[x1, y1, x2, y2, ...] along features: K of [B, T, D] -> [B, T, K * D]; as in the authors' code."""
     return jnp.stack(members, axis=-1).reshape(*members[0].shape[:-1], -1)
 
 
@@ -143,7 +143,7 @@ def fused_size(sizes: Sequence[int], combination: str, feature_size: int | None)
 def scene(frames: jax.Array, counts: jax.Array, groups: int = 1) -> jax.Array:
     """Mean over a clip's frames, or over each of ``groups`` equal runs: [B, T, D] -> [B, groups * D].
 
-    The frames that are left over at the end (count modulo groups) are dropped, as in the authors' code.
+    The remaining frames at the end (count modulo groups) are dropped, as in the authors' code.
     A clip needs at least ``groups`` frames.
     """
     size = counts // groups  # [B]
@@ -184,7 +184,7 @@ def combine(
 
 
 SceneOf = Literal["frames", "pooled"]
-"""What a member gives to scenes: the mean of its frames, or the encoder's own embedding of the clip."""
+"""A member's contribution to scenes: the mean of its frames, or the encoder's own embedding of the clip."""
 
 
 class FusedMember(NamedTuple):
@@ -215,7 +215,7 @@ class Fusion(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """What :func:`fuse` was asked for; the rest is None."""
+    """Results of :func:`fuse`; None for those not asked for."""
 
     frames: jax.Array | None  # [B, T, D], zero past a clip's count
     counts: jax.Array | None  # [B] int32
@@ -238,7 +238,7 @@ def fuse(
         fusion: the system.
         wanted: what to compute.
         params: weights of each member, by its name.
-        audio: [B, N] float32 by sample rate; what lies past a clip's length is not looked at.
+        audio: [B, N] float32 by sample rate; samples past a clip's length are ignored.
         lengths: [B] int32 by sample rate, samples in each clip.
     """
     audio = {rate: jnp.where(frame_mask(lengths[rate], x.shape[1]), x, 0.0) for rate, x in audio.items()}

@@ -1,4 +1,4 @@
-"""The model that a user holds: a system with its weights, on the devices; a pytree whose leaves are the weights."""
+"""The model: a system with its weights, on the devices; a pytree whose leaves are the weights."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ Audio = np.ndarray | jax.Array | Sequence[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """All of a model but its weights; models with the same one share what was compiled."""
+    """Everything of a model but its weights; models that share it share compiled functions."""
 
     system: System
     fusion: Fusion
@@ -135,7 +135,7 @@ class Model:
 
     @property
     def random_members(self) -> list[str]:
-        """The members whose weights are random: what they compute means nothing."""
+        """The members whose weights are random, and whose embeddings are therefore meaningless."""
         return [name for name, weights in self.weights.items() if weights["source"] == "random"]
 
     def __repr__(self) -> str:
@@ -391,7 +391,7 @@ class Model:
             for part, value, counts in encoder.states(params[name], audio[rate], lengths[rate]):
                 if part in parts:
                     found[part] = value, counts
-                if len(found) == len(set(parts)):  # what comes after is not even traced
+                if len(found) == len(set(parts)):  # later parts are not even traced
                     break
             return [found[part] for part in parts]
 
@@ -432,7 +432,7 @@ class Model:
 
 
 class ClipEmbedding(NamedTuple):
-    """One clip's embeddings; None for what was not asked for."""
+    """Embeddings of one clip; None for those not asked for."""
 
     frames: np.ndarray | None  # [T, D]
     times: np.ndarray | None  # [T], milliseconds

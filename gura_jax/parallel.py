@@ -35,7 +35,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def cache_compilations() -> None:
-    """Keep what XLA compiles from one run to the next; ``JAX_COMPILATION_CACHE_DIR`` says where, empty: nowhere."""
+    """Keep compiled programs between runs: in the cache folder, or in ``JAX_COMPILATION_CACHE_DIR`` (empty: nowhere)."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
@@ -43,7 +43,7 @@ def cache_compilations() -> None:
 
 
 class Compilation(NamedTuple):
-    """How functions are compiled: for which devices, by what, and the precision of their float32 products."""
+    """How functions are compiled: the devices, ``jit`` or ``pmap``, and the precision of float32 products."""
 
     mesh: Mesh
     parallel: Parallel = "jit"

@@ -1,4 +1,4 @@
-"""Pictures of embeddings; needs the extra ``plot`` (librosa and matplotlib)."""
+"""Pictures of embeddings over time; needs the extra ``plot`` (librosa and matplotlib)."""
 
 import dataclasses
 import os
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from gura_jax.audio import SAMPLE_RATE
+from gura_jax.audio import HEAR_RATE
 from gura_jax.errors import GuraError
 
 MEL_BANDS = 80
-MEL_WINDOW = 1024  # samples: 64 ms, which keeps the lowest bands apart
-MEL_HOP = 160  # samples: 10 ms
-DYNAMIC_RANGE = 70.0  # dB below the loudest moment; below it recordings are room noise
-CLIPPED = 1.0  # per cent of the values at each end of the colour range: a few outliers would flatten the rest
+MEL_WINDOW = 0.064  # s: long enough to separate the lowest bands
+MEL_HOP = 0.010  # s
+DYNAMIC_RANGE = 70.0  # dB below the loudest moment; what is quieter is mostly room noise
+CLIPPED = 1.0  # per cent of the values, at each end, outside the colour range: outliers would flatten the rest
 
 _INK, _FAINT = "#1d2330", "#6b7280"
 STYLE: dict[Any, Any] = {
@@ -39,33 +39,34 @@ class Clip:
     """A clip and its embedding over time.
 
     Attributes:
-        title: printed above it.
-        audio: [n] float32 at 16 kHz.
+        title: printed above the clip.
+        audio: [n] float32.
         frames: [T, D].
         times: [T] in milliseconds, evenly spaced.
+        sample_rate: of the audio, in Hz.
     """
 
     title: str
     audio: np.ndarray
     frames: np.ndarray
     times: np.ndarray
+    sample_rate: int = HEAR_RATE
 
 
 def embedding_figure(clips: Sequence[Clip], path: str | os.PathLike[str], title: str) -> None:
     """Draw each clip's log-mel spectrogram above its embedding over time, and save the picture.
 
-    An embedding panel shows every feature as a row of colour: its distance from its own mean over all clips' frames,
-    in standard deviations. Features that move together stand together, ordered by hierarchical clustering of their
-    correlations (the same order in every clip), and 1 % of the values at either end are beyond the colour range.
+    In an embedding panel, each row is a feature, and its colour is the distance from the feature's mean over all clips'
+    frames, in standard deviations. Similar features are adjacent: they are ordered by hierarchical clustering of their
+    correlations, in the same order for every clip. 1 % of the values at each end lie outside the colour range.
 
     Args:
-        clips: at least one, of one system.
-        path: the picture's; its suffix says the format (.png, .pdf, .svg).
-        title: printed above all, the system's name for one.
+        clips: at least one, all of one system.
+        path: where to save the picture; the suffix chooses the format (.png, .pdf, .svg).
+        title: printed at the top, for example the system's name.
 
     Raises:
-        GuraError: the extra ``plot`` is not installed, embeddings of different sizes, or a picture that cannot be
-            saved.
+        GuraError: the extra ``plot`` is not installed, embeddings differ in size, or the picture cannot be saved.
     """
     try:
         import librosa
@@ -93,14 +94,15 @@ def embedding_figure(clips: Sequence[Clip], path: str | os.PathLike[str], title:
             upper = figure.add_subplot(cells[0])
             lower = figure.add_subplot(cells[1], sharex=upper)
 
-            padded = librosa.util.fix_length(clip.audio, size=max(len(clip.audio), MEL_WINDOW))
+            window, hop_length = round(MEL_WINDOW * clip.sample_rate), round(MEL_HOP * clip.sample_rate)
+            padded = librosa.util.fix_length(clip.audio, size=max(len(clip.audio), window))
             power = librosa.feature.melspectrogram(
-                y=padded, sr=SAMPLE_RATE, n_fft=MEL_WINDOW, hop_length=MEL_HOP, n_mels=MEL_BANDS
+                y=padded, sr=clip.sample_rate, n_fft=window, hop_length=hop_length, n_mels=MEL_BANDS
             )
             mel = librosa.display.specshow(
                 librosa.power_to_db(power, ref=np.max, top_db=DYNAMIC_RANGE),
-                sr=SAMPLE_RATE,
-                hop_length=MEL_HOP,
+                sr=clip.sample_rate,
+                hop_length=hop_length,
                 x_axis="time",
                 y_axis="mel",
                 cmap="magma",
@@ -108,7 +110,7 @@ def embedding_figure(clips: Sequence[Clip], path: str | os.PathLike[str], title:
                 vmax=0,
                 ax=upper,
             )
-            seconds = len(clip.audio) / SAMPLE_RATE
+            seconds = len(clip.audio) / clip.sample_rate
             hop = (clip.times[-1] - clip.times[0]) / (len(clip.times) - 1) if len(clip.times) > 1 else 1000 * seconds
             embedding = lower.imshow(
                 image.T,
@@ -127,7 +129,7 @@ def embedding_figure(clips: Sequence[Clip], path: str | os.PathLike[str], title:
                 yticks=(),
                 xlabel="seconds" if row == len(clips) - 1 else "",
             )
-            lower.set_facecolor("#eceef2")  # where there is no frame
+            lower.set_facecolor("#eceef2")  # shows where there are no frames
             upper.yaxis.set_label_coords(-0.062, 0.5)
             lower.yaxis.set_label_coords(-0.016, 0.5)
             if row == 0:  # one scale for all
@@ -140,7 +142,7 @@ def embedding_figure(clips: Sequence[Clip], path: str | os.PathLike[str], title:
 
 
 def _standardised(clips: Sequence[Clip]) -> list[np.ndarray]:
-    """Frames [T, D] of each clip, features standardised over all clips and ordered by similarity."""
+    """Standardise features over all clips and order them by similarity; returns frames [T, D] of each clip."""
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     frames = np.concatenate([clip.frames for clip in clips]).astype(np.float64)

@@ -33,9 +33,9 @@ class Member:
         layers: for encoders with hidden states, see :func:`gura_jax.models.layers.layer_weights`.
         weights: ``"random"``, or the path of a checkpoint or Hugging Face folder; None: those that
             ``load_model`` is asked for.
-        name: what ``load_model(weights={...})`` calls it; by default the encoder's name.
-        scene: what it gives to scene embeddings: the mean of its ``"frames"``, or where the architecture has an
-            embedding of the whole clip, that one (``"pooled"``).
+        name: its key in ``load_model(weights={...})``; by default the encoder's name.
+        scene: its contribution to scene embeddings: the mean of its ``"frames"``, or, if the architecture has one, its
+            embedding of the whole clip (``"pooled"``).
     """
 
     encoder: str | Encoder
@@ -66,7 +66,7 @@ class System:
     """An ensemble: members, and how they are combined.
 
     Attributes:
-        name: what outputs are marked with.
+        name: written into everything that it embeds.
         members: one or more; the first sets the frame rate, which the others are resampled to.
         combination: a name in :data:`gura_jax.fusion.COMBINATIONS`.
         feature_size: size that each member is resampled to along features; None: as they are.
@@ -182,7 +182,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def find_system(system: "str | Path | System", layers: Layers | None = None) -> System:
-    """A system by what stands for it.
+    """Find a system.
 
     Args:
         system: a name in :data:`SYSTEMS`; the path of a TOML or YAML file, or of a folder that ``Model.save`` wrote;

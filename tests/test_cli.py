@@ -1,7 +1,8 @@
-"""The command line, run as a user runs it: in a process of its own."""
+"""The command line: in this process, but for what a process of its own must show."""
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -9,23 +10,32 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from toy import contents, write_clips
+from toy import Toy, contents, write_clips
 
 import gura_jax
-from gura_jax import checkpoint
+from gura_jax import checkpoint, cli
 from gura_jax.cli import EXIT_NO_DOWNLOAD
-from gura_jax.dataset.store import shard_numbers
+from gura_jax.dataset.commit import shard_numbers
 
 pytest.importorskip("torch")
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples" / "audio"
-Run = Callable[..., subprocess.CompletedProcess[str]]
+PROGRAM = Path(sys.executable).with_name("gura-jax")
+
+
+class Result(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +43,31 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
+@pytest.fixture
+def gura(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run gura-jax with a checkpoint folder of the tests and one device, and check how it ends."""
+    monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(checkpoints))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    first = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: first)
+
+    def run(*arguments: object, code: int = 0, **variables: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["gura-jax", *map(str, arguments)])
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        result = Result(*capsys.readouterr())
+        assert (ended.value.code or 0) == code, result.stdout + result.stderr
+        return result
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def environment(checkpoints: Path) -> dict[str, str]:
-    """A checkpoint folder of the tests, one device, and no network."""
+    """For a process of its own: a checkpoint folder of the tests, one device, and no network."""
     return os.environ | {
         "GURA_JAX_CHECKPOINTS": str(checkpoints),
         "XLA_FLAGS": "",
@@ -43,21 +75,6 @@ def environment(checkpoints: Path) -> dict[str, str]:
         "HF_ENDPOINT": "http://127.0.0.1:9",  # the discard port: nobody answers
         "HF_HUB_CACHE": str(checkpoints / "hub"),
     }
-
-
-@pytest.fixture(scope="module")
-def gura(environment: dict[str, str]) -> Run:
-    """Run gura-jax, and check how it ends."""
-
-    def run(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-        program = Path(sys.executable).with_name("gura-jax")
-        command = [program, *map(str, arguments)]
-        result = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=False)
-        assert result.returncode == code, result.stdout + result.stderr
-        assert "Traceback" not in result.stderr
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +86,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_systems(gura: Run) -> None:
+def test_systems(gura: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = gura_jax.System("own", (gura_jax.Member(Toy(24_000)), gura_jax.Member("crepe-tiny")))
+    monkeypatch.setitem(gura_jax.SYSTEMS, "own", own)  # a member that is an object
     rows = {row["name"]: row for row in json.loads(gura("systems", "--json").stdout)}
     assert list(rows) == list(gura_jax.SYSTEMS)
     assert (rows["fusion_cat_xwc_time"]["frame_size"], rows["fusion_cat_xwc_time"]["scene_size"]) == (3072, 15360)
+    assert (rows["own"]["sample_rate"], rows["own"]["members"][0]["encoder"]) == (24_000, "Toy")
     text = gura("systems").stdout
     assert "run: gura-jax convert hubert-xlarge" in text
     assert not any(member["converted"] for member in rows["fusion_hubert_xlarge"]["members"])
@@ -151,11 +171,14 @@ def test_dry_run(gura: Run, clip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_interrupted_then_resumed(
-    gura: Run, tmp_path: Path, number: signal.Signals, code: int, environment: dict[str, str]
+    tmp_path: Path, number: signal.Signals, code: int, environment: dict[str, str]
 ) -> None:
-    """The finished shards stay, the exit code and the message say so, and the rest follows: the same bytes."""
+    """The finished shards stay, the exit code and the message say so, and the rest follows: the same bytes.
+
+    In processes of their own: here, where a CPU is eight devices, the same program may round in other places.
+    """
     write_clips(tmp_path / "in", [0.5] * 400)  # of one length: one program to compile
-    options = (
+    options = [
         "-s",
         "hubert_base",
         "--weights",
@@ -163,15 +186,20 @@ def test_interrupted_then_resumed(
         "--size",
         "tiny",
         "--batch-seconds",
-        2,
+        "2",
         "--shard-hours",
-        0.001,
-    )
-    gura("embed", tmp_path / "in", "--out", tmp_path / "whole", *options)
-    out = tmp_path / "out"
-    program = Path(sys.executable).with_name("gura-jax")
-    command = list(map(str, (program, "embed", tmp_path / "in", "--out", out, *options)))
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        "0.001",
+    ]
+
+    def start(out: Path) -> "subprocess.Popen[str]":
+        command = [PROGRAM, "embed", tmp_path / "in", "--out", out, *options]
+        return subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    start(whole).communicate()
+    process = start(out)
     while not (out.is_dir() and shard_numbers(out)):
         assert process.poll() is None
         time.sleep(0.005)
@@ -180,9 +208,9 @@ def test_interrupted_then_resumed(
     assert process.returncode == code, stderr
     assert "interrupted: the shards that were finished are safe" in stderr
     assert "Traceback" not in stderr
-    assert len(shard_numbers(out)) < len(shard_numbers(tmp_path / "whole"))
-    assert "shards were there already" in gura("embed", tmp_path / "in", "--out", out, *options).stdout
-    assert contents(out) == contents(tmp_path / "whole")
+    assert len(shard_numbers(out)) < len(shard_numbers(whole))
+    assert "shards were there already" in start(out).communicate()[0]
+    assert contents(out) == contents(whole)
 
 
 def test_export(gura: Run, clip: Path, tmp_path: Path) -> None:
@@ -231,10 +259,13 @@ def test_misuse(gura: Run, clip: Path, tmp_path: Path, arguments: tuple[str, ...
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_cannot_be_downloaded(gura: Run) -> None:
-    """An exit code of its own, so that a script can tell it from weights that are wrong."""
-    result = gura("convert", "hubert-base", code=EXIT_NO_DOWNLOAD)
+def test_weights_that_cannot_be_downloaded(environment: dict[str, str]) -> None:
+    """An exit code of its own, so that a script can tell it from weights that are wrong; and no traceback."""
+    command = [PROGRAM, "convert", "hubert-base"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == EXIT_NO_DOWNLOAD
     assert "http://127.0.0.1:9/facebook/hubert-base-ls960" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_half_a_checkpoint_is_not_taken_for_one(gura: Run, checkpoints: Path) -> None:
@@ -254,15 +285,22 @@ def test_a_checkpoint_by_its_name(gura: Run, clip: Path, tmp_path: Path) -> None
     gura("embed", clip, "-s", path, "--out", tmp_path / "other")
 
 
-def test_verbose_names_the_shapes(gura: Run, clip: Path, tmp_path: Path) -> None:
+def test_verbose_names_the_shapes(
+    gura: Run, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("gura_jax")
+    monkeypatch.setattr(logger, "level", logger.level)
     arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out", "--overwrite")
-    assert "shape 1: compiling for 1 clips of 0.50 s" in gura(*arguments, "-v").stderr
-    assert "compiling" not in gura(*arguments).stderr
+    gura(*arguments)
+    assert "compiling" not in caplog.text
+    gura(*arguments, "-v")
+    assert "shape 1: compiling for 1 clips of 0.50 s" in caplog.text
 
 
-def test_compilations_are_kept(gura: Run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out", "--overwrite")
-    gura(*arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
+def test_compilations_are_kept(environment: dict[str, str], clip: Path, tmp_path: Path) -> None:
+    arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out")
+    variables = environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([PROGRAM, *map(str, arguments)], env=variables, capture_output=True, check=True)
     assert list((tmp_path / "cache" / "gura_jax" / "xla").iterdir())
 
 

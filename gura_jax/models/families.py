@@ -1,4 +1,4 @@
-"""The table of encoder families and the named encoders in them; a family of your own is registered here."""
+"""The tables of encoder families and of named encoders; families from outside the package are registered here."""
 
 import dataclasses
 import importlib
@@ -144,7 +144,7 @@ def check_family(family: Family) -> None:
 
 
 def check_encoder(encoder: Any, where: str) -> None:
-    """Refuse an object that does not offer what :class:`gura_jax.Encoder` does, before anything is computed.
+    """Refuse an object without the interface of :class:`gura_jax.Encoder`, before anything is computed.
 
     Raises:
         SystemConfigError: naming what is missing or impossible.
@@ -154,6 +154,10 @@ def check_encoder(encoder: Any, where: str) -> None:
             raise SystemConfigError(f"{where}: expected a subclass of gura_jax.Encoder, found one without {method}()")
     if not callable(encoder):
         raise SystemConfigError(f"{where}: expected a subclass of gura_jax.Encoder, found one that cannot be called")
+    try:
+        hash(encoder)
+    except TypeError as error:
+        raise SystemConfigError(f"{where}: expected an encoder that can be hashed, found: {error}") from None
     rate: Any = getattr(encoder, "sample_rate", None)
     if not _is_count(rate) or not MIN_RATE <= rate <= MAX_RATE:
         raise SystemConfigError(

@@ -119,7 +119,7 @@ class FeatureExtractor(nnx.Module):
         return x, (lengths - self.window) // self.hop + 1
 
     def statistics(self, audio: jax.Array, lengths: jax.Array) -> Statistics | None:
-        """What group norm needs of whole clips: block by block, put together as Chan et al. (1983) do."""
+        """Statistics of whole clips for group norm: of each block, combined as in Chan et al. (1983)."""
         first = self.layers[0]
         if not isinstance(first.norm, MaskedGroupNorm):
             return None
@@ -311,7 +311,7 @@ class Wav2Vec2Encoder(ModuleEncoder):
 
     def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
         super().__init__(config, options)
-        layer_weights(options.layers, config.num_hidden_layers)  # refuses layers that there are not
+        layer_weights(options.layers, config.num_hidden_layers)  # refuses layers that do not exist
         if options.hop is not None:
             raise SystemConfigError(f"hop: {config.model_type} has a frame every {config.hop} samples, and no choice")
         self.sample_rate = SAMPLE_RATE
