@@ -48,7 +48,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         print(json.dumps({"seconds": seconds, "scores": scores, "peak_mib": peak}))
         return
-    from gura_jax.evaluate.tasks import find_tasks, read_task
+    from gura_jax.evaluate.hear.tasks import find_tasks, read_task
 
     with tempfile.TemporaryDirectory() as work:
         if options.tasks:
@@ -84,7 +84,7 @@ def child(python: str, who: str, folder: Path, seed: int) -> dict[str, Any]:
 
 def synthetic(work: Path, clips: int, features: int, classes: int, max_epochs: int | None) -> Any:
     """A scene task without audio: clips around the centres of their classes."""
-    from gura_jax.evaluate.tasks import read_task
+    from gura_jax.evaluate.hear.tasks import read_task
 
     folder = work / f"{clips}x{features}"
     folder.mkdir()
@@ -133,16 +133,14 @@ def spectra(task: Any) -> Callable[[str, str], tuple[np.ndarray, np.ndarray | No
 
 def write_embeddings(task: Any, lookup: Any, folder: Path) -> Path:
     """Embeddings and labels in the kit's layout."""
-    from gura_jax.evaluate.tasks import frame_targets
+    from gura_jax.evaluate.task import frame_targets
 
     folder.mkdir(parents=True)
     for name in ("task_metadata.json", "labelvocabulary.csv", *(f"{split}.json" for split in task.splits)):
         (folder / name).write_bytes((task.folder / name).read_bytes())
     index = {label: i for i, label in enumerate(task.labels)}
-    shuffle = random.Random(0).shuffle
     for split in task.splits:
-        names = list(task.clips[split])
-        shuffle(names)
+        names = list(task.clips[split])  # in the kit's order
         rows, labels, times = [], [], []
         for name in names:
             embedding, when = lookup(split, name)
@@ -164,17 +162,16 @@ def write_embeddings(task: Any, lookup: Any, folder: Path) -> Path:
 
 def ours(folder: Path, seed: int) -> tuple[list[float], dict[str, float]]:
     """The whole protocol on embeddings in the kit's layout; twice, as the second time nothing is compiled."""
-    from gura_jax.evaluate.protocol import PROTOCOLS, evaluate_task
-    from gura_jax.evaluate.tasks import read_task
+    from gura_jax.evaluate.hear.protocol import PROTOCOLS
+    from gura_jax.evaluate.hear.tasks import read_task
+    from gura_jax.evaluate.protocol import evaluate_task
 
     task = read_task(folder)
     arrays: dict[tuple[str, str], tuple[np.ndarray, np.ndarray | None]] = {}
-    shuffle = random.Random(0).shuffle
     for split in task.splits:
         shape = json.loads((folder / f"{split}.embedding-dimensions.json").read_text())
         values = np.memmap(folder / f"{split}.embeddings.npy", np.float32, "r", shape=tuple(shape))
         names = list(task.clips[split])
-        shuffle(names)
         if task.embedding == "scene":
             arrays |= {(split, name): (values[i], None) for i, name in enumerate(names)}
         else:

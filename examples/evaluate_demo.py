@@ -1,7 +1,7 @@
-"""HEAR's evaluation, from nothing: make tasks, evaluate two systems, compare them, draw them.
+"""Demonstrate HEAR's evaluation from scratch: make tasks, evaluate two systems, compare them, draw maps.
 
-Run by ``make evaluate-demo``. CREPE has its published weights, the fusion is small and random: it stands for what the
-protocol gives to features that were never trained.
+Run by ``make evaluate-demo``. CREPE has its published weights. The fusion is small and random: it shows the scores of
+untrained features under the protocol.
 """
 
 import argparse
@@ -21,12 +21,12 @@ OUT = ROOT / "demo" / "evaluate"
 TASKS, RESULTS = OUT / "tasks", OUT / "results"
 CREPE, RANDOM = "crepe", "fusion_cat_xwc-tiny-random"
 PITCH = "pitch-v1-demo"
-STRONG = 0.9  # what CREPE has on NSynth's notes in the paper: 90.0 %
-CLEARLY = 4.0  # times fewer errors than the random fusion: accuracies end at 1, so that their ratio says little
+STRONG = 0.9  # CREPE's accuracy on NSynth's notes in the paper: 90.0 %
+CLEARLY = 4.0  # times fewer errors than the random fusion; a ratio of accuracies near 1 would say little
 
 
 def gura_jax(*arguments: str | Path) -> None:
-    """Run the command line, and show what is run."""
+    """Run the command line, and print the command."""
     shown = [os.path.relpath(a, ROOT) if isinstance(a, Path) else a for a in arguments]
     print(f"\n$ gura-jax {shlex.join(shown)}", flush=True)
     program = Path(sys.executable).with_name("gura-jax")

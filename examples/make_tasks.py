@@ -1,10 +1,10 @@
-"""HEAR tasks from what needs no download: notes and beats from a soundfont, words from a speech synthesiser.
+"""Make HEAR tasks without downloads: notes and beats from a soundfont, words from a speech synthesiser.
 
 python examples/make_tasks.py FOLDER [--digits DIR]
 
 Needs fluidsynth, a soundfont of General MIDI, and espeak-ng (Debian: fluidsynth timgm6mb-soundfont espeak-ng).
 ``--digits`` takes recordings of spoken digits, named DIGIT_SPEAKER_NUMBER.wav as in the Free Spoken Digit Dataset.
-The same files come of it each time.
+The files are the same each time.
 """
 
 import argparse
@@ -32,13 +32,13 @@ PROGRAMS = ("fluidsynth", "espeak-ng")
 SOUNDFONTS = tuple(Path("/usr/share/sounds/sf2") / f"{name}.sf2" for name in ("TimGM6mb", "default-GM", "FluidR3_GM"))
 INSTALL = "apt-get install fluidsynth timgm6mb-soundfont espeak-ng"
 NOTE_MS, CLIP_SECONDS = 800, 1.0
-QUIET = 1e-3  # a clip whose peak is lower is a fault of the synthesiser
+QUIET = 1e-3  # peak; a quieter clip means that the synthesiser failed
 
 PIANO_KEYS = range(21, 109)  # MIDI
-# General MIDI programs. Those of validation and test are other instruments than those of the training.
+# General MIDI programs. Validation and test have other instruments than training.
 PITCH_PROGRAMS = {"train": (0, 4, 16, 24, 40, 56), "valid": (11, 71), "test": (25, 73)}
-# Four of each family: a fold has one of each. None has the recordings of another, as TimGM6mb's two grand pianos (0 and
-# 1) have, its violin and viola (40 and 41), and nearly its piccolo and recorder (72 and 74).
+# Four of each family, one for each fold. No two share recordings; in TimGM6mb the two grand pianos (0 and 1) do, violin
+# and viola (40 and 41), and nearly piccolo and recorder (72 and 74).
 FAMILIES = {
     "keyboard": (0, 2, 4, 6),
     "mallet": (9, 11, 12, 13),
@@ -61,8 +61,8 @@ WORDS = {
     "valid": ("nine", "no", "off", "on"),
     "test": ("right", "seven", "sheila", "stop"),
 }
-# espeak-ng's voices: an accent, and a variant that changes the speaker. British English is en: of en-gb, espeak-ng 1.51
-# speaks every variant as the same man.
+# espeak-ng's voices: an accent, and a variant that changes the speaker. British English is en, as for en-gb espeak-ng
+# 1.51 ignores the variant.
 VOICES = {
     "train": ("en-us+m1", "en-us+f2", "en+m3", "en+f1", "en-gb-scotland+m2", "en-029+f4", "en-gb-x-rp+m7"),
     "valid": ("en-us+f5", "en-gb-x-gbclan+m4"),
@@ -82,13 +82,13 @@ class Clip(NamedTuple):
 
 
 def missing() -> list[str]:
-    """What is not installed."""
+    """List what is not installed."""
     found = [name for name in PROGRAMS if shutil.which(name) is None]
     return found if any(font.is_file() for font in SOUNDFONTS) else [*found, "a soundfont"]
 
 
 def run(command: Sequence[str | Path]) -> bytes:
-    """What a program prints."""
+    """Run a program; returns its standard output."""
     done = subprocess.run(command, check=False, capture_output=True, timeout=300)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
@@ -97,7 +97,7 @@ def run(command: Sequence[str | Path]) -> bytes:
 
 
 def write_task(folder: Path, splits: Mapping[str, Iterable[Clip]], labels: Sequence[Any], **meta: Any) -> None:
-    """Write a task as HEAR has it. No two clips may be the same: one could be trained on, and the other tested."""
+    """Write a task in HEAR's format. Two equal clips are an error: one could be trained on and the other tested."""
     kfold = meta["split_mode"] != "trainvaltest"
     heard: dict[bytes, str] = {}
     for split, clips in splits.items():
@@ -131,7 +131,7 @@ class Note(NamedTuple):
 
 
 def render(notes: Sequence[Note], *, program: int = 0, channel: int = 0) -> np.ndarray:
-    """Audio [n] of notes by one instrument, without reverberation."""
+    """Render notes by one instrument, without reverberation; returns audio [n]."""
     events = [(note.start, "note_on", note) for note in notes]
     events += [(note.start + note.length, "note_off", note) for note in notes]
     track = mido.MidiTrack([mido.Message("program_change", program=program, channel=channel, time=0)])
@@ -147,11 +147,11 @@ def render(notes: Sequence[Note], *, program: int = 0, channel: int = 0) -> np.n
         mido.MidiFile(ticks_per_beat=1000, tracks=[track]).save(score)
         command = ["fluidsynth", "-n", "-i", "-q", "-R", "0", "-C", "0", "-g", "0.5", "-r", str(RATE), "-F", sound]
         run([*command, font, score])
-        return load_audio(sound)
+        return load_audio(sound, sample_rate=RATE)
 
 
 def single_notes(program: int, keys: Sequence[int], velocities: Sequence[int]) -> list[np.ndarray]:
-    """A clip [n] of each key, as one instrument plays it."""
+    """Render a clip [n] of each key by one instrument."""
     spacing = 2 * NOTE_MS  # a released note is silent by the next
     notes = [Note(k, i * spacing, NOTE_MS, v) for i, (k, v) in enumerate(zip(keys, velocities, strict=True))]
     audio, size = render(notes, program=program), round(CLIP_SECONDS * RATE)
@@ -164,7 +164,7 @@ def single_notes(program: int, keys: Sequence[int], velocities: Sequence[int]) -
 
 
 def write_notes(folder: Path) -> None:
-    """Pitch and chroma over the piano's range, on instruments that were not trained on; and families of instruments."""
+    """Write two tasks: pitch over the piano's range, tested on unseen instruments; and families of instruments."""
     rng = np.random.default_rng(0)
     keys = list(PIANO_KEYS)
     splits: dict[str, list[Clip]] = {}
@@ -172,7 +172,7 @@ def write_notes(folder: Path) -> None:
         splits[split] = []
         for program in programs:
             audio = single_notes(program, keys, rng.integers(70, 120, len(keys)).tolist())
-            # The highest notes of some instruments are silent in a soundfont.
+            # In a soundfont, the highest notes of some instruments are silent.
             heard = [(key, clip) for key, clip in zip(keys, audio, strict=True) if np.abs(clip).max() > QUIET]
             splits[split] += [Clip(f"{program:03d}-{key:03d}.wav", clip, [str(key)]) for key, clip in heard]
     scene = {"embedding_type": "scene", "prediction_type": "multiclass", "sample_duration": CLIP_SECONDS}
@@ -193,7 +193,7 @@ def write_notes(folder: Path) -> None:
 
 
 def beat(rng: np.random.Generator) -> tuple[list[Note], list[dict[str, Any]]]:
-    """A drum pattern, played as a person would, and its events."""
+    """Make a drum pattern with human timing; returns its notes and events."""
     step = 60_000 / rng.uniform(80, 130) / 2  # ms: an eighth note
     notes, events = [], []
     for i in range(int(BEAT_SECONDS * 1000 / step)):
@@ -207,7 +207,7 @@ def beat(rng: np.random.Generator) -> tuple[list[Note], list[dict[str, Any]]]:
 
 
 def write_beats(folder: Path) -> None:
-    """Onsets of a drum kit's parts."""
+    """Write a task: onsets of the parts of a drum kit."""
     rng = np.random.default_rng(1)
     splits: dict[str, list[Clip]] = {}
     size = round(BEAT_SECONDS * RATE)
@@ -234,7 +234,7 @@ def write_beats(folder: Path) -> None:
 
 
 def say(word: str, voice: str, speed: int) -> np.ndarray:
-    """A word [n], from its start, a second long."""
+    """Synthesise a word [n], one second from its start."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "--stdout", word]
     samples, rate = soundfile.read(io.BytesIO(run(command)), dtype="float32")
     audio = soxr.resample(samples, rate, RATE)
@@ -245,7 +245,7 @@ def say(word: str, voice: str, speed: int) -> np.ndarray:
 
 
 def write_words(folder: Path) -> None:
-    """Words by voices that were not trained on; and voices by words that were not."""
+    """Write two tasks: words by unseen voices, and voices by unseen words."""
     words = [word for some in WORDS.values() for word in some]
     voices = [voice for some in VOICES.values() for voice in some]
     spoken = {(w, v, s): say(w, v, s) for w in words for v in voices for s in SPEEDS}
@@ -267,7 +267,7 @@ def write_words(folder: Path) -> None:
 
 
 def digit_files(recordings: Path) -> list[tuple[Path, re.Match[str]]]:
-    """Recordings of digits, with what their names say: digit, speaker and take."""
+    """Find recordings of digits; the match holds digit, speaker and take."""
     if not recordings.is_dir():
         raise InputError(f"{recordings}: expected a folder of recordings named DIGIT_SPEAKER_NUMBER.wav, found none")
     found = [(path, match) for path in sorted(recordings.iterdir()) if (match := _DIGIT.fullmatch(path.name))]
@@ -280,7 +280,7 @@ def digit_files(recordings: Path) -> list[tuple[Path, re.Match[str]]]:
 
 
 def write_digits(folder: Path, recordings: Path) -> None:
-    """Digits by speakers that were not trained on, and speakers by other takes."""
+    """Write two tasks: digits by unseen speakers, and speakers by unseen takes."""
     found = digit_files(recordings)
     scene = {"embedding_type": "scene", "prediction_type": "multiclass", "sample_duration": None}
     for task, label, fold in (("digit", 1, 2), ("digit_speaker", 2, 3)):
@@ -288,7 +288,7 @@ def write_digits(folder: Path, recordings: Path) -> None:
         folds: dict[str, list[Clip]] = {f"fold{i:02d}": [] for i in range(min(len(groups), MAX_FOLDS))}
         for path, match in found:
             index = groups.index(match[fold]) % MAX_FOLDS
-            folds[f"fold{index:02d}"].append(Clip(path.name, load_audio(path), [match[label]]))
+            folds[f"fold{index:02d}"].append(Clip(path.name, load_audio(path, sample_rate=RATE), [match[label]]))
         labels = sorted({match[label] for _, match in found})
         evaluation = ["top1_acc", "mAP"]
         write_task(
@@ -297,15 +297,15 @@ def write_digits(folder: Path, recordings: Path) -> None:
 
 
 def make_tasks(folder: Path, digits: Path | None) -> None:
-    """Write all tasks into a folder, in the place of what is there.
+    """Write all tasks into a folder, and replace its content.
 
     Raises:
-        GuraError: a program is not installed or fails, or the recordings are not as the task needs them.
+        GuraError: a program is missing or fails, or the recordings do not suffice.
     """
     if lacking := missing():
         raise InputError(f"expected {', '.join(lacking)} to be installed: {INSTALL}")
     if digits is not None:
-        digit_files(digits)  # said before minutes of work
+        digit_files(digits)  # fails before minutes of work
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         made = Path(name) / "tasks"

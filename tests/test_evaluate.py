@@ -1,6 +1,7 @@
-"""gura_jax/evaluate: tasks, protocols, score files and the command, on tasks of a few clips."""
+"""gura_jax/evaluate: tasks, protocols, benchmarks, embeddings and the command, on tasks of a few clips."""
 
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -10,25 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
+from reference import relative
+from toy import Toy
 from typer.testing import CliRunner
 
-from gura_jax import EmbeddingStore, Member, System, cli, load_model
+from gura_jax import EmbeddingStore, Member, Output, System, cli, load_model
+from gura_jax.audio import load_audio
+from gura_jax.dataset.sources import read_inputs
 from gura_jax.errors import CheckpointError, GuraError, InputError, StoreError, SystemConfigError
 from gura_jax.evaluate import embed, modules, probes, report, run
-from gura_jax.evaluate.embed import SystemEmbeddings
-from gura_jax.evaluate.protocol import PROTOCOLS, _Best, evaluate_task, grid_points
-from gura_jax.evaluate.tasks import Event, Task, find_tasks, frame_targets, read_task
+from gura_jax.evaluate.benchmarks import BENCHMARKS, Benchmark
+from gura_jax.evaluate.embed import LayerMeans, SystemEmbeddings
+from gura_jax.evaluate.hear.protocol import PROTOCOLS, grid_points
+from gura_jax.evaluate.hear.tasks import find_tasks, read_task
+from gura_jax.evaluate.protocol import _Best, evaluate_task
+from gura_jax.evaluate.tables import Comparison
+from gura_jax.evaluate.task import Event, Fold, Task, frame_targets
 from gura_jax.systems import SYSTEMS
 
 RATE = 16_000
 FREQUENCIES = {"low": 300.0, "mid": 900.0, "high": 2700.0}
-# Few and small probes: what is tested is what becomes of them.
+# Few and small probes: their scores do not matter here.
 SMALL = {"hidden_layers": [1], "hidden_dim": [16], "lr": [1e-2, 1e-3], "max_epochs": [9], "patience": [2]}
 FUSED_BOUND = 1e-6  # relative norm: the same sums in another order
+SCORES = BENCHMARKS["hear"].scores_file
 KIT, FIXED = PROTOCOLS["hear2021"], PROTOCOLS["fixed"]
 
 
@@ -66,7 +78,7 @@ def write_task(folder: Path, kind: str = "scene", clips: int = 9, **meta: Any) -
 
 
 def spectra(task: Task) -> Any:
-    """A lookup of log spectra, of frames of 25 ms."""
+    """Return a lookup of log spectra, in frames of 25 ms."""
 
     def lookup(split: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         audio, _ = soundfile.read(task.folder / str(RATE) / split / name, dtype="float32")
@@ -80,6 +92,9 @@ def change(folder: Path, **meta: Any) -> Path:
     path = folder / "task_metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | meta))
     return folder
+
+
+# Tasks and protocols
 
 
 def test_folds_rotate(tmp_path: Path) -> None:
@@ -99,12 +114,12 @@ def test_frames_of_an_event() -> None:
 
 def test_the_grid_is_the_kits(tmp_path: Path) -> None:
     task = read_task(write_task(tmp_path / "t"))
-    found = [(p.hidden_layers, p.initialization[7], p.lr) for p in grid_points(task._replace(grid={}))]
+    found = [(p.hidden_layers, p.initialization[7], p.lr) for p in grid_points(dataclasses.replace(task, grid={}))]
     assert found == [
         (1, "n", 1e-4), (2, "u", 1e-3), (1, "n", 1e-3), (1, "n", 3.2e-4),
         (2, "n", 3.2e-4), (2, "u", 3.2e-4), (2, "n", 3.2e-3), (2, "u", 3.2e-3),
     ]  # fmt: skip
-    (dcase, *_) = grid_points(task._replace(grid={}, task_name="dcase2016_task2"))
+    (dcase, *_) = grid_points(dataclasses.replace(task, grid={}, task_name="dcase2016_task2"))
     assert dcase.check_val_every_n_epoch == 10
 
 
@@ -127,7 +142,7 @@ def test_the_grid_is_the_kits(tmp_path: Path) -> None:
 def test_a_grid_that_makes_no_sense(tmp_path: Path, wrong: dict[str, Any]) -> None:
     task = read_task(write_task(tmp_path / "t"))
     with pytest.raises(InputError, match="grid"):
-        grid_points(task._replace(grid=wrong))
+        grid_points(dataclasses.replace(task, grid=wrong))
 
 
 @pytest.mark.parametrize("maximize", [True, False])
@@ -262,8 +277,25 @@ def test_no_tasks(tmp_path: Path) -> None:
     assert find_tasks(tmp_path) == [tmp_path / "t", tmp_path / "u"]  # so that somebody hears of it
 
 
+def test_a_task_has_audio_at_several_rates(tmp_path: Path) -> None:
+    """A model's own rate, else the next higher one; a module takes no other than its own."""
+    task = read_task(write_task(tmp_path / "t", clips=1))
+    (task.folder / "48000").mkdir()
+    for rate, folder in ((16_000, "16000"), (24_000, "48000"), (96_000, "48000")):
+        table = task.table(rate)
+        assert {Path(path).parts[-3] for path in table["path"].to_pylist()} == {folder}
+        assert table["id"].to_pylist() == [task.clip_id(split, f"{split}-0.wav") for split in task.splits]
+        assert "labels" not in table.column_names
+    assert task.audio_folder("train", 48_000) == task.folder / "48000" / "train"
+    with pytest.raises(InputError, match="expected a folder 32000, of audio at the module's sample rate, found none"):
+        task.audio_folder("train", 32_000)
+
+
+# Modules with HEAR's common API
+
+
 class Loud(torch.nn.Module):
-    """The model of a HEAR module that counts what it computes."""
+    """The model of a HEAR module that counts the clips that it computes."""
 
     sample_rate = RATE
     scene_embedding_size = timestamp_embedding_size = 80
@@ -272,7 +304,7 @@ class Loud(torch.nn.Module):
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A HEAR module of torch's: ``loud``."""
+    """A HEAR module ``loud``, in PyTorch."""
     loud: Any = types.ModuleType("loud")
 
     def timestamps(audio: torch.Tensor, model: Loud) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +336,7 @@ def test_a_module_of_torchs(tmp_path: Path, module: Any) -> None:
     assert first.exit_code == 0, first.output
     assert module.model.computed == 54
     assert "top1_acc" in first.stdout
-    # What is missing is computed again, and nothing else.
+    # Only missing embeddings are computed again.
     (tmp_path / "out/embeddings/loud/a/train/train-3.wav.embedding.npy").unlink()
     assert evaluated(*arguments).stdout == first.stdout
     assert module.model.computed == 1
@@ -375,8 +407,63 @@ def test_a_module_without_torch(tmp_path: Path, module: Any) -> None:
     assert (found.shape, found.dtype, times) == ((2, 7), np.float32, None)
 
 
+# The command, and benchmarks
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Task):
+    """A task of another benchmark: a folder of WAV files named ``SPLIT-LABEL-NUMBER.wav``."""
+
+    def table(self, sample_rate: int) -> pa.Table:
+        return read_inputs([self.folder], sample_rate=sample_rate)
+
+    def clip_id(self, split: str, file: str) -> str:
+        return file
+
+    def audio_folder(self, split: str, sample_rate: int) -> Path:
+        return self.folder
+
+
+def read_words(folder: Path) -> Words:
+    clips: dict[str, dict[str, list[str]]] = {"train": {}, "valid": {}, "test": {}}
+    for path in sorted(folder.glob("*.wav")):
+        split, label, _ = path.stem.split("-")
+        clips[split][path.name] = [label]
+    fold = Fold(("train",), "valid", "test")
+    about = (folder, folder.name, folder.name, "scene", "multiclass", tuple(clips), (fold,), tuple(FREQUENCIES))
+    return Words(*about, ("top1_acc",), True, {}, {}, clips)
+
+
+def test_a_benchmark_is_a_row(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added from outside, it brings tasks, protocols and published scores; the command finds it by its protocol."""
+    points = grid_points(read_task(write_task(tmp_path / "hear" / "t", clips=3)))
+    words = Benchmark(
+        name="words",
+        find_tasks=lambda folder: [path for path in sorted(folder.iterdir()) if path.is_dir()],
+        read_task=read_words,
+        protocols={"words": FIXED._replace(name="words", points=lambda task: points)},
+        scores_file="words.json",
+        comparisons=[Comparison(1, "Table 1 of Words")],
+        published=lambda task: {(1, "Whisper", "top1_acc"): 0.25} if task == "tones" else {},
+    )
+    monkeypatch.setitem(BENCHMARKS, words.name, words)
+    (tmp_path / "words" / "tones").mkdir(parents=True)
+    for path in (tmp_path / "hear").rglob("*.wav"):
+        split, number = path.stem.split("-")
+        label = list(FREQUENCIES)[int(number) % 3]
+        path.rename(tmp_path / "words" / "tones" / f"{split}-{label}-{number}.wav")
+    found = evaluated(tmp_path / "words", "--module", "loud", "--protocol", "words", "--out", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    assert "Table 1 of Words" in found.stdout
+    assert "(25.0)" in found.stdout
+    assert (tmp_path / "out" / "scores" / "words-0" / "loud" / "tones" / "words.json").is_file()
+    assert [row.task for row in report.read_table(tmp_path / "out")] == ["tones"]
+    with pytest.raises(InputError, match="--protocol: expected one of hear2021, fixed, words, found 'word'"):
+        evaluated(tmp_path / "words", "--module", "loud", "--protocol", "word", "--out", tmp_path / "out")
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task each of scenes and events, and one that is broken; then again; then another seed and protocol."""
+    """A scene task, an event task and a broken one; then again; then with another seed and protocol."""
     tasks, out = tmp_path / "tasks", tmp_path / "out"
     write_task(tasks / "a", split_mode="new_split_kfold", clips=3)
     write_task(tasks / "b", "event", clips=3)
@@ -387,7 +474,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluated(*arguments)
     assert first.exit_code == cli.EXIT_SOME_INPUTS_FAILED
     assert "c/train/train-1.wav" in first.stderr
-    scores = json.loads((out / "scores/hear2021-0/small-random/a" / report.SCORES).read_text())
+    scores = json.loads((out / "scores/hear2021-0/small-random/a" / SCORES).read_text())
     assert list(scores)[:4] == ["fold00", "fold01", "fold02", "aggregated_scores"]
     assert {"hparams", "postprocessing", "score_mode", "embedding_path"} < set(scores)
     assert {"test_score", "test_top1_acc", "test_mAP", "test_loss", "validation_score", "epoch", "time_in_min"} == set(
@@ -456,62 +543,66 @@ def test_weights_that_are_missing_are_said_first(tmp_path: Path, monkeypatch: py
 # Systems from their members
 
 
-SPEECH = Member("hubert-base", "mean"), Member("wav2vec2-base")
-# As the published ones are made, of encoders that are small.
+class Pooled(Toy):
+    """An encoder with an embedding of the whole clip: loudness and its powers."""
+
+    pooled_size = 5
+
+    def __call__(self, params: Any, audio: Any, lengths: Any) -> Output:
+        loudness = jnp.sum(jnp.abs(audio), axis=1) / lengths.astype(jnp.float32)
+        pooled = jnp.stack([loudness**power for power in range(1, 6)], axis=-1)
+        return super().__call__(params, audio, lengths)._replace(pooled=pooled)
+
+
+WAVE, FASTER, CREPE = Member(Toy(), name="wave"), Member(Toy(24_000), name="faster"), Member("crepe-tiny")
+CLIP = Member(Pooled(), name="clip", scene="pooled")
 FUSED: Mapping[str, System] = {
-    "interleave": System("interleave", (*SPEECH, Member("crepe-tiny")), "interleave", 64),
-    "average": System("average", (SPEECH[0], Member("crepe-tiny")), "average", 64),
-    "groups": System("groups", SPEECH, "interleave", 64, scene_groups=5),
-    "time": System("time", (SPEECH[0], Member("crepe-tiny")), "interleave_time", 64),
+    "interleave": System("interleave", (WAVE, FASTER, CREPE), "interleave", 64),
+    "average": System("average", (WAVE, CREPE), "average", 64),
+    "pooled": System("pooled", (CLIP, CREPE, WAVE), "interleave", 64),
+    "groups": System("groups", (WAVE, CREPE), "interleave", 64, scene_groups=5),
+    "time": System("time", (WAVE, CREPE), "interleave_time", 64),
 }
-
-
-def fused(name: str, tmp_path: Path, kind: str) -> tuple[Task, Any, SystemEmbeddings]:
-    """A task, a lookup of what was put together, and where it is from."""
-    task = read_task(write_task(tmp_path / "t", kind, clips=3))
-    # Clips of several lengths: of half a second, and of more.
-    rate_folder = task.folder / str(RATE) / "train"
-    for i, file in enumerate(sorted(rate_folder.iterdir())):
-        audio, _ = soundfile.read(file)
-        soundfile.write(file, np.tile(audio, i + 1)[: len(audio) * (i + 1) - 77 * i], RATE)
-    source = SystemEmbeddings(FUSED[name], "random", "tiny")
-    folders = []
-    for part in source.parts(task):
-        source.load(part)(task, tmp_path / part.name)
-        folders.append(tmp_path / part.name)
-    return task, source.open(task, folders).lookup, source
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "parts"),
     [
-        ("interleave", "scene", 3),
-        ("interleave", "event", 3),
-        ("average", "scene", 2),
-        ("time", "event", 2),
+        ("interleave", "scene", ["wave-24000Hz", "faster-scene-frames", "crepe-tiny.last-24000Hz-random-scene-frames"]),
+        ("interleave", "event", ["wave-24000Hz", "faster", "crepe-tiny.last-24000Hz-random"]),
+        ("average", "scene", ["wave", "crepe-tiny.last-random-scene-frames"]),
+        ("pooled", "scene", ["clip", "crepe-tiny.last-random", "wave-scene-frames"]),
+        ("time", "event", ["wave", "crepe-tiny.last-random"]),
     ],
 )
-def test_put_together_from_members_it_is_the_same(name: str, kind: str, parts: int, tmp_path: Path) -> None:
-    """As if the system had embedded the clips at once."""
-    task, lookup, source = fused(name, tmp_path, kind)
-    assert len(source.parts(task)) == parts
-    model = load_model(FUSED[name], weights="random", size="tiny")
-    for split in task.splits:
-        for file in task.clips[split]:
-            audio, _ = soundfile.read(task.folder / str(RATE) / split / file, dtype="float32")
-            (wanted,) = model.embed([audio])
-            found, times = lookup(split, file)
-            expected = wanted.scene if kind == "scene" else wanted.frames
-            assert expected is not None
-            assert found.shape == expected.shape
-            assert np.linalg.norm(found - expected) < FUSED_BOUND * np.linalg.norm(expected)
-            if kind == "event":
-                assert times is not None
-                np.testing.assert_array_equal(times, np.asarray(wanted.times))
+def test_fused_from_members_it_is_the_same(name: str, kind: str, parts: list[str], tmp_path: Path) -> None:
+    """As if the system had embedded the clips at once: members of several rates, pooled ones, clips of two lengths."""
+    task = read_task(write_task(tmp_path / "t", kind, clips=1))
+    clip = task.folder / str(RATE) / "train" / "train-0.wav"
+    soundfile.write(clip, np.tile(soundfile.read(clip)[0], 2)[:-77], RATE)
+    source = SystemEmbeddings(FUSED[name], "random")
+    folders = []
+    for part in source.parts(task):
+        source.load(part)(task, tmp_path / part.name)
+        folders.append(tmp_path / part.name)
+    assert [folder.name.removeprefix(f"{name}.") for folder in folders] == parts
+    lookup = source.open(task, folders).lookup
+    model = load_model(FUSED[name], weights="random")
+    files = [(split, file) for split in task.splits for file in task.clips[split]]
+    paths = [task.folder / str(RATE) / split / file for split, file in files]
+    wanted = model.embed([load_audio(path, sample_rate=model.sample_rate) for path in paths])
+    for (split, file), whole in zip(files, wanted, strict=True):
+        found, times = lookup(split, file)
+        expected = whole.scene if kind == "scene" else whole.frames
+        assert expected is not None
+        assert relative(found, expected) < FUSED_BOUND
+        if kind == "event":
+            assert times is not None
+            np.testing.assert_array_equal(times, np.asarray(whole.times))
 
 
-def test_what_means_do_not_tell_is_embedded_whole(tmp_path: Path) -> None:
-    """Groups of frames, and frames of members in turn."""
+def test_what_is_not_linear_is_embedded_whole(tmp_path: Path) -> None:
+    """Groups of frames, and members in turn along time."""
     task = read_task(write_task(tmp_path / "scene", clips=1))
     for name in ("groups", "time"):
         (part,) = SystemEmbeddings(FUSED[name]).parts(task)
@@ -549,15 +640,43 @@ def test_layer_means_are_the_means_of_hidden_states() -> None:
     viewed = embed._viewed(model, embed.Part("x", model.system, "layer means"))
     wanted = [states.mean(1).ravel() for states in model.hidden_states(clips)]
     for found, expected in zip(viewed.scene_embeddings(clips), wanted, strict=True):
-        assert np.linalg.norm(found - expected) < FUSED_BOUND * np.linalg.norm(expected)
+        assert relative(found, expected) < FUSED_BOUND
+    assert viewed.scene_embedding_size == source.num_states * model.timestamp_embedding_size
     assert source.num_states == 4
     assert source.name == "fusion_hubert_base-tiny-random_learned"
-    with pytest.raises(SystemConfigError, match="one speech encoder, found cat_wc"):
+    with pytest.raises(SystemConfigError, match="one encoder with hidden states, found cat_wc"):
         assert SystemEmbeddings(SYSTEMS["cat_wc"], "random", "tiny", learned=True).num_states
+    for name, learnable in (("fusion_hubert_base", True), ("hubert_base", False), ("crepe", False), ("cat_wc", False)):
+        assert SystemEmbeddings(SYSTEMS[name]).averages_layers is learnable
+
+
+class Layered(Toy):
+    """An encoder of another family with three hidden states: its frames, and multiples of them."""
+
+    num_states = 3
+    parts = ("convolution", "state 0", "state 1", "state 2", "head")
+
+    def states(self, params: Any, audio: Any, lengths: Any) -> Any:
+        frames, counts, _ = self(params, audio, lengths)
+        for i, part in enumerate(self.parts):
+            yield part, i * frames, counts
+
+
+def test_layer_means_of_any_family() -> None:
+    """Whatever other parts an encoder has; clips that are padded too."""
+    encoder = Layered()
+    audio = np.random.default_rng(0).uniform(-1, 1, (2, 3200)).astype(np.float32)
+    lengths = np.array([3200, 1000], np.int32)
+    out = LayerMeans(encoder)({}, jnp.asarray(audio), jnp.asarray(lengths))
+    assert out.pooled is not None
+    for row, length in enumerate(lengths):
+        mean = Toy()({}, audio[row : row + 1, :length], lengths[row : row + 1]).frames[0].mean(0)
+        np.testing.assert_allclose(out.pooled[row], np.concatenate([mean, 2 * mean, 3 * mean]), rtol=1e-5, atol=1e-7)
+    assert out.pooled.shape == (2, LayerMeans(encoder).pooled_size)
 
 
 def test_the_layer_that_says_something_is_found(tmp_path: Path) -> None:
-    """Of three states two are noise; those that begin with equal weights end with most of it on the third."""
+    """Of three states two are noise; weights that start equal end with most of the weight on the third."""
     grid = SMALL | {"max_epochs": [300], "patience": [100], "lr": [3e-2]}
     task = read_task(write_task(tmp_path / "t", evaluation_params={"task_specific_param_grid": grid}, clips=30))
     plain = spectra(task)
@@ -577,7 +696,7 @@ def test_the_layer_that_says_something_is_found(tmp_path: Path) -> None:
 
 
 def test_systems_are_compared(tmp_path: Path) -> None:
-    """The command, with learned layers: members once, every table, every format, and again without computing."""
+    """The command with learned layers: members are embedded once, and the tables compare what they can."""
     tasks, out = tmp_path / "tasks", tmp_path / "out"
     write_task(tasks / "esc50-v1-full", split_mode="new_split_kfold", clips=3)
     write_task(tasks / "b", "event", clips=3)
@@ -601,5 +720,5 @@ def test_systems_are_compared(tmp_path: Path) -> None:
     assert "Table 4" not in first.stdout
     assert "PaSST" in first.stdout  # the paper has numbers of esc50
     assert evaluated(*arguments).stdout == first.stdout
-    learned = out / "scores/hear2021-0/fusion_hubert_base-tiny-random_learned/esc50-v1-full" / report.SCORES
+    learned = out / "scores/hear2021-0/fusion_hubert_base-tiny-random_learned/esc50-v1-full" / SCORES
     assert len(json.loads(learned.read_text())["state_weights"]) == 4

@@ -1,4 +1,4 @@
-"""examples/make_tasks.py: the tasks of make evaluate-demo sound as their labels say."""
+"""examples/make_tasks.py: the tasks of make evaluate-demo sound as labelled."""
 
 import hashlib
 import importlib.util
@@ -13,11 +13,11 @@ import pytest
 import soundfile
 
 from gura_jax.errors import AudioError, InputError
-from gura_jax.evaluate.tasks import read_task
+from gura_jax.evaluate.hear.tasks import read_task
 
 ROOT = Path(__file__).parent.parent
-ONSET_MS = 20.0  # a drum is heard so soon after its time
-SAME = 0.985  # correlation of what two instruments of one recording play; of two recordings it is below 0.98
+ONSET_MS = 20.0  # delay after which a drum must be heard
+SAME = 0.985  # correlation of two instruments that share a recording; of others it is below 0.98
 
 
 def load() -> Any:
@@ -45,7 +45,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def alike(a: np.ndarray, b: np.ndarray) -> float:
-    """The highest correlation of two clips, either up to 12 ms later."""
+    """Compute the highest correlation of two clips, shifted by up to 12 ms."""
     first, second = (np.fft.rfft(clip - clip.mean(), 2 * len(clip)) for clip in (a, b))
     correlation = np.abs(np.fft.irfft(first * second.conj()))
     return max(correlation[:200].max(), correlation[-200:].max()) / float(np.sqrt((a @ a) * (b @ b)))
@@ -61,7 +61,7 @@ def write_recordings(folder: Path, speakers: Sequence[str], takes: int) -> None:
 
 
 def fundamental(audio: np.ndarray, expected: float) -> float:
-    """Hz, by autocorrelation, within half an octave of what is expected."""
+    """Find the fundamental in Hz by autocorrelation, within half an octave of the expected one."""
     correlation = np.fft.irfft(np.abs(np.fft.rfft(audio, 2 * len(audio))) ** 2)
     low, high = int(16_000 / expected / 1.4), int(16_000 / expected * 1.4) + 1
     lag = low + int(np.argmax(correlation[low:high]))
@@ -94,7 +94,7 @@ def test_drums_are_heard_when_their_labels_say() -> None:
 @needs_programs
 @pytest.mark.parametrize("family", make_tasks.FAMILIES)
 def test_instruments_of_a_family_are_other_recordings(family: str) -> None:
-    """They are in different folds: the same recording would be trained on and tested."""
+    """They are in different folds; a shared recording would be both trained on and tested."""
     keys = [43, 51, 63]
     played = {p: make_tasks.single_notes(p, keys, [100] * 3) for p in make_tasks.FAMILIES[family]}
     for a, b in combinations(played, 2):
@@ -120,7 +120,7 @@ def test_words_begin_at_once_and_differ() -> None:
 
 @needs_programs
 def test_tasks_are_hears_and_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer notes, words and beats than the demonstration has."""
+    """With fewer notes, words and beats than in the demonstration."""
     monkeypatch.setattr(make_tasks, "PIANO_KEYS", range(60, 63))
     monkeypatch.setattr(make_tasks, "PITCH_PROGRAMS", {"train": (0, 4), "valid": (11,), "test": (25,)})
     families = {name: make_tasks.FAMILIES[name] for name in ("keyboard", "brass")}
@@ -148,7 +148,7 @@ def test_tasks_are_hears_and_the_same_each_time(tmp_path: Path, monkeypatch: pyt
             assert set(clips) == {path.name for path in (task.folder / "16000" / split).iterdir()}
             others = set().union(*(found for other, found in sounds.items() if other != split))
             assert not sounds[split] & others, f"{name}: {split} has sounds of another split"
-    # Tested on what was not trained on.
+    # Every test clip is unseen in training.
     assert {label for labels in tasks["word"].clips["test"].values() for label in labels} == {"bed", "nine", "stop"}
     assert {label for labels in tasks["speaker"].clips["test"].values() for label in labels} == {
         "en-us+m1",
@@ -172,7 +172,7 @@ def test_recordings_that_are_none_or_too_few(tmp_path: Path) -> None:
 
 
 def test_many_takes_share_folds(tmp_path: Path) -> None:
-    """No speaker is in two folds of the digits, no take in two of the speakers."""
+    """No speaker is in two folds of the digit task, no take in two folds of the speaker task."""
     write_recordings(tmp_path / "recordings", ("ada", "bob", "cleo"), 8)
     make_tasks.write_digits(tmp_path, tmp_path / "recordings")
     for name, part, folds in (("digit", 1, 3), ("digit_speaker", 2, make_tasks.MAX_FOLDS)):

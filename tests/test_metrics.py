@@ -1,4 +1,4 @@
-"""gura_jax/evaluate/metrics.py and events.py: as the libraries compute them, and by hand."""
+"""gura_jax/evaluate/metrics.py and events.py: compared with the libraries, and by hand."""
 
 import warnings
 
@@ -74,7 +74,7 @@ def some_events(seed: int, count: int) -> Events:
     "name", ["event_onset_200ms_fms", "event_onset_50ms_fms", "event_onset_offset_50ms_20perc_fms"]
 )
 def test_event_scores_are_sed_evals(name: str) -> None:
-    """On dense events, where matches compete: sed_eval itself, and the quick way."""
+    """On dense events, where matches compete: by sed_eval itself, and by the quick function."""
     metric = METRICS[name]
     assert metric.quick is not None
     for seed in range(8):

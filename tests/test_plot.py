@@ -1,5 +1,6 @@
-"""gura_jax/plot.py: pictures are made, show what they say, and fail in plain words."""
+"""gura_jax/plot.py: pictures of embeddings over time."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,16 +9,16 @@ import pytest
 from matplotlib import image
 
 from gura_jax.errors import GuraError
-from gura_jax.plot import Clip, _standardised, embedding_figure
+from gura_jax.plot import STYLE, Clip, _standardised, embedding_figure
 
 
-def clip(title: str = "noise", seconds: float = 1.0, size: int = 24, seed: int = 0) -> Clip:
+def clip(title: str = "noise", seconds: float = 1.0, size: int = 24, seed: int = 0, rate: int = 16_000) -> Clip:
     rng = np.random.default_rng(seed)
-    samples = round(16_000 * seconds)
-    count = (samples - 400) // 320 + 1
+    samples = round(rate * seconds)
+    count = (samples - rate // 40) // (rate // 50) + 1
     audio = (0.1 * rng.standard_normal(samples)).astype(np.float32)
     frames = rng.standard_normal((count, size)).astype(np.float32)
-    return Clip(title, audio, frames, 12.5 + 20 * np.arange(count))
+    return Clip(title, audio, frames, 12.5 + 20 * np.arange(count), rate)
 
 
 def test_a_picture_grows_with_its_clips(tmp_path: Path) -> None:
@@ -35,6 +36,14 @@ def test_a_picture_grows_with_its_clips(tmp_path: Path) -> None:
 def test_the_suffix_says_the_format(tmp_path: Path) -> None:
     embedding_figure([clip()], tmp_path / "a.svg", title="a system")
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_time_is_in_seconds_at_any_rate(rate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STYLE, "svg.fonttype", "none")
+    embedding_figure([clip(seconds=2.0, rate=rate)], tmp_path / "a.svg", title="a system")
+    labels = re.findall(r">([0-9]\.[0-9])</text>", (tmp_path / "a.svg").read_text())
+    assert 1 < max(map(float, labels)) <= 2
 
 
 def test_silence_and_the_shortest_clip(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""gura_jax/evaluate/probes.py: the network, its beginning and a step of training, beside PyTorch's."""
+"""gura_jax/evaluate/probes.py: the network, its initialisation and its training, compared with PyTorch."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from gura_jax.evaluate import probes
 from gura_jax.evaluate.probes import Point, Probes
 
 STEP_BOUND = 1e-5  # relative to the largest value: float32 sums in another order
-EPOCHS_BOUND = 1e-4  # some steps later, as Adam divides small gradients by small numbers
+EPOCHS_BOUND = 1e-4  # after several steps: Adam divides small gradients by small numbers
 D, H, C = 12, 16, 5
 
 
@@ -21,7 +21,7 @@ def point(layers: int = 1, **changes: Any) -> Point:
 
 
 def torch_probe(probe: Probes, masks: list[torch.Tensor]) -> torch.nn.Sequential:
-    """The same network in PyTorch; dropout by the masks given."""
+    """Build the same network in PyTorch, with given masks of dropout."""
 
     class Masked(torch.nn.Module):
         def __init__(self, mask: torch.Tensor) -> None:
@@ -87,7 +87,7 @@ def test_steps_equal_pytorchs(layers: int, prediction: Any) -> None:
     modules = [m for m in network if isinstance(m, torch.nn.Linear)]
     for layer, module in zip([*probe.params["hidden"], probe.params["projection"]], modules, strict=True):
         close(layer["weight"].T, module.weight)
-        # Before BatchNorm a bias has no effect: its gradient is rounding alone, which Adam makes steps of.
+        # Before BatchNorm a bias has no effect: its gradient is rounding error, which Adam amplifies.
         if layer is probe.params["projection"]:
             close(layer["bias"], module.bias)
     norms = [m for m in network if isinstance(m, torch.nn.BatchNorm1d)]
@@ -106,7 +106,7 @@ def test_steps_equal_pytorchs(layers: int, prediction: Any) -> None:
 @pytest.mark.parametrize("prediction", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_step_and_its_prediction_equal_pytorchs(layers: int, prediction: Any) -> None:
-    """After one step; every array, and what is predicted, with running statistics, before and after it."""
+    """Every gradient, the statistics, and the predictions before and after the step."""
     probe = probes.init(jax.random.key(2), point(layers), D, C)
     network = torch_probe(probe, [torch.ones(6, H)] * layers)
     x, y = batch(6, prediction)
@@ -141,7 +141,7 @@ def test_a_step_and_its_prediction_equal_pytorchs(layers: int, prediction: Any) 
 
 
 @pytest.mark.parametrize("law", ["xavier_uniform", "xavier_normal"])
-def test_a_probe_begins_as_in_the_kit(law: Any) -> None:
+def test_a_probe_is_initialised_as_in_the_kit(law: Any) -> None:
     features, hidden, classes = 300, 200, 100
     probe = probes.init(jax.random.key(0), point(2, hidden_dim=hidden, initialization=law), features, classes)
     layers = [*probe.params["hidden"], probe.params["projection"]]
@@ -159,7 +159,7 @@ def test_a_probe_begins_as_in_the_kit(law: Any) -> None:
 
 
 def determined(found: Probes) -> list[Any]:
-    """All arrays but biases before BatchNorm, and the means that have them: their gradients are rounding alone."""
+    """List all arrays except biases before BatchNorm, whose gradients are rounding error, and the means they shift."""
     layers = [{k: v for k, v in layer.items() if k != "bias"} for layer in found.params["hidden"]]
     return jax.tree.leaves([layers, found.params["projection"], [layer["var"] for layer in found.stats]])
 
@@ -193,7 +193,7 @@ def test_epochs_visit_every_row_in_its_batch(rows: int, batch_size: int) -> None
 
 @pytest.mark.parametrize(("count", "devices"), [(4, 4), (10, 5)])
 def test_points_together_are_points_alone(count: int, devices: int) -> None:
-    """A point a device, and two."""
+    """One point a device, and two."""
     points = [point(2, lr=(1e-2, 1e-3, 1e-4)[i % 3]) for i in range(count)]
     together, _ = trained(19, 8, points)
     assert len(together.params["projection"]["bias"].sharding.device_set) == devices

@@ -1,4 +1,4 @@
-"""gura_jax/evaluate/tables.py: comparisons, their marks, and the paper's numbers."""
+"""gura_jax/evaluate/tables.py and hear/paper.py: comparisons, their marks, and the paper's numbers."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from importlib import resources
 import pytest
 
 from gura_jax.evaluate import tables
+from gura_jax.evaluate.hear.paper import COMPARISONS, paper_numbers, published
 from gura_jax.evaluate.metrics import METRICS
 from gura_jax.evaluate.report import Row
 from gura_jax.systems import PUBLISHED, SYSTEMS
@@ -32,8 +33,12 @@ ROWS = [
 ]
 
 
+def compared(rows: list[Row]) -> list[tables.Table]:
+    return tables.compare(rows, COMPARISONS, published)
+
+
 def by_number(rows: list[Row]) -> dict[int, tables.Table]:
-    return {table.number: table for table in tables.compare(rows)}
+    return {table.number: table for table in compared(rows)}
 
 
 def test_comparisons_that_the_scores_allow() -> None:
@@ -69,8 +74,8 @@ def test_marks() -> None:
 
 
 def test_the_papers_numbers() -> None:
-    """Some of each table, by hand; and every cell names something that there is."""
-    numbers = tables.paper_numbers()
+    """Some of each table, copied by hand; and every cell names a known metric and system."""
+    numbers = paper_numbers()
     for key, value in {
         (2, "fusion_cat_xwc", "dcase2016_task2", "full", ONSET): 0.826,
         (2, "PaSST", "esc50", "full", "top1_acc"): 0.947,
@@ -81,7 +86,7 @@ def test_the_papers_numbers() -> None:
         (6, "cat_xwc", "dcase2016_task2", "full", ERROR): 0.287,
     }.items():
         assert numbers[key] == pytest.approx(value)
-    chosen = {number: systems for number, _, systems in tables.COMPARISONS}
+    chosen = {number: systems for number, _, systems in COMPARISONS}
     for number, system, _, _, metric in numbers:
         assert metric in METRICS
         assert system in chosen[number] or number == 2
@@ -89,13 +94,13 @@ def test_the_papers_numbers() -> None:
 
 
 def test_what_is_garbled_is_left_out() -> None:
-    """Of cells that two tables have, both have the same number; what is left out says why."""
-    numbers = tables.paper_numbers()
+    """Cells that two tables share have the same number; omitted cells give a reason."""
+    numbers = paper_numbers()
     cells: dict[tuple[str, ...], set[float]] = {}
     for (_, *where), value in numbers.items():
         cells.setdefault(tuple(where), set()).add(value)
     assert all(len(values) == 1 for values in cells.values())
-    text = (resources.files("gura_jax.evaluate") / "paper.csv").read_text()
+    text = (resources.files("gura_jax.evaluate.hear") / "paper.csv").read_text()
     read = list(csv.DictReader(io.StringIO(text)))
     left_out = [line for line in read if not line["value"]]
     assert len(left_out) == 10
@@ -104,17 +109,17 @@ def test_what_is_garbled_is_left_out() -> None:
 
 
 def test_the_terminal() -> None:
-    lines = tables.terminal(tables.compare(ROWS)).splitlines()
+    lines = tables.terminal(compared(ROWS)).splitlines()
     assert lines[0] == "All systems (Table 2 of the paper)"
     assert lines[2].split()[:8] == [DCASE, ONSET, "^", "50.0", "(58.4)", "80.0*", "70.0+", "(64.2)"]
     assert lines[4].split()[:5] == [ESC, "d_prime", "^", "1.500+", "2.250*"]
 
 
 def test_markdown_and_csv() -> None:
-    found = tables.compare(ROWS)
+    found = compared(ROWS)
     text = tables.markdown(found)
     assert f"| {ERROR} ↓ | <u>40.0</u> (39.4) | **20.0** |" in text
-    assert tables.markdown(tables.compare([row("a|b", ESC, "mAP", 0.5)])).count(r"a\|b") == 1
+    assert tables.markdown(compared([row("a|b", ESC, "mAP", 0.5)])).count(r"a\|b") == 1
     cells = list(csv.DictReader(io.StringIO(tables.as_csv(found))))
     assert cells[0] == {
         "table": "2",
@@ -129,7 +134,7 @@ def test_markdown_and_csv() -> None:
 
 
 def test_latex() -> None:
-    text = tables.latex(tables.compare([*ROWS, row("a_b", ESC, "mAP", 0.5)]))
+    text = tables.latex(compared([*ROWS, row("a_b", ESC, "mAP", 0.5)]))
     assert r"\textbf{80.0}" in text
     assert r"\underline{40.0} (39.4)" in text
     assert r"a\_b" in text

@@ -1,4 +1,4 @@
-"""gura_jax/tsne.py: maps of stored embeddings, as pictures, and as a page in a real browser."""
+"""gura_jax/tsne: maps of stored embeddings, as pictures, and as a page in a real browser."""
 
 import html
 import json
@@ -17,11 +17,14 @@ from matplotlib import image
 from toy import embedded
 from typer.testing import CliRunner
 
-from gura_jax import Member, System, cli, load_model, tsne
-from gura_jax.dataset.manifest import read_inputs
-from gura_jax.dataset.run import Settings, open_run
+from gura_jax import Member, System, cli, load_model, plot, tsne
+from gura_jax.dataset.run import open_run
+from gura_jax.dataset.sources import read_inputs
+from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Worker, work
 from gura_jax.errors import InputError, StoreError
+from gura_jax.tsne.clips import shown
+from gura_jax.tsne.colors import NONE, palette
 
 RATE = 16_000
 CLIPS = 12
@@ -77,12 +80,12 @@ def test_pictures(folder: Path, tmp_path: Path) -> None:
 
 
 def shapes(svg: Path) -> str:
-    """An SVG with its text as text."""
+    """The content of an SVG, with its entities resolved."""
     return html.unescape(svg.read_text())
 
 
 def test_a_legend_shows_names_as_they_are(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tsne.STYLE, "svg.fonttype", "none")
+    monkeypatch.setitem(plot.STYLE, "svg.fonttype", "none")
     clips = tsne.read_clips([folder / "low", folder / "high"])
     names = ["$\\frac{$", "_hidden", "@PLOTLY@", "two\nlines", "x" * 50, None]
     rows = [{**row, "name": names[i % 6], "number": i} for i, row in enumerate(clips.rows)]
@@ -90,21 +93,21 @@ def test_a_legend_shows_names_as_they_are(folder: Path, tmp_path: Path, monkeypa
     colors = tsne.color_by(found.clips, "name")
     tsne.draw(found, colors, tmp_path / "names.svg")
     svg = shapes(tmp_path / "names.svg")
-    for shown in ("$\\frac{$", "_hidden", "@PLOTLY@", "two\ufffdlines", f"{'x' * 39}…", "no name"):
-        assert f">{shown}<" in svg
-    for color in (*tsne.palette(5), tsne.NONE):
+    for name in ("$\\frac{$", "_hidden", "@PLOTLY@", "two\ufffdlines", f"{'x' * 39}…", "no name"):
+        assert f">{name}<" in svg
+    for color in (*palette(5), NONE):
         assert color in svg
     assert tsne.write_page(found, colors, tmp_path / "names.html") == 2 * CLIPS
     groups = data_of((tmp_path / "names.html").read_text())["groups"]
     assert [group["name"] for group in groups] == [*colors.names, "no name"]
-    monkeypatch.setattr(tsne, "LEGEND_NAMES", 3)
+    monkeypatch.setattr("gura_jax.tsne.picture.LEGEND_NAMES", 3)
     tsne.draw(found, tsne.color_by(found.clips, "number"), tmp_path / "few.svg")
     assert f">and {2 * CLIPS - 3} more<" in shapes(tmp_path / "few.svg")
 
 
 def test_a_scale(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tsne.STYLE, "svg.fonttype", "none")
-    monkeypatch.setattr(tsne, "MAX_CATEGORIES", 10)
+    monkeypatch.setitem(plot.STYLE, "svg.fonttype", "none")
+    monkeypatch.setattr("gura_jax.tsne.colors.MAX_NUMBERS", 10)
     clips = tsne.read_clips([folder / "low", folder / "high"])
     odd = {0: math.nan, 1: math.inf, 2: None}
     found = tsne.make_map(clips._replace(rows=[{**row, "n": odd.get(i, i / 2)} for i, row in enumerate(clips.rows)]))
@@ -145,7 +148,7 @@ def test_what_is_alike_lies_together(folder: Path) -> None:
     again = tsne.make_map(tsne.read_clips([folder / "low", folder / "high"]))
     np.testing.assert_array_equal(found.places, again.places)
     assert clips.title == "small (random weights: crepe-tiny): 24 clips"
-    # Of numbers this small scikit-learn makes nothing: it crashes.
+    # Unscaled, numbers this small crash scikit-learn.
     tiny = tsne.make_map(clips._replace(scenes=clips.scenes * np.float32(1e-30))).places
     assert np.isfinite(tiny).all()
 
@@ -161,8 +164,8 @@ def test_colors(folder: Path) -> None:
     assert len(tsne.color_by(found, "hertz").names) == 2 * CLIPS  # few numbers are categories
     many = found._replace(rows=[{"hertz": float(i)} for i in range(60)])
     assert tsne.color_by(many, "hertz").names == ()
-    assert len(set(tsne.palette(20))) == 20
-    assert len(set(tsne.palette(70))) == 70
+    assert len(set(palette(20))) == 20
+    assert len(set(palette(70))) == 70
     with pytest.raises(InputError, match=r"expected one of the columns data set, id, path, .*found 'pitch'"):
         tsne.color_by(found, "pitch")
     texts = found._replace(rows=[{"name": f"clip {i}"} for i in range(300)])
@@ -174,15 +177,15 @@ def test_colors(folder: Path) -> None:
 
 
 def test_labels_of_hear_tasks() -> None:
-    assert tsne.shown('["a", "b"]') == "a, b"
-    assert tsne.shown('[{"label": "kick", "start": 1, "end": 2}, {"label": "kick", "start": 3, "end": 4}]') == "kick"
+    assert shown('["a", "b"]') == "a, b"
+    assert shown('[{"label": "kick", "start": 1, "end": 2}, {"label": "kick", "start": 3, "end": 4}]') == "kick"
     for other in ("[no JSON", '[{"name": "kick"}]', "[" * 100_000):
-        assert tsne.shown(other) == other
-    assert tsne.shown([1, 2]) == "1, 2"
+        assert shown(other) == other
+    assert shown([1, 2]) == "1, 2"
 
 
 def test_columns_of_the_inputs(folder: Path) -> None:
-    """What the store was made from has more columns by now."""
+    """Inputs that have gained columns since the store was written."""
     more = [{"id": f"low {i}", "path": f"low-audio/{i}.wav", "label": f"l{i % 3}", "kind": "?"} for i in range(1, 8)]
     (folder / "more.jsonl").write_text("\n".join(map(json.dumps, more)))
     found = tsne.read_clips([folder / "low"], inputs=[folder / "more.jsonl"])
@@ -199,13 +202,10 @@ def test_what_cannot_be_plotted(folder: Path, tmp_path: Path) -> None:
         plotted(tmp_path, "--out", tmp_path / "a.png")
     with pytest.raises(InputError, match="perplexity: expected a number over 0"):
         plotted(folder / "low", "--out", tmp_path / "a.png", "--perplexity", "0")
-    model = load_model(System("other", (Member("hubert-base"),)), weights="random", size="tiny")
-    run = open_run(model, read_inputs([folder / "low-audio"]), tmp_path / "other", Settings())
-    work(run, Worker(0, 1, "a test"))
-    with pytest.raises(StoreError, match=r"one embedding size, found 256 in .* and 32 in"):
+    embedded(folder / "low-audio", tmp_path / "other")
+    with pytest.raises(StoreError, match=r"one embedding size, found 256 in .* and 3 in"):
         plotted(folder / "low", tmp_path / "other", "--out", tmp_path / "a.png")
-    run = open_run(model, read_inputs([folder / "low-audio" / "1.wav"]), tmp_path / "one", Settings())
-    work(run, Worker(0, 1, "a test"))
+    embedded(folder / "low-audio" / "1.wav", tmp_path / "one")
     with pytest.raises(InputError, match="at least 5 clips to lay out, found 1"):
         plotted(tmp_path / "one", "--out", tmp_path / "a.png")
     silence = tmp_path / "silence"
@@ -229,7 +229,7 @@ def test_wrong_columns_are_refused_before_the_work(folder: Path, monkeypatch: py
 
 
 def test_relative_paths(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embedded where the clips are, drawn elsewhere: the files are found from the store."""
+    """Clips embedded by relative paths in one folder, and drawn from another, are found from the store."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "low-audio", "clips")
     embedded("clips", Path("deep", "store"))
@@ -264,7 +264,7 @@ def test_a_page_has_all_that_it_needs(folder: Path, tmp_path: Path, monkeypatch:
     assert "small (random weights: crepe-tiny): 12 clips" in page
     outside = re.findall(r"""(?:src|href)=["'](?!data:)[^"']+""", page.split("@")[0].split("<script>")[0])
     assert outside == []
-    monkeypatch.setattr(tsne, "PAGE_AUDIO_BYTES", 12_000)
+    monkeypatch.setattr("gura_jax.tsne.page.AUDIO_BYTES", 12_000)
     found = tsne.make_map(tsne.read_clips([folder / "low"]))
     plays = tsne.write_page(found, tsne.color_by(found.clips, "kind"), path)
     assert 0 < plays < CLIPS
@@ -279,7 +279,7 @@ def test_a_page_has_all_that_it_needs(folder: Path, tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    """Chromium without a screen or a network."""
+    """Headless Chromium without a network."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("needs chromium and chromedriver: make test-page")

@@ -1,1 +1,1 @@
-"""HEAR's downstream evaluation: tasks, probes trained on the device, metrics and tables."""
+"""Downstream evaluation: tasks of benchmarks, probes trained on the device, metrics and tables."""

@@ -1,4 +1,4 @@
-"""Embeddings of a task by systems, through the dataset store: each encoder's once, for all systems that have it."""
+"""Embeddings of a task by systems, through the dataset store: each member is embedded once for all its systems."""
 
 import dataclasses
 import functools
@@ -12,39 +12,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gura_jax.dataset.manifest import printable, read_inputs
-from gura_jax.dataset.run import Settings, open_run
-from gura_jax.dataset.store import EmbeddingStore
+from gura_jax.audio import resampled_length
+from gura_jax.batching import bucket_length
+from gura_jax.dataset.reader import EmbeddingStore
+from gura_jax.dataset.run import open_run
+from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Worker, work
 from gura_jax.errors import InputError, SystemConfigError
 from gura_jax.evaluate.protocol import Lookup
-from gura_jax.evaluate.tasks import Task
-from gura_jax.fusion import FusedMember, Fusion, combine, fused_size, resample_time
-from gura_jax.model import Model, Weights, find_weights, load_model, member_weights, outline
-from gura_jax.models.encoder import Encoder
-from gura_jax.models.speech import LayerMeans, SpeechFrames
-from gura_jax.parallel import bucket_length
-from gura_jax.systems import ENCODERS, SYSTEMS, Member, System
+from gura_jax.evaluate.task import Task
+from gura_jax.fusion import COMBINATIONS, FusedMember, combine, fused_size, resample_time
+from gura_jax.loading import Size, Weights, find_weights, load_model, member_weights, outline
+from gura_jax.model import Model
+from gura_jax.models.encoder import Encoder, Output, Params, frame_mask, masked_mean
+from gura_jax.models.families import ENCODERS
+from gura_jax.systems import SYSTEMS, Member, System
 
-LEARNED = "_learned"  # what the name of a system ends in whose layer weights are learned
+LEARNED = "_learned"  # suffix of a system's name if its layer weights are learned
 COMBINED_AT_ONCE = 4096  # clips
 FAILURES_NAMED = 5
 
 View = Literal["embeddings", "scene frames", "layer means"]
-"""What of a system is stored: what ``embed`` stores; the frames that its scene embeddings are the means of, where they
-are not the timestamp embeddings' (CREPE's); or the mean over time of each hidden state."""
+"""What is stored of a system: what ``embed`` stores; the frames averaged into scenes, if they differ from the timestamp
+frames (CREPE); or the mean over time of each hidden state."""
 
 
 class Part(NamedTuple):
-    """What is embedded by itself, in a store of its own, once for all systems that are made of it."""
+    """What is embedded once, into a store of its own, for all systems that need it."""
 
-    name: str  # of its folder
+    name: str  # name of the store's folder
     system: System
     view: View = "embeddings"
 
 
 class Embedded(NamedTuple):
-    """Embeddings of a task, and what they are: with others, scores are others."""
+    """Embeddings of a task, and their fingerprint; scores of another fingerprint are out of date."""
 
     lookup: Lookup
     fingerprint: str
@@ -52,26 +54,25 @@ class Embedded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SystemEmbeddings:
-    """A system's embeddings, put together from those of its members where they can be.
+    """A system's embeddings, fused from those of its members where possible.
 
-    A system of several members is fused from its members' stored frames. For scenes of speech encoders, whose frames
-    keep time with the first member's, their mean is enough, as everything that combines members is linear; so what is
-    stored of them is small. What cannot be taken from means, groups of frames and members in turn along time, is
-    embedded as a whole.
+    A system of several members is fused from its members' stored frames. For scenes, the members' mean frames suffice,
+    as long as all operations that combine members are linear and the members' frames keep time; means are small. The
+    rest (groups of frames, members in turn along time) is embedded as a whole.
 
     Attributes:
-        system, weights, size: as :func:`gura_jax.load_model` takes them.
-        learned: layers are not averaged, but weighted as the probe learns: for a system with one speech encoder.
+        system, weights, size: arguments of :func:`gura_jax.load_model`.
+        learned: the probe learns the weights of the hidden states, instead of averaging them.
     """
 
     system: System
     weights: Weights = "pretrained"
-    size: Literal["tiny"] | None = None
+    size: Size | None = None
     learned: bool = False
 
     @property
     def name(self) -> str:
-        """The system's name, with what is tiny, random or learned."""
+        """The system's name, marked if it is tiny, random or learned."""
         return self._marked(self.system) + LEARNED * self.learned
 
     @functools.cached_property
@@ -80,42 +81,51 @@ class SystemEmbeddings:
         return outline(self.system, size=self.size)
 
     def parts(self, task: Task) -> tuple[Part, ...]:
-        """What has to be embedded for a task; nothing where the task is none for it."""
+        """List what has to be embedded for a task; nothing if the system cannot be evaluated on it."""
         if self.learned:
             part = Part(f"{self._marked(self.system)}-layer-means", self.system, "layer means")
             return (part,) if task.embedding == "scene" else ()
-        alone = [_alone(self.system, member) for member in self.system.members]
-        if len(alone) == 1 or (task.embedding == "scene" and not self._scenes_are_linear):
+        linear = self.system.scene_groups == 1 and COMBINATIONS[self.system.combination].linear_scenes
+        if len(self.system.members) == 1 or (task.embedding == "scene" and not linear):
             return (Part(self._marked(self.system), self.system),)
-        if task.embedding == "event":
-            return tuple(Part(self._marked(system), system) for system in alone)
-        first, *others = [member.scene_encoder for member in self.outline.fusion.members]
-        parts = [Part(self._marked(alone[0]), alone[0])]
-        for system, encoder in zip(alone[1:], others, strict=True):
-            if (encoder.hop, encoder.min_samples) == (first.hop, first.min_samples):
+        first = _time_base(self.outline)
+        parts = []
+        for member, fused in zip(self.system.members, self.outline.fusion.members, strict=True):
+            system = self._alone(member, fused)
+            own = fused.scene_encoder
+            keeps_time = first is None or (own.sample_rate, own.grid) == (first.sample_rate, first.grid)
+            if task.embedding == "event" or fused.scene == "pooled" or keeps_time:
                 parts.append(Part(self._marked(system), system))
             else:
                 parts.append(Part(f"{self._marked(system)}-scene-frames", system, "scene frames"))
         return tuple(parts)
 
-    @property
-    def _scenes_are_linear(self) -> bool:
-        return self.system.scene_groups == 1 and self.system.combination != "interleave_time"
+    def _alone(self, member: Member, fused: FusedMember) -> System:
+        """Return a member as a system, at the sample rate of this one: its audio is resampled in the same steps."""
+        system, rate = _single(self.system, member), self.outline.sample_rate
+        if rate == fused.encoder.sample_rate:
+            return system
+        return dataclasses.replace(system, name=f"{system.name}-{rate}Hz", sample_rate=rate)
 
     @property
     def random_members(self) -> list[str]:
-        """The members whose weights are random."""
+        """The members with random weights."""
         chosen = member_weights(self.system, self.weights)
-        return [m.name for m in self.system.members if isinstance(m.encoder, str) and chosen[m.name] == "random"]
+        return [m.name for m in self._loaded_members if chosen[m.name] == "random"]
+
+    @property
+    def _loaded_members(self) -> list[FusedMember]:
+        """The members whose weights are loaded; others are objects that bring their own."""
+        return [member for member in self.outline.fusion.members if member.config is not None]
 
     @property
     def averages_layers(self) -> bool:
-        """Whether this is one speech encoder with several layers: weights of them can be learned."""
-        encoders = [member.encoder for member in self.outline.fusion.members]
-        return len(encoders) == 1 and isinstance(encoders[0], SpeechFrames) and encoders[0].layers != "last"
+        """Whether the system averages the hidden states of a single encoder, so that their weights can be learned."""
+        (member, *others), encoder = self.system.members, self.outline.fusion.members[0].encoder
+        return not others and encoder.num_states > 0 and member.layers != "last"
 
     def _marked(self, system: System) -> str:
-        """A name for a folder: of what this system is, or a member by itself."""
+        """Name the folder of this system, or of one of its members alone."""
         random = [m.name for m in system.members if m.name in self.random_members]
         marks = [self.size] if self.size else []
         if random:
@@ -124,18 +134,19 @@ class SystemEmbeddings:
         return "-".join([system.name, *marks])
 
     def check(self) -> None:
-        """See that weights are there: better now than after the other systems.
+        """Check that all weights exist, before other systems take their time.
 
         Raises:
-            CheckpointError: they are not.
+            CheckpointError: weights are missing.
         """
         chosen = member_weights(self.system, self.weights)
+        loaded = {member.name for member in self._loaded_members}
         for member in self.system.members:
-            if isinstance(member.encoder, str) and chosen[member.name] != "random":
+            if member.name in loaded and chosen[member.name] != "random":
                 find_weights(member, chosen[member.name])
 
     def load(self, part: Part) -> Callable[[Task, Path], None]:
-        """Load a part: a function that embeds a task into a folder, or goes on with it.
+        """Load a part; returns a function that embeds a task into a folder, or resumes.
 
         Raises:
             GuraError: see :func:`gura_jax.load_model`, and :func:`embed_task`.
@@ -146,7 +157,7 @@ class SystemEmbeddings:
         return functools.partial(embed_task, model, frames=part.view == "scene frames")
 
     def open(self, task: Task, folders: Sequence[Path]) -> Embedded:
-        """The system's embeddings, from the folders of :meth:`parts`."""
+        """Open the system's embeddings, in the folders of :meth:`parts`."""
         stores = [EmbeddingStore(folder) for folder in folders]
         fingerprints = [str(store.run["fingerprint"]) for store in stores]
         if len(stores) == 1:
@@ -156,58 +167,114 @@ class SystemEmbeddings:
         together = hashlib.sha256(json.dumps([fingerprints, how]).encode()).hexdigest()
         if task.embedding == "event":
             return Embedded(functools.partial(_fused_frames, self.outline, stores, task), together)
-        scenes = _fused_scenes(fusion, stores, self.parts(task))
-        return Embedded(lambda split, file: (scenes[_id(task, split, file)], None), together)
+        scenes = _fused_scenes(self.outline, stores, self.parts(task))
+        return Embedded(lambda split, file: (scenes[task.clip_id(split, file)], None), together)
 
     @property
     def num_states(self) -> int:
-        """Hidden states whose weights are learned; 0: none."""
-        return _layer_means(self.outline, self.outline.fusion.members[0].encoder).num_states if self.learned else 0
+        """Number of hidden states whose weights are learned; 0 if none are."""
+        return _single_encoder(self.outline).num_states if self.learned else 0
 
 
-def _alone(system: System, member: Member) -> System:
-    """A member as a system, the same for all systems that have it: a registered one, where there is one."""
+class LayerMeans(Encoder):
+    """An encoder whose pooled output is the mean over time of every hidden state of another, [B, num_states * D].
+
+    Its frames are the last hidden state.
+
+    Args:
+        encoder: any encoder with hidden states.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.sample_rate, self.feature_size, self.grid = encoder.sample_rate, encoder.feature_size, encoder.grid
+        self.num_states = encoder.num_states
+        self.pooled_size = encoder.num_states * encoder.feature_size
+
+    def init(self, key: jax.Array) -> Params:
+        return self.encoder.init(key)
+
+    def abstract_params(self) -> Any:
+        return self.encoder.abstract_params()
+
+    def prepare(self, params: Any) -> Any:
+        return self.encoder.prepare(params)
+
+    def restore(self, params: Any) -> Any:
+        return self.encoder.restore(params)
+
+    def derive(self, params: Any) -> Params:
+        return self.encoder.derive(params)
+
+    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Output:
+        names = [f"state {i}" for i in range(self.num_states)]
+        states = {name: (x, counts) for name, x, counts in self.encoder.states(params, audio, lengths) if name in names}
+        means = [masked_mean(x, frame_mask(counts, x.shape[1])) for x, counts in map(states.__getitem__, names)]
+        frames, counts = states[names[-1]]
+        return Output(frames, counts, jnp.concatenate(means, axis=-1))
+
+
+def _single(system: System, member: Member) -> System:
+    """Return a member as a system, equal for all systems that share it: a registered one, if there is one."""
     for known in SYSTEMS.values():
         if known == System(known.name, (member,)):
             return known
-    if member.name in ENCODERS and member == Member(member.name, member.layers) and isinstance(member.layers, str):
-        return System(f"{member.name}.{member.layers}", (member,))
+    plain = Member(member.name, member.layers, scene=member.scene)
+    if member.name in ENCODERS and member == plain and isinstance(member.layers, str):
+        pooled = ".pooled" if member.scene == "pooled" else ""
+        return System(f"{member.name}.{member.layers}{pooled}", (member,))
     return System(f"{system.name}.{member.name}", (member,))
 
 
+def _time_base(model: Model) -> Encoder | None:
+    """Return the encoder whose frames set the rate at which members are averaged into scenes; None if all are pooled.
+
+    See :func:`gura_jax.fusion.fuse`.
+    """
+    return next((member.scene_encoder for member in model.fusion.members if member.scene == "frames"), None)
+
+
 def _viewed(model: Model, part: Part) -> Model:
-    """The model that computes a part's view of its system."""
+    """Return the model that computes a part's view of its system."""
     if part.view == "embeddings":
         return model
     (member,) = model.fusion.members
-    encoder = member.scene_encoder if part.view == "scene frames" else _layer_means(model, member.encoder)
-    fusion = model.fusion._replace(members=(FusedMember(member.name, encoder, encoder),))
+    if part.view == "scene frames":
+        member = member._replace(encoder=member.scene_encoder)
+    else:
+        encoder = LayerMeans(_single_encoder(model))
+        member = member._replace(encoder=encoder, scene_encoder=encoder, scene="pooled")
+    fusion = model.fusion._replace(members=(member,))
     system = dataclasses.replace(model.system, name=part.name)
-    return Model(system, fusion, model.params, model.weights, model.compilation, model.dtype)
+    return Model(system, fusion, model.params, model.weights, model.compilation, model.dtype, model.platform)
 
 
-def _layer_means(model: Model, encoder: Encoder) -> LayerMeans:
-    if len(model.fusion.members) != 1 or not isinstance(encoder, SpeechFrames):
-        raise SystemConfigError(f"learned layer weights: expected one speech encoder, found {model.system.name}")
-    return LayerMeans(encoder)
+def _single_encoder(model: Model) -> Encoder:
+    """Return the encoder of a system of one, if it has hidden states."""
+    first, *others = model.fusion.members
+    if others or not first.encoder.num_states:
+        raise SystemConfigError(
+            f"learned layer weights: expected a system of one encoder with hidden states, found {model.system.name}"
+        )
+    return first.encoder
 
 
 def embed_task(model: Model, task: Task, folder: Path, *, frames: bool = False) -> None:
-    """Embed a task's clips, or go on with it: scenes, and frames for an event task or where they are asked for.
+    """Embed a task's clips, or resume: scenes, and for an event task or with ``frames`` also frames.
 
     Args:
         model: the system.
-        task: as read.
-        folder: of the store.
+        task: the task.
+        folder: folder of the store.
         frames: store frames of a scene task too.
 
     Raises:
-        InputError: clips that cannot be embedded; ``failed.csv`` in the folder has all of them.
+        InputError: clips cannot be embedded; ``failed.csv`` in the folder lists all of them.
         StoreError: the folder cannot be written, or holds other embeddings.
     """
-    clips = read_inputs([task.folder]).drop_columns(["labels"])  # embeddings stay where labels change
+    clips = task.table(model.sample_rate)
     frames = frames or task.embedding == "event"
-    # What failed may have been mended meanwhile.
+    # Clips that failed may have been fixed since.
     run = open_run(model, clips, folder, Settings(timestamps=frames), retry_failed=True)
     failed = work(run, Worker(0, 1, "the only process")).failed
     if failed:
@@ -218,20 +285,16 @@ def embed_task(model: Model, task: Task, folder: Path, *, frames: bool = False) 
         )
 
 
-def _id(task: Task, split: str, file: str) -> str:
-    return printable(f"{task.name}/{split}/{file}")
-
-
 def _stored(embeddings: EmbeddingStore, task: Task, split: str, file: str) -> tuple[np.ndarray, np.ndarray | None]:
-    clip = embeddings[_id(task, split, file)]
+    clip = embeddings[task.clip_id(split, file)]
     return (clip.scene, None) if clip.frames is None else (clip.frames, clip.times)
 
 
 def _fused_frames(
     model: Model, stores: Sequence[EmbeddingStore], task: Task, split: str, file: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames [T, D] of one clip and their times: the members' frames, combined as when all are computed at once."""
-    clips = [embeddings[_id(task, split, file)] for embeddings in stores]
+    """Fuse the members' frames of one clip, as a model would; returns frames [T, D] and times [T]."""
+    clips = [embeddings[task.clip_id(split, file)] for embeddings in stores]
     members, counts = [], []
     for clip in clips:
         assert clip.frames is not None
@@ -249,27 +312,29 @@ def _combine(members: Any, counts: Any, combination: str, feature_size: int | No
     return combine(list(zip(members, counts, strict=True)), combination, feature_size)
 
 
-def _fused_scenes(fusion: Fusion, stores: Sequence[EmbeddingStore], parts: Sequence[Part]) -> Mapping[str, np.ndarray]:
-    """Scene embeddings by id: the members' means over time, combined."""
+def _fused_scenes(model: Model, stores: Sequence[EmbeddingStore], parts: Sequence[Part]) -> Mapping[str, np.ndarray]:
+    """Fuse the members' scene embeddings; returns scenes by clip id."""
     names = stores[0].ids
     samples = stores[0].meta["num_samples"].to_pylist()
-    first = fusion.members[0].scene_encoder
-    means = [stores[0].scenes()]
-    for embeddings, part in zip(stores[1:], parts[1:], strict=True):
+    fusion, first = model.fusion, _time_base(model)
+    vectors = []
+    for embeddings, part in zip(stores, parts, strict=True):
         if part.view == "embeddings":
             rows = {name: i for i, name in enumerate(embeddings.ids)}
-            means.append(embeddings.scenes()[[rows[name] for name in names]])
+            vectors.append(embeddings.scenes()[[rows[name] for name in names]])
             continue
+        assert first is not None  # otherwise no part has frames
         own = np.zeros((len(names), int(embeddings.run["timestamp_embedding_size"])), np.float32)
         for i, (name, length) in enumerate(zip(names, samples, strict=True)):
             frames = embeddings[name].frames
             assert frames is not None
-            own[i] = _time_weights(len(frames), 1 + (length - first.min_samples) // first.hop) @ frames
-        means.append(own)
-    size = fused_size([x.shape[1] for x in means], fusion.combination, fusion.feature_size)
+            count = first.grid.count(resampled_length(length, model.sample_rate, first.sample_rate))
+            own[i] = _time_weights(len(frames), count) @ frames
+        vectors.append(own)
+    size = fused_size([x.shape[1] for x in vectors], fusion.combination, fusion.feature_size)
     fused = np.zeros((len(names), size), np.float32)
     for start in range(0, len(names), COMBINED_AT_ONCE):
-        some = [x[start : start + COMBINED_AT_ONCE, None] for x in means]  # [n, 1, D]
+        some = [x[start : start + COMBINED_AT_ONCE, None] for x in vectors]  # [n, 1, D]
         ones = [np.ones(len(x), np.int32) for x in some]
         fused[start : start + COMBINED_AT_ONCE] = _combine(some, ones, fusion.combination, fusion.feature_size)[0][:, 0]
     return dict(zip(names, fused, strict=True))
@@ -277,7 +342,7 @@ def _fused_scenes(fusion: Fusion, stores: Sequence[EmbeddingStore], parts: Seque
 
 @functools.lru_cache(maxsize=4096)
 def _time_weights(count: int, new_count: int) -> np.ndarray:
-    """How much each of so many frames weighs in the mean of as many as they are resampled to, [count]."""
+    """Weigh frames, [count], so that their weighted sum is the mean after resampling to ``new_count`` frames."""
     before, after = (jnp.array([n], jnp.int32) for n in (count, new_count))
     weights = resample_time(jnp.eye(count, dtype=jnp.float32)[None], before, after, new_count)[0]
     return np.asarray(weights).mean(0, dtype=np.float64).astype(np.float32)

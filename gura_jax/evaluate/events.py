@@ -1,4 +1,4 @@
-"""Events from probabilities of frames."""
+"""Events in the probabilities of frames: filter, threshold, runs."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ import numpy as np
 THRESHOLD = 0.5
 
 Parameters = tuple[tuple[str, float], ...]
-"""Postprocessing: (name, value) of each parameter, in the order of their names."""
+"""Parameters of :func:`find_events`: (name, value) of each, sorted by name."""
 
 
 class Events(NamedTuple):
-    """The events of one file, in the order of their starts; times in milliseconds."""
+    """Events of one file, ordered by start; times in milliseconds."""
 
     label: np.ndarray  # [n], indices of labels
     start: np.ndarray  # [n]
@@ -21,7 +21,7 @@ class Events(NamedTuple):
 
 
 def parameter_grid(grid: Mapping[str, Sequence[float]]) -> list[Parameters]:
-    """Every choice of a value of each parameter; the last parameter by name changes fastest."""
+    """List every combination of the parameters' values; the last parameter by name changes fastest."""
     names = sorted(grid)
     return [tuple(zip(names, values, strict=True)) for values in itertools.product(*(grid[name] for name in names))]
 
@@ -34,14 +34,14 @@ def find_events(
     min_duration: float = 60,
     threshold: float = THRESHOLD,
 ) -> Events:
-    """The events of one file: runs of frames over the threshold, from the first frame's time to the last one's.
+    """Find the events of one file: runs of frames above the threshold, from the first frame's time to the last one's.
 
     Args:
         probabilities: [T, C].
         times: [T], milliseconds, ascending.
         median_filter_ms: width of a median filter along time; 0: none.
-        min_duration: shorter events are left out.
-        threshold: on the filtered probabilities.
+        min_duration: ms; shorter events are dropped.
+        threshold: of the filtered probabilities.
     """
     active = filtered(probabilities, times, median_filter_ms) > threshold  # [T, C]
     edges = np.diff(np.pad(active.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # [C, T + 1]
@@ -55,7 +55,7 @@ def find_events(
 
 
 def filtered(probabilities: np.ndarray, times: np.ndarray, median_filter_ms: float) -> np.ndarray:
-    """Probabilities after a median filter of so many milliseconds along time."""
+    """Apply a median filter along time; its width in milliseconds is rounded to frames."""
     from scipy.ndimage import median_filter
 
     if not median_filter_ms or len(times) < 2:

@@ -1,4 +1,4 @@
-"""HEAR's metrics, by scikit-learn, SciPy and sed_eval."""
+"""Metrics of predictions, by scikit-learn, SciPy and sed_eval."""
 
 import contextlib
 import importlib.util
@@ -14,6 +14,7 @@ from gura_jax.evaluate.events import Events
 SQRT2 = 2**0.5
 NEEDED = ("scipy", "sed_eval", "sklearn")
 CHROMAS = 12
+PERCENT = 100.0
 
 
 class Metric(NamedTuple):
@@ -21,23 +22,29 @@ class Metric(NamedTuple):
 
     Attributes:
         compute: (probabilities [n, C], targets [n, C]) -> score; for events (estimated, reference, number of labels)
-            -> scores by name, the one that counts first.
-        maximize: whether more is better.
+            -> scores by name, the decisive one first.
+        maximize: whether higher is better.
         events: whether it compares events.
-        quick: for events, the score that counts alone, without sed_eval's containers.
+        quick: for events, only the decisive score, computed without sed_eval's containers.
+        by_class: whether it is a mean over classes.
+        scale: factor of scores in tables.
+        decimals: of scores in tables.
     """
 
     compute: Callable[..., Any]
     maximize: bool = True
     events: bool = False
     quick: Callable[..., float] | None = None
+    by_class: bool = False
+    scale: float = PERCENT
+    decimals: int = 1
 
 
 def check_installed() -> None:
-    """See that what the metrics need is there: better now than after the embedding.
+    """Check that the packages that the metrics need are installed, before anything is embedded.
 
     Raises:
-        SystemConfigError: it is not.
+        SystemConfigError: one is missing.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -48,17 +55,17 @@ def check_installed() -> None:
 
 
 def top1_accuracy(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """How often the likeliest class is the (first) true one."""
+    """Share of rows whose most probable class is the (first) true one."""
     return float(np.mean(probabilities.argmax(1) == targets.argmax(1)))
 
 
 def chroma_accuracy(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """The same up to octaves: indices of classes modulo 12."""
+    """Accuracy up to octaves: class indices modulo 12."""
     return float(np.mean(probabilities.argmax(1) % CHROMAS == targets.argmax(1) % CHROMAS))
 
 
 def mean_average_precision(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Average precision, the mean over classes; a class without examples counts 0, as scikit-learn has it."""
+    """Average precision, mean over classes; a class without examples counts as 0, as in scikit-learn."""
     from sklearn.metrics import average_precision_score
 
     with _undefined():
@@ -66,14 +73,14 @@ def mean_average_precision(probabilities: np.ndarray, targets: np.ndarray) -> fl
 
 
 def area_under_roc(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Area under the ROC curve, the mean over classes; NaN where a class has no examples, or no others."""
+    """Area under the ROC curve, mean over classes; NaN if a class has no examples, or nothing else."""
     return float(np.mean(_areas(probabilities, targets)))
 
 
 def d_prime(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Sensitivity index, sqrt 2 times the normal's inverse CDF of the area under ROC; the mean over classes.
+    """Sensitivity index, mean over classes: sqrt 2 times the normal inverse CDF of the area under the ROC curve.
 
-    Infinite where a class is told apart without a fault.
+    Infinite if a class is separated perfectly.
     """
     from scipy.stats import norm
 
@@ -95,14 +102,14 @@ def _finite(probabilities: np.ndarray, compute: Callable[[], float]) -> float:
 
 @contextlib.contextmanager
 def _undefined() -> Iterator[None]:
-    """A class without examples is no surprise."""
+    """Silence scikit-learn's warning of classes without examples."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No positive class found")
         yield
 
 
 class Collars(NamedTuple):
-    """When an estimated event is a true one: times in seconds, the offset's tolerance also a part of the length."""
+    """Tolerances for matching an estimated event: ``t_collar`` in seconds; for offsets also a share of the length."""
 
     t_collar: float
     evaluate_offset: bool = False
@@ -116,14 +123,14 @@ EVENT_SCORES = ("f_measure", "precision", "recall")
 def event_based(
     collars: Collars, estimated: EventFiles, reference: EventFiles, labels: int, *, empty: bool = False
 ) -> dict[str, float]:
-    """sed_eval's event-based F-measure, precision and recall over all files and classes.
+    """Compute sed_eval's event-based F-measure, precision and recall over all files and classes.
 
     Args:
-        collars: when an event counts.
+        collars: tolerances.
         estimated: events by file; these files are compared.
         reference: true events by file.
         labels: number of labels.
-        empty: where nothing was found precision and F-measure are 0, not NaN.
+        empty: if nothing was found, precision and F-measure are 0 instead of NaN.
     """
     sound_event = _sed_eval()
     handling: dict[str, Any] = {"empty_system_output_handling": "zero_score"} if empty else {}
@@ -143,8 +150,8 @@ def event_based(
 def segment_based(
     resolution: float, estimated: EventFiles, reference: EventFiles, labels: int, *, empty: bool = False
 ) -> dict[str, float]:
-    """sed_eval's segment-based error rate, over segments of so many seconds."""
-    del empty  # an error rate is defined all the same
+    """Compute sed_eval's segment-based error rate; ``resolution`` is the length of a segment in seconds."""
+    del empty  # an error rate is defined without estimated events
     scores = _sed_eval().SegmentBasedMetrics(
         event_label_list=[str(i) for i in range(labels)], time_resolution=resolution
     )
@@ -175,10 +182,10 @@ def _listed(events: Events) -> list[dict[str, Any]]:
 def quick_f_measure(
     collars: Collars, estimated: EventFiles, reference: EventFiles, labels: int, *, empty: bool = False
 ) -> float:
-    """The F-measure of :func:`event_based`, without its loops in Python over all pairs of events.
+    """Compute the F-measure of :func:`event_based` without Python loops over all pairs of events.
 
-    A true event and an estimated one of its label are matched at most once, as many as can be: SciPy's bipartite
-    matching in place of sed_eval's own. For validation, where sed_eval would take longer than the training.
+    SciPy's maximum bipartite matching takes the place of sed_eval's own. Used for validation, where sed_eval would take
+    longer than training.
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import maximum_bipartite_matching
@@ -224,9 +231,9 @@ METRICS: Mapping[str, Metric] = {
     "top1_acc": Metric(top1_accuracy),
     "pitch_acc": Metric(top1_accuracy),
     "chroma_acc": Metric(chroma_accuracy),
-    "mAP": Metric(mean_average_precision),
-    "aucroc": Metric(area_under_roc),
-    "d_prime": Metric(d_prime),
+    "mAP": Metric(mean_average_precision, by_class=True),
+    "aucroc": Metric(area_under_roc, by_class=True),
+    "d_prime": Metric(d_prime, by_class=True, scale=1.0, decimals=3),
     "event_onset_200ms_fms": _event_based(Collars(0.2)),
     "event_onset_50ms_fms": _event_based(Collars(0.05)),
     "event_onset_offset_50ms_20perc_fms": _event_based(Collars(0.05, True, 0.2)),
@@ -237,14 +244,18 @@ METRICS: Mapping[str, Metric] = {
 def scores(
     names: Sequence[str], probabilities: np.ndarray, targets: np.ndarray, *, present: bool = False
 ) -> dict[str, float]:
-    """Scores of scenes by name; ``present``: over the classes alone that some clips have and some have not."""
-    if present and any(name not in ("top1_acc", "pitch_acc", "chroma_acc") for name in names):
-        both = (targets.min(0) == 0) & (targets.max(0) == 1)
-    else:
-        both = np.ones(targets.shape[1], bool)
+    """Compute metrics of scenes.
+
+    Args:
+        names: names in :data:`METRICS`.
+        probabilities: [n, C].
+        targets: [n, C], 0 or 1.
+        present: average over the classes that have both examples and other clips.
+    """
+    both = (targets.min(0) == 0) & (targets.max(0) == 1) if present else np.ones(targets.shape[1], bool)
     out = {}
     for name in names:
-        by_class = name in ("mAP", "aucroc", "d_prime")
-        chosen = (probabilities[:, both], targets[:, both]) if by_class else (probabilities, targets)
-        out[name] = METRICS[name].compute(*chosen) if chosen[0].shape[1] else float("nan")
+        metric = METRICS[name]
+        chosen = (probabilities[:, both], targets[:, both]) if metric.by_class else (probabilities, targets)
+        out[name] = metric.compute(*chosen) if chosen[0].shape[1] else float("nan")
     return out

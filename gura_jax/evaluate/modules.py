@@ -1,11 +1,9 @@
-"""Embeddings of a task by any module with HEAR's common API, through its own functions."""
+"""Embeddings of a task by any module with HEAR's common API."""
 
 import dataclasses
 import functools
 import importlib
-import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,27 +11,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gura_jax.audio import SAMPLE_RATE
-from gura_jax.dataset import store
 from gura_jax.errors import GuraError, InputError, StoreError, SystemConfigError
 from gura_jax.evaluate.embed import Embedded
-from gura_jax.evaluate.tasks import Task
+from gura_jax.evaluate.task import Task
+from gura_jax.files import AtomicFiles, open_folder, remove_temporary, write_json
 
 MODULE_FILE = "module.json"
-BATCH_SECONDS = 84  # of audio at 16 kHz that a module computes at once, as HEAR's kit has it
+BATCH_SAMPLES = 84 * 16_000  # that a module computes at once, as in HEAR's kit
 
 
 class _Part(NamedTuple):
-    name: str  # of its folder
+    name: str  # name of its folder
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleEmbeddings:
-    """The embeddings of any module with HEAR's common API.
+    """Embeddings by any module with HEAR's common API.
 
     Attributes:
-        name: what to import.
-        weights: what its ``load_model`` gets as ``model_file_path``, or None.
+        name: import name of the module.
+        weights: the ``model_file_path`` for its ``load_model``, or None.
     """
 
     name: str
@@ -46,25 +43,25 @@ class ModuleEmbeddings:
         return Module(self.name, self.weights)
 
     def parts(self, task: Task) -> tuple[_Part, ...]:
-        """What has to be embedded for a task: all is one."""
+        """List what has to be embedded for a task: one part, the module."""
         del task
         return (_Part(self.name),)
 
     def check(self) -> None:
-        """See that the module can be loaded: better now than after other systems.
+        """Load the module, before other systems take their time.
 
         Raises:
-            SystemConfigError: it cannot.
+            SystemConfigError: it cannot be loaded.
         """
         self.module  # noqa: B018 - loads it
 
     def load(self, part: _Part) -> Callable[[Task, Path], None]:
-        """A function that embeds a task into a folder, or goes on with it."""
+        """Return a function that embeds a task into a folder, or resumes."""
         del part
         return functools.partial(embed_task_by_module, self.module)
 
     def open(self, task: Task, folders: Sequence[Path]) -> Embedded:
-        """The module's embeddings."""
+        """Open the embeddings in the folder of the module's part."""
         del task
         (folder,) = folders
         description = json.dumps(json.loads((folder / MODULE_FILE).read_bytes()), sort_keys=True)
@@ -74,21 +71,21 @@ class ModuleEmbeddings:
 class Module:
     """A module with HEAR's common API: ``load_model``, ``get_scene_embeddings`` and ``get_timestamp_embeddings``.
 
-    A model that is a ``torch.nn.Module`` gets torch tensors, on a GPU where there is one; any other NumPy arrays.
+    A model that is a ``torch.nn.Module`` gets torch tensors, on a GPU if there is one; other models get NumPy arrays.
 
     Args:
-        name: what to import.
-        weights: what ``load_model`` gets as ``model_file_path``, or None.
+        name: import name of the module.
+        weights: the ``model_file_path`` for ``load_model``, or None.
 
     Raises:
-        SystemConfigError: it cannot be imported, or is no such module.
+        SystemConfigError: it cannot be imported, lacks a function, or does not load.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
         self.name, self.weights = name, weights
         try:
             self.module = importlib.import_module(name)
-        except Exception as error:  # its own code runs
+        except Exception as error:  # whatever the module's own code raises
             found = f"{type(error).__name__}: {error}"
             raise SystemConfigError(f"--module {name}: expected a module to import, found: {found}") from error
         wanted = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
@@ -105,14 +102,14 @@ class Module:
         if not isinstance(rate, int):
             raise SystemConfigError(f"--module {name}: expected a model with a sample_rate, found {rate!r}")
         self.rate = rate
-        torch: Any = sys.modules.get("torch")  # a model of torch's has imported it
+        torch: Any = sys.modules.get("torch")  # imported, if the model is torch's
         self.torch = torch if torch is not None and isinstance(self.model, torch.nn.Module) else None
         if self.torch is not None:
             self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
             self.model.to(self.device)
 
     def __call__(self, audio: np.ndarray, *, frames: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Scenes [n, S] and None, or frames [n, T, D] and times [n, T] in ms, of clips [n, samples]."""
+        """Embed clips [n, samples]: scenes [n, S] and None, or frames [n, T, D] and times [n, T] in ms."""
         function = self.module.get_timestamp_embeddings if frames else self.module.get_scene_embeddings
         if self.torch is not None:
             with self.torch.no_grad():
@@ -128,21 +125,21 @@ class Module:
             raise SystemConfigError(
                 f"--module {self.name}: expected {wanted} from {function.__name__} for {len(audio)}, found {shapes}"
             )
-        if not all(np.isfinite(x).all() for x in arrays):  # nor stored: the module may be mended
+        if not all(np.isfinite(x).all() for x in arrays):  # not stored, as the module may be fixed
             raise SystemConfigError(f"--module {self.name}: expected finite embeddings and times, found others")
         return arrays[0].astype(np.float32), arrays[1].astype(np.float64) if frames else None
 
 
 def embed_task_by_module(module: Module, task: Task, folder: Path) -> None:
-    """Embed a task's clips by a HEAR module, or go on with it.
+    """Embed a task's clips by a HEAR module, or resume.
 
-    Clips of one length go together, as many as the kit would take. The files are as the kit has them:
+    Consecutive clips of one length form a batch, as large as the kit's. Files are named as by the kit:
     ``<split>/<file>.embedding.npy``, and for events ``<split>/<file>.timestamps.json``.
 
     Args:
         module: the module.
-        task: as read.
-        folder: for the embeddings.
+        task: the task.
+        folder: where to write the embeddings.
 
     Raises:
         InputError: clips that cannot be decoded.
@@ -153,10 +150,10 @@ def embed_task_by_module(module: Module, task: Task, folder: Path) -> None:
     _check_module(module, folder)
     for split in task.splits:
         target = folder / split
-        store.open_folder(target)
-        source = _audio_folder(task, module.rate) / split
-        # The times are written first: where an embedding stands, it is complete.
+        open_folder(target)
+        source = task.audio_folder(split, module.rate)
         missing = [file for file in task.clips[split] if not (target / f"{file}.embedding.npy").is_file()]
+        remove_temporary(target, {name for file in missing for name in _names(file)})
         for files, audio in _batches(task, source, missing, module.rate):
             try:
                 embeddings, times = module(audio, frames=frames)
@@ -166,16 +163,27 @@ def embed_task_by_module(module: Module, task: Task, folder: Path) -> None:
                 raise SystemConfigError(
                     f"--module {module.name}, {task.name}/{split}: {type(error).__name__}: {error}"
                 ) from error
-            for i, file in enumerate(files):
-                if times is not None:
-                    _write(target / f"{file}.timestamps.json", json.dumps(times[i].tolist()).encode())
-                content = io.BytesIO()
-                np.save(content, embeddings[i])
-                _write(target / f"{file}.embedding.npy", content.getvalue())
+            with AtomicFiles(target) as atomic:
+                for i, file in enumerate(files):
+                    _write(atomic, file, embeddings[i], None if times is None else times[i])
+                atomic.commit()
+
+
+def _names(file: str) -> tuple[str, str]:
+    """Return the files of a clip's embedding and times."""
+    return f"{file}.embedding.npy", f"{file}.timestamps.json"
+
+
+def _write(atomic: AtomicFiles, file: str, embedding: np.ndarray, times: np.ndarray | None) -> None:
+    """Write a clip, its times first: where an embedding stands, the clip is complete."""
+    embedding_file, times_file = _names(file)
+    if times is not None:
+        atomic.write(times_file, lambda out: out.write(json.dumps(times.tolist()).encode()))
+    atomic.write(embedding_file, lambda out: np.save(out, embedding))
 
 
 def read_embedding(folder: Path, split: str, file: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """An embedding as HEAR's kit stores it: a lookup, given the task's folder of embeddings."""
+    """Read an embedding as HEAR's kit stores it: a lookup, given the task's folder of embeddings."""
     path = folder / split / f"{file}.embedding.npy"
     try:
         embedding = np.load(path, allow_pickle=False)
@@ -184,18 +192,18 @@ def read_embedding(folder: Path, split: str, file: str) -> tuple[np.ndarray, np.
             path = folder / split / f"{file}.timestamps.json"
             times = np.asarray(json.loads(path.read_bytes()), np.float64)
     except (OSError, ValueError, EOFError) as error:
-        raise StoreError(f"{path}: expected an embedding, found: {error}: delete it, and run this again") from None
+        raise StoreError(f"{path}: expected an embedding, found: {error}: delete it and run this again") from None
     return embedding, times
 
 
 def _check_module(module: Module, folder: Path) -> None:
-    store.open_folder(folder)
+    open_folder(folder)
     description = {"module": module.name, "weights": module.weights, "sample_rate": module.rate}
     path = folder / MODULE_FILE
     try:
         there = json.loads(path.read_bytes())
     except FileNotFoundError:
-        store.write_json(folder, MODULE_FILE, description)
+        write_json(folder, MODULE_FILE, description)
         return
     except (OSError, ValueError):
         there = None
@@ -205,25 +213,15 @@ def _check_module(module: Module, folder: Path) -> None:
         )
 
 
-def _audio_folder(task: Task, rate: int) -> Path:
-    folder = task.folder / str(rate)
-    if not folder.is_dir():
-        raise InputError(
-            f"{task.folder}: expected a folder {rate}, of audio at the module's sample rate, found none: "
-            "HEAR publishes each task at 16000, 22050, 32000, 44100 and 48000 Hz"
-        )
-    return folder
-
-
 def _batches(task: Task, folder: Path, files: Sequence[str], rate: int) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Clips that follow each other and are of one length, [n, samples]."""
+    """Batch consecutive clips of one length, [n, samples]."""
     names: list[str] = []
     clips: list[np.ndarray] = []
     for file in files:
         clip = _decode(folder / file, rate)
         if isinstance(clip, str):
             raise InputError(f"{task.name}: expected clips that can be read, found {clip}")
-        if clips and (len(clip) != len(clips[0]) or (len(clips) + 1) * len(clip) > BATCH_SECONDS * SAMPLE_RATE):
+        if clips and (len(clip) != len(clips[0]) or (len(clips) + 1) * len(clip) > BATCH_SAMPLES):
             yield names, np.stack(clips)
             names, clips = [], []
         names.append(file)
@@ -233,7 +231,7 @@ def _batches(task: Task, folder: Path, files: Sequence[str], rate: int) -> Itera
 
 
 def _decode(path: Path, rate: int) -> np.ndarray | str:
-    """[samples] float32 at the file's own rate, or why not."""
+    """Decode a file at its own rate, [samples] float32; or return why that failed."""
     import soundfile
 
     try:
@@ -245,13 +243,3 @@ def _decode(path: Path, rate: int) -> np.ndarray | str:
     if not len(audio) or not np.isfinite(audio).all():
         return f"{path}, with no samples or with NaN"
     return audio.mean(1, dtype=np.float32)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file, whole or not at all. (The store's own way looks through the folder each time.)"""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise store.cannot_write(path.parent, error) from None

@@ -1,9 +1,9 @@
-"""Probes: small networks trained on embeddings, all points of the grid together, where the embeddings are.
+"""Probes: small networks trained on embeddings, many together, on the device that holds the embeddings.
 
-A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU] and a Linear to the classes. Where embeddings are the
-hidden states of an encoder side by side, it begins with their sum, weighted by a softmax over them that is learned too
-(as in SUPERB; the paper's conclusion leaves the weights open). Every array of a probe has a leading axis of points, and
-:func:`train` and :func:`predict` are compiled once for a shape, whatever the task.
+A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU], and a Linear to the classes. If an embedding is the
+concatenation of an encoder's hidden states, the probe starts with their weighted sum, whose weights are a learned
+softmax (as in SUPERB; the paper's conclusion leaves the weights open). Every array of a probe has a leading axis of
+points. :func:`train` and :func:`predict` are compiled once for each shape, whatever the task.
 """
 
 import functools
@@ -17,22 +17,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gura_jax.parallel import PRECISION, bucket_length
+from gura_jax.batching import bucket_length
+from gura_jax.parallel import PRECISION
 
 Prediction = Literal["multiclass", "multilabel"]
 Initialization = Literal["xavier_uniform", "xavier_normal"]
 
-# PyTorch's defaults, which HEAR's kit leaves as they are.
+# PyTorch's defaults, which HEAR's kit does not change.
 MOMENTUM = 0.1  # of BatchNorm's running statistics
 NORM_EPSILON = 1e-5
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 RELU_GAIN = math.sqrt(2)
 BLOCK = 1024  # rows predicted at once
-SHORTEST = 8  # rows of a batch, at least; those that no clip fills are masked
+SHORTEST = 8  # least rows of a batch; rows without a clip are masked
 
 
 class Point(NamedTuple):
-    """A point of the grid."""
+    """A point of the grid: sizes and settings of a probe and its training."""
 
     hidden_layers: int
     hidden_dim: int
@@ -46,12 +47,12 @@ class Point(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """Trained values of some probes, a row a point.
+    """Trained arrays of several probes, a row a point.
 
     Attributes:
-        params: ``hidden``, a layer each: weight [P, D, H], bias, scale and shift [P, H]; ``projection``: weight
-            [P, H, C] and bias [P, C]; ``states`` [P, K], logits of the hidden states' weights, where there are some.
-        stats: of each hidden layer, mean and var [P, H].
+        params: ``hidden``, for each layer weight [P, D, H], bias, scale and shift [P, H]; ``projection``, weight
+            [P, H, C] and bias [P, C]; and ``states`` [P, K], logits of the hidden states' weights, if they are learned.
+        stats: for each hidden layer, mean and var [P, H].
     """
 
     params: Any
@@ -68,26 +69,26 @@ class State(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What differs among points of one shape."""
+    """Settings that may differ among points trained together."""
 
     lr: jax.Array  # [P]
     dropout: jax.Array  # [P]
 
 
 class Rows(NamedTuple):
-    """Data of a task, on the device."""
+    """A task's data on the device."""
 
     x: jax.Array  # [N, D] embeddings
-    y: jax.Array  # [N, C], 1 where a row is of a class
+    y: jax.Array  # [N, C], 1 if the row belongs to the class
 
 
 class Epochs(NamedTuple):
-    """Which rows make which batches, epoch by epoch.
+    """The batches of several epochs.
 
     Attributes:
-        order: [E, M] int32, rows in the order in which they are visited, then padding.
-        full: batches of ``batch`` rows in an epoch.
-        last: rows of the batch after those, or 0.
+        order: [E, M] int32, rows in the order of visiting, then padding.
+        full: number of full batches in an epoch.
+        last: rows of the incomplete batch after them, or 0.
     """
 
     order: jax.Array
@@ -96,17 +97,17 @@ class Epochs(NamedTuple):
 
 
 class Batching(NamedTuple):
-    """Sizes that are compiled in: of full batches, and of the last one with its padding; 0: there is none."""
+    """Static sizes: rows of a full batch, and of the last one with its padding; 0 if there is none."""
 
     full: int
     last: int
 
 
 def init(key: jax.Array, point: Point, features: int, classes: int, num_states: int = 0) -> Probes:
-    """One probe as PyTorch and HEAR's kit begin: Xavier weights, biases uniform within 1 / sqrt(fan in).
+    """Initialise one probe as PyTorch and HEAR's kit do: Xavier weights, biases uniform within 1 / sqrt(fan in).
 
-    The gain is 1 for the first layer and sqrt 2 after a ReLU; hidden states weigh the same. Drawn by NumPy, for which
-    nothing is compiled. No leading axis of points.
+    The gain is 1 for the first layer and sqrt 2 after a ReLU; hidden states have equal weights. NumPy draws the values,
+    so that nothing is compiled. The arrays have no axis of points.
     """
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     hidden, stats = [], []
@@ -126,7 +127,7 @@ def _linear(
     random: np.random.Generator, initialization: Initialization, size: int, out: int, gain: float
 ) -> dict[str, np.ndarray]:
     assert initialization in get_args(Initialization)
-    scale = gain * math.sqrt(2 / (size + out))  # standard deviation, by either law
+    scale = gain * math.sqrt(2 / (size + out))  # standard deviation of both distributions
     if initialization == "xavier_normal":
         values = scale * random.standard_normal((size, out), np.float32)
     else:
@@ -136,7 +137,7 @@ def _linear(
 
 
 def logits(probes: Probes, x: jax.Array) -> jax.Array:
-    """One probe's logits [B, C] of rows [B, D], after training."""
+    """Compute one probe's logits [B, C] of rows [B, D], with running statistics, as after training."""
     x = _weighted(probes.params, x)
     for layer, stats in zip(probes.params["hidden"], probes.stats, strict=True):
         scale = layer["scale"] * jax.lax.rsqrt(stats["var"] + NORM_EPSILON)
@@ -147,7 +148,7 @@ def logits(probes: Probes, x: jax.Array) -> jax.Array:
 
 
 def _weighted(params: Any, x: jax.Array) -> jax.Array:
-    """[B, K D] hidden states -> [B, D] their weighted sum; other embeddings as they are."""
+    """Sum hidden states by their weights, [B, K D] -> [B, D]; other embeddings are returned unchanged."""
     if "states" not in params:
         return x
     weights = jax.nn.softmax(params["states"])
@@ -161,13 +162,13 @@ def _row(x: jax.Array) -> jax.Array:
 def training_logits(
     params: Any, stats: Any, x: jax.Array, count: jax.Array, keep: Sequence[jax.Array | float]
 ) -> tuple[jax.Array, Any]:
-    """One probe's logits [B, C] of a batch of which ``count`` rows are real, and its running statistics after it.
+    """Compute one probe's logits [B, C] of a training batch, and its updated running statistics.
 
     Args:
         params, stats: as in :class:`Probes`, without the axis of points.
         x: [B, D].
-        count: of the rows that count, the first ones.
-        keep: for each hidden layer, what dropout multiplies it by: [B, H], or 1.
+        count: number of real rows, which come first; the others are padding.
+        keep: for each hidden layer, the factor of dropout: [B, H], or 1.
     """
     real = (jnp.arange(x.shape[0]) < count).astype(jnp.float32)[:, None]  # [B, 1]
     total = count.astype(jnp.float32)
@@ -177,7 +178,7 @@ def training_logits(
         h = x @ layer["weight"] + _row(layer["bias"])  # [B, H]
         mean = jnp.sum(h * real, 0) / total
         centred = (h - _row(mean)) * real
-        var = jnp.sum(centred**2, 0) / total  # what normalises is biased; what is remembered is not
+        var = jnp.sum(centred**2, 0) / total  # biased for normalisation, unbiased in the statistics
         unbiased = var * (total / (total - 1))
         updated.append(
             {
@@ -193,7 +194,7 @@ def training_logits(
 
 
 def loss(outputs: jax.Array, y: jax.Array, count: jax.Array, prediction: Prediction) -> jax.Array:
-    """Cross-entropy, or binary cross-entropy over rows and classes; the mean over the first ``count`` rows."""
+    """Mean loss of the first ``count`` rows: cross-entropy, or binary cross-entropy averaged over classes."""
     if prediction == "multiclass":
         rows = optax.softmax_cross_entropy(outputs, y)
     else:
@@ -219,7 +220,7 @@ def step(
         return loss(outputs, y, count, prediction), stats
 
     gradients, stats = jax.grad(objective, has_aux=True)(probes.params)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
         updates, moments = ADAM.update(gradients, moments)
     params = jax.tree.map(lambda p, u: p - lr * u, probes.params, updates)
     return Probes(params, stats), moments
@@ -228,14 +229,14 @@ def step(
 def begin(
     keys: jax.Array, points: Sequence[Point], features: int, classes: int, num_states: int = 0
 ) -> tuple[State, Rates]:
-    """Probes of one shape at their beginning, spread over the devices where there are several.
+    """Initialise probes of one shape, distributed over the devices.
 
     Args:
-        keys: of random numbers, one a point.
-        points: of one ``hidden_layers`` and ``hidden_dim``.
+        keys: random keys, one a point.
+        points: all of one ``hidden_layers`` and ``hidden_dim``.
         features: D.
         classes: C.
-        num_states: K, hidden states that the features consist of and whose weights are learned; 0: none.
+        num_states: K, number of hidden states that the features consist of and whose weights are learned; 0 for none.
     """
     sizes = features, classes, num_states
     each = [init(key, point, *sizes) for key, point in zip(keys, points, strict=True)]
@@ -248,37 +249,37 @@ def begin(
 
 
 def _sharding(points: int) -> NamedSharding:
-    """Points spread over as many devices as divide them."""
+    """Distribute points over the largest number of devices that divides them."""
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if points % n == 0)
     return NamedSharding(Mesh(np.asarray(devices[:count]), ("point",)), PartitionSpec("point"))
 
 
 def pick(probes: Probes, index: int) -> Probes:
-    """One of some probes, on one device."""
+    """Select one probe, on one device."""
     return jax.device_put(jax.tree.map(lambda x: x[index : index + 1], probes), _sharding(1))
 
 
 def place(arrays: Any, like: State) -> Any:
-    """Arrays on every device that these probes are on."""
+    """Copy arrays to every device that holds these probes."""
     sharding = like.keys.sharding
     assert isinstance(sharding, NamedSharding)
     return jax.device_put(arrays, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def batching(rows: int, batch_size: int) -> Batching:
-    """Sizes to compile for an epoch of so many rows."""
+    """Return the static sizes for an epoch of ``rows`` rows."""
     last = rows % batch_size
     return Batching(batch_size if rows >= batch_size else 0, min(batch_size, padded(last)) if last else 0)
 
 
 def padded(rows: int) -> int:
-    """The number of rows that so many are padded to, so that tasks of many sizes share few shapes."""
+    """Return the number of rows to pad to, so that tasks of many sizes share few compiled shapes."""
     return bucket_length(max(SHORTEST, rows))
 
 
 def epochs(orders: Sequence[np.ndarray], batch_size: int) -> Epochs:
-    """Batches of some epochs, each visiting the rows in its order; all orders are of one length."""
+    """Make the batches of several epochs, each with its own order of the rows; all orders have one length."""
     rows = len(orders[0])
     order = np.zeros((len(orders), padded(rows) + batch_size), np.int32)
     order[:, :rows] = np.stack(orders)
@@ -286,20 +287,20 @@ def epochs(orders: Sequence[np.ndarray], batch_size: int) -> Epochs:
 
 
 def _each(function: Callable[..., Any], *points: Any) -> Any:
-    """A function of one point, over the leading axis of points; a batch of one product is slower than the product."""
+    """Map a function of one point over the axis of points; without vmap for one, which is faster."""
     if len(jax.tree.leaves(points)[0]) > 1:
         return jax.vmap(function)(*points)
     return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], points)))
 
 
 def _over_devices(function: Callable[..., Any], mesh: Mesh, *, points: int, shared: int) -> Callable[..., Any]:
-    """Each device computes its own points: the first arguments have the axis of points, the others have none."""
+    """Let each device compute its own points; the first ``points`` arguments have the axis of points."""
     specs = (PartitionSpec("point"),) * points + (PartitionSpec(),) * shared
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("point"), check_vma=False)
 
 
 def train(state: State, rates: Rates, rows: Rows, plan: Epochs, *, sizes: Batching, prediction: Prediction) -> State:
-    """Train all points for some epochs, on the same batches; ``state`` is used up."""
+    """Train all points for several epochs on the same batches; ``state`` is donated."""
     return _train(state, rates, rows, plan, mesh=_mesh(state.keys), sizes=sizes, prediction=prediction)
 
 
@@ -350,7 +351,7 @@ def _train_some(
 
 
 def _dropout(key: jax.Array, rate: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zero with probability ``rate``, else 1 / (1 - rate)."""
+    """Draw factors: 0 with probability ``rate``, else 1 / (1 - rate)."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), 1 / (1 - rate), 0.0)
 
 
@@ -388,7 +389,7 @@ class Chosen(NamedTuple):
 
 
 def choose(rows: np.ndarray) -> Chosen:
-    """Rows to predict, padded."""
+    """Arrange rows to predict in blocks, padded."""
     block = min(BLOCK, padded(len(rows)))
     blocks = -(-len(rows) // block)
     order = np.zeros(block * (blocks if blocks < SHORTEST else bucket_length(blocks)), np.int32)
@@ -397,7 +398,7 @@ def choose(rows: np.ndarray) -> Chosen:
 
 
 def predict(probes: Probes, rows: Rows, chosen: Chosen, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [P, n, C] of the chosen rows, and the mean loss [P]."""
+    """Predict the chosen rows; returns probabilities [P, n, C] and the mean loss [P]."""
     count = jnp.int32(chosen.rows)
     mesh = _mesh(probes.params["projection"]["bias"])
     probabilities, losses = jax.device_get(
@@ -408,5 +409,5 @@ def predict(probes: Probes, rows: Rows, chosen: Chosen, prediction: Prediction) 
 
 @functools.partial(jax.jit, donate_argnames=("best",))
 def keep(best: Probes, probes: Probes, better: jax.Array) -> Probes:
-    """Of each point ``probes`` where ``better`` [P], else ``best``, which is used up."""
+    """Select for each point ``probes`` if ``better`` [P], else ``best``; ``best`` is donated."""
     return jax.tree.map(lambda b, p: jnp.where(better.reshape(-1, *[1] * (p.ndim - 1)), p, b), best, probes)

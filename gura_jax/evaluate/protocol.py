@@ -1,11 +1,5 @@
-"""The downstream evaluation of HEAR: from a task and its embeddings to scores.
+"""From a task and its embeddings to scores: probes are trained, the best is chosen and tested."""
 
-Protocol ``hear2021`` does what HEAR's kit (heareval 2021.1.3) does, its faults included; :class:`Protocol` lists them.
-``fixed`` is the same without them.
-"""
-
-import itertools
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,58 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gura_jax.backend import platform_of
 from gura_jax.errors import InputError
 from gura_jax.evaluate import metrics, probes
 from gura_jax.evaluate.events import Events, Parameters, find_events, parameter_grid
 from gura_jax.evaluate.metrics import METRICS
 from gura_jax.evaluate.probes import Point, Probes, Rows
-from gura_jax.evaluate.tasks import Fold, Task, frame_targets
-
-GRID: Mapping[str, Sequence[Any]] = {
-    "hidden_layers": [1, 2],
-    "hidden_dim": [1024],
-    "dropout": [0.1],
-    "lr": [3.2e-3, 1e-3, 3.2e-4, 1e-4],
-    "initialization": ["xavier_uniform", "xavier_normal"],
-    "batch_size": [1024],
-    "max_epochs": [500],
-    "check_val_every_n_epoch": [3],
-    "patience": [20],
-}
-# What a task may ask for: a type, the least and the greatest value. More is a mistake, or meant to do harm.
-LIMITS: Mapping[str, tuple[type, float, float]] = {
-    "hidden_layers": (int, 0, 16),
-    "hidden_dim": (int, 1, 1 << 15),
-    "dropout": (float, 0, 0.99),
-    "lr": (float, 0, 1e3),
-    "batch_size": (int, 1, 1 << 24),
-    "max_epochs": (int, 1, 100_000),
-    "check_val_every_n_epoch": (int, 1, 100_000),
-    "patience": (int, 1, 100_000),
-}
-MOST_VALUES = 100  # of a parameter of the grid
-TASK_GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {"dcase2016_task2": {"check_val_every_n_epoch": [10]}}
-GRID_POINTS = 8
-GRID_SEED = 42  # of the kit's shuffle; also where probes have another seed, so that the points are the same
-SHOWN = 100  # characters of a value in a message
-FILES_SEED = 0  # of the kit's shuffle of a task's files
+from gura_jax.evaluate.task import Fold, Task, frame_targets
 
 
 class Protocol(NamedTuple):
-    """What a protocol does about each fault of the kit.
+    """How probes are trained and chosen. The options are off in HEAR's kit, and each mends one of its bugs.
 
     Attributes:
-        name: of the protocol.
-        shuffle: visit the training rows in another order each epoch. (The kit means to, and never does.)
-        go_on_after_nan: a validation score that is NaN or infinite is the worst, or best, there is. (In the kit it
-            ends training.)
-        drop_single: leave a last batch of one row out of its epoch. (The kit fails: BatchNorm has no variance.)
-        follow_metric: of events' postprocessing choose the one with the best primary score. (The kit takes the
-            largest score also where less is better.)
-        zero_without_events: where no event is found, precision and F-measure are 0. (In the kit NaN, so that one
+        name: name of the protocol.
+        shuffle: visit the training rows in a new order each epoch. (The kit means to, and never does.)
+        go_on_after_nan: treat a validation score of NaN as the worst, and an infinite one as a number. (In the kit,
+            either ends training.)
+        drop_single: drop a last batch of one row. (The kit fails: BatchNorm has no variance.)
+        follow_metric: choose the postprocessing of events with the best primary score. (The kit chooses the largest
+            score, even if lower is better.)
+        zero_without_events: if no event is found, precision and F-measure are 0. (In the kit they are NaN, so one
             validation without events ends training.)
-        present_classes: mAP, aucroc and d_prime are over the classes that a split has both examples and other clips
-            of. (In the kit the others make aucroc and d_prime NaN, and count as 0 in mAP.)
+        present_classes: average mAP, aucroc and d_prime over the classes that a split has both examples and other clips
+            of. (In the kit, other classes make aucroc and d_prime NaN, and count as 0 in mAP.)
+        points: the points to train for a task, in order. Raises InputError if the task prescribes impossible ones.
     """
 
     name: str
@@ -75,24 +42,28 @@ class Protocol(NamedTuple):
     follow_metric: bool
     zero_without_events: bool
     present_classes: bool
+    points: Callable[[Task], list[Point]]
 
+    @property
+    def options(self) -> tuple[str | bool, ...]:
+        """The name and all options, as plain values."""
+        return tuple(value for value in self if isinstance(value, (str, bool)))
 
-PROTOCOLS = {name: Protocol(name, *[name == "fixed"] * 6) for name in ("hear2021", "fixed")}
 
 Lookup = Callable[[str, str], tuple[np.ndarray, np.ndarray | None]]
 """(split, file) -> a scene [D] and None, or frames [T, D] and their times [T] in milliseconds."""
 
 
 class FoldScores(NamedTuple):
-    """What one fold gave.
+    """Scores of one fold.
 
     Attributes:
-        test: name -> value, as the kit names them: ``test_score`` (the primary), ``test_loss``, ``test_<metric>``, and
-            for events ``test_<metric>_f_measure`` and so on.
-        validation_score: the best.
-        epoch: of the best, from 0.
-        seconds: that training took; a point's share, where several were trained at once.
-        postprocessing: of events.
+        test: scores by name: ``test_score`` (the primary metric), ``test_loss``, ``test_<metric>``, and for events
+            ``test_<metric>_f_measure`` and so on.
+        validation_score: the best validation score.
+        epoch: its epoch, from 0.
+        seconds: training time; the point's share if several points were trained together.
+        postprocessing: parameters chosen for events.
     """
 
     test: Mapping[str, float]
@@ -103,53 +74,23 @@ class FoldScores(NamedTuple):
 
 
 class TaskScores(NamedTuple):
-    """The scores of a task: by the split that was tested."""
+    """Scores of a task.
+
+    Attributes:
+        folds: scores by tested split.
+        point: the chosen point.
+        maximize: whether points were chosen by the highest validation score, or by the lowest.
+        state_weights: learned weights of the hidden states on the first fold; empty if none are learned.
+    """
 
     folds: Mapping[str, FoldScores]
     point: Point
     maximize: bool
-    state_weights: tuple[float, ...]  # of the first fold, where they are learned
-
-
-def grid_points(task: Task) -> list[Point]:
-    """The points of the grid that are trained, in order.
-
-    Raises:
-        InputError: the task names a parameter that there is not, or values that make no sense.
-    """
-    grid = {**GRID, **TASK_GRIDS.get(task.task_name, {}), **task.grid}
-    if unknown := sorted(set(grid) - set(GRID)):
-        raise InputError(f"{task.folder}: expected a grid of {', '.join(GRID)}, found {', '.join(unknown)}")
-    for name, values in grid.items():
-        if len(values) > MOST_VALUES or not all(_allowed(name, value) for value in values):
-            raise InputError(f"{task.folder}: expected a grid with {_described(name)}, found {str(values)[:SHOWN]}")
-    names = sorted(grid)
-    points = [
-        Point(**dict(zip(names, values, strict=True))) for values in itertools.product(*(grid[name] for name in names))
-    ]
-    random.Random(GRID_SEED).shuffle(points)
-    for point in points:
-        if point.max_epochs < point.check_val_every_n_epoch:
-            raise InputError(f"{task.folder}: expected a grid with max_epochs to the first validation, found {point}")
-    return points[:GRID_POINTS]
-
-
-def _allowed(name: str, value: Any) -> bool:
-    if name not in LIMITS:
-        return value in GRID[name]
-    kind, least, greatest = LIMITS[name]
-    return isinstance(value, (int, kind)) and not isinstance(value, bool) and least <= value <= greatest
-
-
-def _described(name: str) -> str:
-    if name not in LIMITS:
-        return f"{name} of {', '.join(GRID[name])}"
-    kind, least, greatest = LIMITS[name]
-    return f"{name}, at most {MOST_VALUES} of type {kind.__name__} from {least} to {greatest}"
+    state_weights: tuple[float, ...]
 
 
 class _File(NamedTuple):
-    """Rows ``start`` to ``stop`` are the frames of a file, in the order of their times."""
+    """A file, whose frames are the rows ``start`` to ``stop``, ordered by time."""
 
     name: str
     start: int
@@ -159,28 +100,31 @@ class _File(NamedTuple):
 
 
 class _Data(NamedTuple):
-    """A task's embeddings, on the device; each split's rows follow each other."""
+    """A task's embeddings on the device; the rows of a split are contiguous."""
 
     rows: Rows
     targets: np.ndarray  # [N, C]
-    spans: Mapping[str, tuple[int, int]]  # of each split
-    files: Mapping[str, Sequence[_File]]  # of an event task
+    spans: Mapping[str, tuple[int, int]]  # first and last row + 1 of each split
+    files: Mapping[str, Sequence[_File]]  # of each split of an event task
 
 
 def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0, *, num_states: int = 0) -> TaskScores:
-    """Train probes on a task's embeddings, choose among them, and test.
+    """Train probes on a task's embeddings, choose the best on validation, and test it.
+
+    All points are trained on the first fold; the best one is trained again on each other fold.
 
     Args:
-        task: as read.
-        lookup: the embeddings.
-        protocol: one of :data:`PROTOCOLS`.
-        seed: of initial values, dropout and shuffles.
-        num_states: hidden states that an embedding consists of, whose weights are learned; 0: it is none.
+        task: the task.
+        lookup: finds the embeddings.
+        protocol: how to train and choose.
+        seed: of initial weights, dropout and shuffles.
+        num_states: number of hidden states that each embedding consists of, whose weights are learned; 0 for plain
+            embeddings.
 
     Raises:
-        InputError: embeddings that are not finite or of several sizes, or too few rows to train on.
+        InputError: embeddings that are not finite or differ in size, or too few rows to train on.
     """
-    points = grid_points(task)
+    points = protocol.points(task)
     data = _load(task, lookup)
     keys = jax.random.split(jax.random.key(seed), (len(task.folds), len(points)))
     orders = np.random.default_rng(seed)
@@ -196,7 +140,7 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0,
             fits = first.fit([points[i] for i in chosen], keys[0, np.asarray(chosen)])
             fitted |= dict(zip(chosen, fits, strict=True))
     sign = 1 if first.maximize else -1
-    best = max(range(len(points)), key=lambda i: (sign * fitted[i].score, -i))  # of equal ones the first
+    best = max(range(len(points)), key=lambda i: (sign * fitted[i].score, -i))  # of equal scores, the first
     folds = {task.folds[0].test: first.test(fitted[best])}
     for number, fold in enumerate(task.folds[1:], 1):
         training = _Training(task, data, fold, protocol, orders, num_states)
@@ -208,13 +152,16 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0,
 
 
 def _points_at_once(points: int) -> int:
-    """All; but on a CPU one a device, as it is busy with one, and that one may stop when it should."""
-    return min(points, jax.local_device_count()) if jax.default_backend() == "cpu" else points
+    """Return how many points to train together: all; but one a device if the devices share a processor.
+
+    That processor is busy with one point, and alone a point can stop early.
+    """
+    devices = jax.local_devices()
+    return min(points, len(devices)) if platform_of(devices).share_batch else points
 
 
 def _load(task: Task, lookup: Lookup) -> _Data:
-    """Gather the embeddings: files in the kit's order, which shuffles those of each split."""
-    shuffle = random.Random(FILES_SEED).shuffle
+    """Gather the embeddings of all clips, in the task's order, and put them on the device."""
     index = {label: i for i, label in enumerate(task.labels)}
     values: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -222,11 +169,8 @@ def _load(task: Task, lookup: Lookup) -> _Data:
     files: dict[str, list[_File]] = {}
     total = 0
     for split in task.splits:
-        names = list(task.clips[split])
-        shuffle(names)
         begin, files[split] = total, []
-        for name in names:
-            labels = task.clips[split][name]
+        for name, labels in task.clips[split].items():
             embedding, times = lookup(split, name)
             found = embedding if task.embedding == "event" else embedding[None]
             if found.ndim != 2 or (values and found.shape[1] != values[0].shape[1]):
@@ -264,7 +208,7 @@ def _load(task: Task, lookup: Lookup) -> _Data:
 
 
 class _Fitted(NamedTuple):
-    """A point's probe at its best validation."""
+    """A point's probe, as it was at its best validation."""
 
     score: float
     epoch: int
@@ -274,7 +218,7 @@ class _Fitted(NamedTuple):
 
 
 class _Best:
-    """The best validation of a point so far, and whether it still trains: early stopping as in the kit."""
+    """A point's best validation so far, and whether it still trains: early stopping as in HEAR's kit."""
 
     def __init__(self, patience: int, maximize: bool, protocol: Protocol) -> None:
         self.patience, self.maximize, self.protocol = patience, maximize, protocol
@@ -283,10 +227,10 @@ class _Best:
         self.postprocessing: Parameters = ()
 
     def update(self, score: float, epoch: int, postprocessing: Parameters = ()) -> bool:
-        """Take a validation in; whether it is the best so far."""
+        """Record a validation; returns whether it is the best so far."""
         if not self.running:
             return False
-        seen = np.float32(score)  # the kit compares in single precision
+        seen = np.float32(score)  # the kit compares in single precision too
         value = self.worst if np.isnan(seen) else float(seen)
         better = self.epoch < 0 or (value > self.score if self.maximize else value < self.score)
         if better:
@@ -299,7 +243,7 @@ class _Best:
 
 
 class _Training:
-    """One fold of a task."""
+    """Training and testing on one fold of a task."""
 
     def __init__(
         self, task: Task, data: _Data, fold: Fold, protocol: Protocol, orders: np.random.Generator, num_states: int
@@ -311,7 +255,7 @@ class _Training:
         self.grid = parameter_grid(task.postprocessing) if task.embedding == "event" else [()]
 
     def fit(self, points: Sequence[Point], keys: jax.Array) -> list[_Fitted]:
-        """Train points of one shape together, each to its own best validation."""
+        """Train points of one shape together, and keep each one's best validation."""
         point, data = points[0], self.data
         began = time.perf_counter()
         count = self._rows_of_an_epoch(point.batch_size)
@@ -358,7 +302,7 @@ class _Training:
         return probes.choose(np.arange(*self.data.spans[split]))
 
     def _validate(self, probabilities: np.ndarray, loss: float) -> tuple[float, Parameters]:
-        """The validation score of one point, and with what postprocessing."""
+        """Return the validation score of one point, and its best postprocessing."""
         if not self.task.score_stopping:
             return loss, self.grid[0]
         if self.protocol.go_on_after_nan and not np.isfinite(probabilities).all():
@@ -376,13 +320,13 @@ class _Training:
             value = metric.quick(estimated, reference, len(self.task.labels), empty=self.protocol.zero_without_events)
             scored.append((value, parameters))
         lowest = self.protocol.follow_metric and not metric.maximize
-        # NaN counts 0, and of equal scores the largest parameters win, as in the kit.
+        # As in the kit, NaN counts as 0, and of equal scores the largest parameters win.
         return max(scored, key=lambda s: ((-1 if lowest else 1) * np.nan_to_num(s[0]), s[1]))
 
     def _events(
         self, split: str, probabilities: np.ndarray, parameters: Parameters
     ) -> tuple[dict[str, Events], dict[str, Events]]:
-        """Events that were found, and the true ones, by file."""
+        """Find the events of a split; returns estimated and true events by file."""
         begin = self.data.spans[split][0]
         files = self.data.files[split]
         options = dict(parameters)

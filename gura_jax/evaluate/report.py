@@ -1,6 +1,7 @@
-"""Score files as HEAR's kit writes them, and all scores of a folder as a table."""
+"""Score files, in the layout of HEAR's kit, and the table of all scores in a folder."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,19 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gura_jax import __version__
-from gura_jax.dataset import store
+from gura_jax import __version__, files
 from gura_jax.evaluate.protocol import Protocol, TaskScores
-from gura_jax.evaluate.tasks import Task
+from gura_jax.evaluate.task import Task
 
-SCORES = "test.predicted-scores.json"
 TABLE = "scores.csv"
-OURS = "gura_jax"  # key of what the kit's score files do not have
+OURS = "gura_jax"  # key of the identity, which the kit's score files do not have
 AGGREGATED = "aggregated_scores"
 
 
 class Row(NamedTuple):
-    """A row of the table: a metric of a system on a task, over folds the mean and sample standard deviation."""
+    """A row of the table: a metric of a system on a task, with mean and sample standard deviation over folds."""
 
     system: str
     task: str
@@ -37,15 +36,17 @@ class Row(NamedTuple):
 
 
 def identity(task: Task, protocol: Protocol, seed: int, embeddings: str) -> dict[str, Any]:
-    """What scores depend on: those of another identity are computed anew.
+    """Identify scores by what they depend on; scores of another identity are computed again.
 
     Args:
-        task: as read.
+        task: the task; its folder does not matter.
         protocol: of the evaluation.
         seed: of the probes.
-        embeddings: says which, as a store's fingerprint does.
+        embeddings: fingerprint of the embeddings.
     """
-    described = json.dumps([task._replace(folder=Path()), protocol], sort_keys=True, default=str)
+    task = dataclasses.replace(task, folder=Path())
+    values = [getattr(task, field.name) for field in dataclasses.fields(task)]
+    described = json.dumps([values, protocol.options], sort_keys=True, default=str)
     return {
         "version": __version__,
         "protocol": protocol.name,
@@ -56,7 +57,13 @@ def identity(task: Task, protocol: Protocol, seed: int, embeddings: str) -> dict
 
 
 def content(scores: TaskScores, embeddings: Sequence[Path], described: Mapping[str, Any]) -> dict[str, Any]:
-    """A score file: a key a fold that was tested, then with several ``aggregated_scores``, and what was chosen."""
+    """Make the content of a score file: scores of each tested fold, ``aggregated_scores`` of several, and the choices.
+
+    Args:
+        scores: the scores.
+        embeddings: folders of the embeddings.
+        described: the :func:`identity`.
+    """
     folds = {
         split: dict(fold.test)
         | {
@@ -80,7 +87,7 @@ def content(scores: TaskScores, embeddings: Sequence[Path], described: Mapping[s
 
 
 def _aggregate(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means and sample standard deviations; NaN is left out, as pandas does for the kit."""
+    """Compute means and sample standard deviations without NaN, as pandas does for the kit."""
     out = {}
     for name in folds[0]:
         values = np.array([fold[name] for fold in folds], np.float64)
@@ -91,27 +98,27 @@ def _aggregate(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return out
 
 
-def write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
-    """Write a score file. NaN and infinite scores are written as the kit does, outside strict JSON.
+def write_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """Write a score file. Like the kit's, it may hold NaN and infinity, which strict JSON does not know.
 
     Raises:
         StoreError: it cannot be written.
     """
-    store.open_folder(folder)
-    store.write_file(folder, SCORES, (json.dumps(scores, indent=4) + "\n").encode())
+    files.open_folder(path.parent)
+    files.write_file(path.parent, path.name, (json.dumps(scores, indent=4) + "\n").encode())
 
 
-def read_scores(folder: Path) -> dict[str, Any] | None:
-    """A score file that this package wrote; None where there is none, or a damaged one."""
+def read_scores(path: Path) -> dict[str, Any] | None:
+    """Read a score file that this package wrote; None if there is none, or it is damaged."""
     try:
-        found = json.loads((folder / SCORES).read_bytes())
+        found = json.loads(path.read_bytes())
         return found if isinstance(found[OURS], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def rows(system: str, task: Task, scores: Mapping[str, Any]) -> list[Row]:
-    """Rows of a score file, the primary metric first."""
+    """Turn a score file into rows of the table, the primary metric first."""
     described = scores[OURS]
     folds = {split: scores[split] for fold in task.folds if (split := fold.test)}
     aggregated = scores.get(AGGREGATED) or _aggregate(list(folds.values()))
@@ -132,23 +139,23 @@ def rows(system: str, task: Task, scores: Mapping[str, Any]) -> list[Row]:
 
 
 def update_table(folder: Path, new: Sequence[Row]) -> None:
-    """Put rows into the folder's table, in the place of those of the same system, task, metric, protocol and seed.
+    """Add rows to the folder's table; they replace rows of the same system, task, metric, protocol and seed.
 
     Raises:
-        StoreError: it cannot be written.
+        StoreError: the table cannot be written.
     """
-    with store.locked(folder):
+    with files.locked(folder):
         table = {tuple(_key(row)): row for row in _read_table(folder / TABLE)}
         table |= {tuple(_key(values)): values for row in new if (values := _written(row))}
         text = io.StringIO()
         writer = csv.DictWriter(text, Row._fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table[key] for key in sorted(table))
-        store.write_file(folder, TABLE, text.getvalue().encode())
+        files.write_file(folder, TABLE, text.getvalue().encode())
 
 
 def read_table(folder: Path) -> list[Row]:
-    """All scores of a folder, of whatever run."""
+    """Read the folder's table: the scores of all runs into this folder."""
     found = []
     for values in _read_table(folder / TABLE):
         std = float(values["std"]) if values["std"] else None

@@ -1,4 +1,4 @@
-"""A run: every task of a folder, embedded and evaluated by every system; what fails stops nothing else."""
+"""An evaluation: every task of a folder by every system; a task that fails does not stop the others."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gura_jax.dataset import store
-from gura_jax.dataset.manifest import plain_name
+from gura_jax import files
 from gura_jax.dataset.run import is_out_of_memory
 from gura_jax.errors import GuraError, InputError
 from gura_jax.evaluate import metrics, report
+from gura_jax.evaluate.benchmarks import Benchmark
 from gura_jax.evaluate.embed import SystemEmbeddings
 from gura_jax.evaluate.modules import ModuleEmbeddings
-from gura_jax.evaluate.protocol import Protocol, evaluate_task, grid_points
-from gura_jax.evaluate.tasks import Task, find_tasks, read_task
+from gura_jax.evaluate.protocol import Protocol, evaluate_task
+from gura_jax.evaluate.task import Task
+from gura_jax.files import plain_name
 
 EMBEDDINGS = "embeddings"
 
@@ -24,29 +25,37 @@ Source = SystemEmbeddings | ModuleEmbeddings
 
 
 class Outcome(NamedTuple):
-    """What a run came to: rows of the table, and what failed with the reason: a task, or a task by a system."""
+    """Scores and failures of an evaluation.
+
+    Attributes:
+        rows: scores, as rows of the table.
+        failed: reason by task, or by task and system.
+    """
 
     rows: list[report.Row]
     failed: Mapping[str, str]
 
 
-def evaluate(tasks: Path, sources: Sequence[Source], out: Path, protocol: Protocol, seed: int = 0) -> Outcome:
-    """Evaluate systems on every task of a folder, and write scores as each is finished.
+def evaluate(
+    tasks: Path, sources: Sequence[Source], out: Path, benchmark: Benchmark, protocol: Protocol, seed: int = 0
+) -> Outcome:
+    """Evaluate systems on every task of a folder, and write the scores of each task when it is done.
 
-    First everything is embedded, one encoder after the other, then probes are trained. Scores that are there already,
-    of the same embeddings, task, protocol and seed, are not computed again.
+    First everything is embedded, one encoder after the other; then probes are trained. Existing scores of the same
+    embeddings, task, protocol and seed are not computed again.
 
     Args:
-        tasks: a folder of HEAR tasks, or a task.
+        tasks: a folder of the benchmark's tasks, or one task.
         sources: where embeddings come from.
-        out: ``embeddings/<encoder>/<task>`` and ``scores/<protocol>-<seed>/<system>/<task>`` go there, and the tables.
-        protocol: see :data:`gura_jax.evaluate.protocol.PROTOCOLS`.
+        out: folder for ``embeddings/<encoder>/<task>``, ``scores/<protocol>-<seed>/<system>/<task>`` and the tables.
+        benchmark: the benchmark of the tasks.
+        protocol: one of its protocols.
         seed: of the probes.
 
     Raises:
-        InputError: there are no tasks, two systems have one name, or it cannot be a folder's.
+        InputError: there are no tasks, or two systems share a name, or a name cannot be a folder's.
         SystemConfigError: scikit-learn, SciPy or sed_eval is missing, or a module cannot be loaded.
-        CheckpointError: weights are missing, or damaged.
+        CheckpointError: weights are missing or damaged.
         StoreError: the folder cannot be written.
     """
     metrics.check_installed()
@@ -54,15 +63,15 @@ def evaluate(tasks: Path, sources: Sequence[Source], out: Path, protocol: Protoc
     if len(set(names)) < len(names):
         raise InputError(f"expected systems of names that differ, found {max(names, key=names.count)} twice")
     for source in sources:
-        plain_name(source.name, out)  # a part of paths, from a file that may be anybody's
+        plain_name(source.name, out)  # becomes part of paths, and may come from an untrusted file
         source.check()
-    store.open_folder(out)
+    files.open_folder(out)
     failed: dict[str, str] = {}
     readable: list[Task] = []
-    for folder in find_tasks(tasks):
+    for folder in benchmark.find_tasks(tasks):
         try:
-            task = read_task(folder)
-            grid_points(task)  # better now than after it is embedded
+            task = benchmark.read_task(folder)
+            protocol.points(task)  # fails before anything is embedded
             readable.append(task)
         except GuraError as error:
             failed[folder.name] = str(error)
@@ -72,10 +81,10 @@ def evaluate(tasks: Path, sources: Sequence[Source], out: Path, protocol: Protoc
     for task in readable:
         for source in sources:
             if not source.parts(task):
-                print(f"{task.name}: no task for {source.name}, which is for scenes", file=sys.stderr)
+                print(f"{task.name}: skipped for {source.name}, which has scene embeddings only", file=sys.stderr)
                 continue
             try:
-                scores = _scores(task, source, out, protocol, seed, broken)
+                scores = _scores(task, source, out, benchmark, protocol, seed, broken)
             except GuraError as error:
                 failed[f"{task.name} by {source.name}"] = str(error)
                 print(f"{task.name} by {source.name}: {error}", file=sys.stderr)
@@ -88,7 +97,7 @@ def evaluate(tasks: Path, sources: Sequence[Source], out: Path, protocol: Protoc
 
 
 def _embed(tasks: Sequence[Task], sources: Sequence[Source], out: Path) -> Mapping[tuple[str, str], GuraError]:
-    """Embed what the sources are made of, each part once; why that failed, by part and task."""
+    """Embed the parts of all sources, each part once; returns failures by part and task."""
     needed: dict[str, tuple[Any, Any, dict[str, Task]]] = {}
     for task in tasks:
         for source in sources:
@@ -108,16 +117,22 @@ def _embed(tasks: Sequence[Task], sources: Sequence[Source], out: Path) -> Mappi
 
 
 def _scores(
-    task: Task, source: Source, out: Path, protocol: Protocol, seed: int, broken: Mapping[tuple[str, str], GuraError]
+    task: Task,
+    source: Source,
+    out: Path,
+    benchmark: Benchmark,
+    protocol: Protocol,
+    seed: int,
+    broken: Mapping[tuple[str, str], GuraError],
 ) -> Mapping[str, Any]:
-    """The content of a task's score file: as it is there, or computed."""
+    """Return the content of a task's score file, which is computed and written unless it is there."""
     parts = [part.name for part in source.parts(task)]
     for name in parts:
         if (name, task.name) in broken:
             raise broken[name, task.name]
     folders = [out / EMBEDDINGS / name / task.name for name in parts]
     embedded = source.open(task, folders)
-    target = out / "scores" / f"{protocol.name}-{seed}" / source.name / task.name
+    target = out / "scores" / f"{protocol.name}-{seed}" / source.name / task.name / benchmark.scores_file
     described = report.identity(task, protocol, seed, embedded.fingerprint)
     scores = report.read_scores(target)
     if scores is None or scores[report.OURS] != described:
@@ -127,7 +142,7 @@ def _scores(
             if not isinstance(error, MemoryError) and not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"{task.folder}: expected embeddings and probes that the memory holds, found {error}: evaluate this "
+                f"{task.folder}: expected embeddings and probes that fit into memory, found {error}: evaluate this "
                 "task on a larger machine, with the same --out"
             ) from None
         scores = report.content(found, folders, described)

@@ -1,7 +1,7 @@
-"""HEAR 2021's common API: one importable module a system, as ``gura_jax.hear.fusion_cat_xwc``.
+"""HEAR 2021's common API: one importable module for each system, for example ``gura_jax.hear.fusion_cat_xwc``.
 
-Each has ``load_model``, ``get_scene_embeddings`` and ``get_timestamp_embeddings``; ``gura_jax.hear.custom`` is any
-system, by its option ``system``. They differ in the system's name alone, so they are made from the table here.
+Each has ``load_model``, ``get_scene_embeddings`` and ``get_timestamp_embeddings``. ``gura_jax.hear.custom`` is any
+system, chosen by the option ``system``. The modules differ only in the system, so they are created here from the table.
 """
 
 import importlib.machinery
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gura_jax.errors import SystemConfigError
+from gura_jax.models.families import import_families
 from gura_jax.systems import SYSTEMS
 
 try:
@@ -22,7 +23,7 @@ CUSTOM = "custom"
 
 
 def _module(name: str, system: str | None) -> types.ModuleType:
-    """The HEAR module of a system; of the one that its options name, where ``system`` is None."""
+    """Create the HEAR module of a system; None: of the system that the options name."""
 
     def load_model(model_file_path: str | Path = "", **options: Any) -> interface.HearModel:
         return interface.load(system, model_file_path, options)
@@ -35,7 +36,8 @@ def _module(name: str, system: str | None) -> types.ModuleType:
     return module
 
 
+import_families()
 for _name in (*SYSTEMS, CUSTOM):
-    # Python looks here once it has imported the package, and before it looks for a file.
+    # Once the package is imported, Python finds its modules here, without looking for files.
     _made = _module(_name, None if _name == CUSTOM else _name)
     sys.modules[_made.__name__] = globals()[_name] = _made

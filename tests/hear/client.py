@@ -1,4 +1,4 @@
-"""Run one of HEAR's clients, unmodified, beside today's PyTorch and without TensorFlow.
+"""Run one of HEAR's clients, unmodified, with a current PyTorch and without TensorFlow.
 
 python tests/hear/client.py CLIENT ARGUMENT...
 
@@ -14,7 +14,7 @@ import types
 
 def main() -> None:
     stand_in_for_tensorflow()
-    # Lightning's checkpoints hold classes; those that heareval reads are those that it wrote a moment before.
+    # Lightning's checkpoints hold classes; heareval reads only those that it has just written.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     del sys.argv[0]
     if sys.argv[0] == "heareval.predictions.runner":
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def stand_in_for_tensorflow() -> None:
-    """The clients import it, and for a PyTorch model ask two things of it."""
+    """Provide the two names of TensorFlow that the clients use with a PyTorch model."""
     tensorflow = types.ModuleType("tensorflow")
     tensorflow.__spec__ = importlib.machinery.ModuleSpec("tensorflow", None)  # torch asks for it
     vars(tensorflow).update(
@@ -35,7 +35,7 @@ def stand_in_for_tensorflow() -> None:
 
 
 def let_epochs_be_set() -> None:
-    """heareval sets the loop's epoch before it tests, which Lightning has not let anyone do since 1.6."""
+    """Restore the setter of the loop's epoch, which heareval needs and Lightning removed in 1.6."""
     from pytorch_lightning.loops import FitLoop  # pyright: ignore[reportMissingImports]
 
     def get(loop: FitLoop) -> int:

@@ -1,8 +1,8 @@
-"""HEAR's own validator and evaluation kit on every system: a line each; exit code 1 if one fails.
+"""Run HEAR's own validator and evaluation kit on every system: prints a line each; exits with 1 if one fails.
 
 python tests/hear/run.py [SYSTEM...] [--validate-only]
 
-Every system at size tiny with random weights, a system file, and crepe with its published weights; five tasks.
+Every system runs at size tiny with random weights, and a system file; crepe also with published weights. Five tasks.
 """
 
 import argparse
@@ -39,7 +39,7 @@ encoder = "crepe-tiny"
 
 
 class Case(NamedTuple):
-    """A module, and how it is loaded."""
+    """A module, with its options and weights."""
 
     module: str
     options: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 class FailedError(Exception):
-    """A client failed; the message is the end of what it printed."""
+    """A client failed; the message is the end of its output."""
 
 
 def cases(folder: Path) -> Iterator[Case]:
@@ -63,7 +63,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 
 def call(*arguments: object, cwd: Path, **environment: str) -> str:
-    """What a Python process prints."""
+    """Run a Python process; returns its output."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, arguments)],
         env=os.environ | environment,
@@ -80,7 +80,7 @@ def call(*arguments: object, cwd: Path, **environment: str) -> str:
 
 
 def validate(case: Case, folder: Path) -> str:
-    """The validator's last line; it takes options from the environment alone."""
+    """Run the validator, which takes options only from the environment; returns its last line."""
     weights = ["--model", case.weights] if case.weights else []
     environment = {"GURA_JAX_HEAR_OPTIONS": json.dumps(case.options)}
     module = f"gura_jax.hear.{case.module}"
@@ -88,7 +88,7 @@ def validate(case: Case, folder: Path) -> str:
 
 
 def evaluate(case: Case, folder: Path, tasks: list[str]) -> dict[str, float]:
-    """heareval's first test score of each task."""
+    """Run heareval; returns the primary test score of each task."""
     embeddings = folder / "embeddings" / case.label.replace(" ", "-")
     arguments = ["--tasks-dir", folder / "tasks", "--embeddings-dir", embeddings]
     arguments += ["--model", case.weights] if case.weights else []
@@ -108,7 +108,7 @@ def evaluate(case: Case, folder: Path, tasks: list[str]) -> dict[str, float]:
 
 
 def aggregated(found: Mapping[str, Any], metric: str) -> float:
-    """The test score, or its mean over folds."""
+    """Return the test score, or its mean over folds."""
     folds = found.get("aggregated_scores")
     return float(folds[f"test_{metric}_mean"] if folds else found["test"][f"test_{metric}"])
 

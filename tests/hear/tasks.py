@@ -1,4 +1,4 @@
-"""Five tiny HEAR tasks of tones in noise, one of each kind that heareval knows."""
+"""Write five tiny HEAR tasks of tones in noise, one of each kind that heareval supports."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ EVENT_SECONDS, SLOT_SECONDS = 6.0, 1.0
 
 
 class Clip(NamedTuple):
-    """A clip [samples], and its labels as HEAR writes them."""
+    """A clip [samples], and its labels in HEAR's format."""
 
     audio: np.ndarray
     labels: list[Any]
@@ -44,14 +44,14 @@ def one_pitch(i: int, rng: np.random.Generator) -> Clip:
 
 
 def some_labels(i: int, rng: np.random.Generator) -> Clip:
-    """None, some or all of the labels; of any length."""
+    """Make a clip of any length with none, some or all of the labels."""
     seconds = rng.uniform(0.5, 2.0)
     labels = [label for bit, label in enumerate(HERTZ) if i >> bit & 1]
     return Clip(sum((tone(HERTZ[label], seconds, rng) for label in labels), noise(seconds, rng)), labels)
 
 
 def events(i: int, rng: np.random.Generator) -> Clip:
-    """One tone in each second; starts and ends in milliseconds."""
+    """Make a clip with one tone in each second; labels are in milliseconds."""
     audio, labels = noise(EVENT_SECONDS, rng), []
     for slot in np.arange(0, EVENT_SECONDS, SLOT_SECONDS):
         label = str(rng.choice(list(HERTZ)))
@@ -69,7 +69,7 @@ EVENT: Mapping[str, Any] = {
     "prediction_type": "multilabel",
     "sample_duration": EVENT_SECONDS,
 }
-# What makes a clip, clips of each split, labels, metadata.
+# Each: function that makes a clip, clips of each split, labels, metadata.
 TASKS: Mapping[str, tuple[Any, Mapping[str, int], list[Any], Mapping[str, Any]]] = {
     "classes": (
         one_label,
@@ -127,7 +127,7 @@ TASKS: Mapping[str, tuple[Any, Mapping[str, int], list[Any], Mapping[str, Any]]]
 
 
 def write_tasks(folder: Path) -> Iterator[str]:
-    """Write the tasks, and name their folders."""
+    """Write the tasks; yields the names of their folders."""
     rng = np.random.default_rng(0)
     for name, (make, splits, labels, about) in TASKS.items():
         task = folder / f"{name}-v1-tiny"

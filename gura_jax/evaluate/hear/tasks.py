@@ -1,96 +1,72 @@
-"""HEAR tasks: what a folder's metadata, vocabulary and labels say, checked."""
+"""Task folders of HEAR: metadata, vocabulary and labels, checked."""
 
 import csv
+import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gura_jax.dataset.manifest import HEAR_METADATA, plain_name, read_json
+from gura_jax.dataset.sources import printable, read_inputs
+from gura_jax.dataset.sources.hear import HEAR_METADATA
 from gura_jax.errors import InputError
 from gura_jax.evaluate.metrics import METRICS
+from gura_jax.evaluate.task import Event, Fold, Task
+from gura_jax.files import plain_name, read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 VOCABULARY = "labelvocabulary.csv"
 SPLIT_MODES = ("trainvaltest", "new_split_kfold", "presplit_kfold")
 TRAIN_VALID_TEST = ("train", "valid", "test")
 MIN_FOLDS = 3  # one to test, one to validate, one to train
-END_SLACK = 0.0001  # ms: a frame at an event's very end is part of it
 POSTPROCESSING = {"median_filter_ms": [250.0], "min_duration": [125.0, 250.0]}  # ms
 LONGEST = 60_000  # ms, of a filter or an event's least duration
+FILES_SEED = 0  # of the kit's shuffle of a task's files
 
 
-class Fold(NamedTuple):
-    """Splits to train on, to validate with, and to test with."""
+@dataclasses.dataclass(frozen=True)
+class HearTask(Task):
+    """A task folder, ``<task_name>-<version>-<mode>``, with audio in ``<sample rate>/<split>/<file>``."""
 
-    train: tuple[str, ...]
-    valid: str
-    test: str
+    def table(self, sample_rate: int) -> "pa.Table":
+        return read_inputs([self.folder], sample_rate=sample_rate).drop_columns(["labels"])
 
+    def clip_id(self, split: str, file: str) -> str:
+        return printable(f"{self.name}/{split}/{file}")
 
-class Task(NamedTuple):
-    """A task of HEAR.
-
-    Attributes:
-        folder: where it is.
-        name: of the folder, ``<task_name>-<version>-<mode>``.
-        task_name: without version and mode.
-        embedding: scenes, or frames for events.
-        prediction: one label a clip, or any number.
-        splits: in the order of the metadata.
-        folds: one for train, valid and test; else as many as splits.
-        labels: by their index.
-        metrics: the primary one first.
-        score_stopping: whether the primary metric ends training and chooses, else the validation loss.
-        postprocessing: of events, the values to try of each parameter.
-        grid: what the task says of the grid, the values of each parameter.
-        clips: labels by split and file: of a scene a list of strings, of an event task a list of :class:`Event`.
-    """
-
-    folder: Path
-    name: str
-    task_name: str
-    embedding: Literal["scene", "event"]
-    prediction: Literal["multiclass", "multilabel"]
-    splits: tuple[str, ...]
-    folds: tuple[Fold, ...]
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    score_stopping: bool
-    postprocessing: Mapping[str, Sequence[float]]
-    grid: Mapping[str, Sequence[Any]]
-    clips: Mapping[str, Mapping[str, Sequence[Any]]]
-
-
-class Event(NamedTuple):
-    """A labelled event; times in milliseconds."""
-
-    label: str
-    start: float
-    end: float
+    def audio_folder(self, split: str, sample_rate: int) -> Path:
+        folder = self.folder / str(sample_rate)
+        if not folder.is_dir():
+            raise InputError(
+                f"{self.folder}: expected a folder {sample_rate}, of audio at the module's sample rate, found none: "
+                "HEAR publishes each task at 16000, 22050, 32000, 44100 and 48000 Hz"
+            )
+        return folder / split
 
 
 def find_tasks(folder: Path) -> list[Path]:
-    """The tasks in a folder, or the folder itself where it is one.
+    """Find the task folders in a folder; the folder itself, if it is one.
 
     Raises:
         InputError: there are none.
     """
     if (folder / HEAR_METADATA).is_file():
         return [folder]
-    # A vocabulary too is a task's: its metadata are missing, and that is to be said.
+    # A folder with only a vocabulary is a task too, whose missing metadata must be reported.
     found = sorted({path.parent for name in (HEAR_METADATA, VOCABULARY) for path in folder.glob(f"*/{name}")})
     if not found:
         raise InputError(f"{folder}: expected folders of HEAR tasks, each with a {HEAR_METADATA}, found none")
     return found
 
 
-def read_task(folder: Path) -> Task:
-    """Read a task.
+def read_task(folder: Path) -> HearTask:
+    """Read a task folder.
 
     Raises:
-        InputError: a file is missing or cannot be read, the metadata are not as HEAR has them, a label is not in the
-            vocabulary, or a clip of a multiclass task has not exactly one.
+        InputError: a file is missing or cannot be read, the metadata do not follow HEAR's format, a label is not in the
+            vocabulary, or a clip of a multiclass task does not have exactly one label.
     """
     path = folder / HEAR_METADATA
     meta = read_json(path)
@@ -123,7 +99,7 @@ def read_task(folder: Path) -> Task:
             f"{path}: expected one value of each postprocessing parameter where scores do not choose, found "
             f"{postprocessing}"
         )
-    return Task(
+    return HearTask(
         folder,
         folder.name,
         str(meta.get("task_name", folder.name)),
@@ -136,16 +112,19 @@ def read_task(folder: Path) -> Task:
         score_stopping,
         postprocessing,
         _grid(path, parameters.get("task_specific_param_grid", {})),
-        {split: _clips(folder, split, embedding, prediction, labels) for split in splits},
+        _shuffled({split: _clips(folder, split, embedding, prediction, labels) for split in splits}),
     )
 
 
-def frame_targets(events: Sequence[Event], times: np.ndarray, index: Mapping[str, int]) -> np.ndarray:
-    """Which frames carry which label, [T, C]: from an event's start to its end, that included."""
-    targets = np.zeros((len(times), len(index)), np.float32)
-    for event in events:
-        targets[(event.start <= times) & (times < event.end + END_SLACK), index[event.label]] = 1
-    return targets
+def _shuffled(clips: Mapping[str, Mapping[str, Sequence[Any]]]) -> Mapping[str, Mapping[str, Sequence[Any]]]:
+    """Order each split's files as HEAR's kit does: by one random generator over all splits."""
+    shuffle = random.Random(FILES_SEED).shuffle
+    ordered = {}
+    for split, labels in clips.items():
+        names = list(labels)
+        shuffle(names)
+        ordered[split] = {name: labels[name] for name in names}
+    return ordered
 
 
 def _one_of(path: Path, meta: Mapping[str, Any], name: str, choices: Sequence[str]) -> Any:
