@@ -16,7 +16,7 @@ import gura_jax
 from gura_jax import batching, checkpoint, files, parallel
 from gura_jax.audio import check_audio, min_samples, resampled_length
 from gura_jax.backend import Platform
-from gura_jax.errors import AudioError, CheckpointError, SystemConfigError, expected
+from gura_jax.errors import AudioError, CheckpointError, StoreError, SystemConfigError, expected
 from gura_jax.fusion import COMBINATIONS, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
 from gura_jax.models.encoder import DTypeName, Encoder
 from gura_jax.models.families import build_encoder
@@ -350,7 +350,7 @@ class Model:
                     params = member.encoder.restore(self.params[member.name])
                     checkpoint.save(temporary / member.name, params, self._manifest(member, params))
                 files.write_file(temporary, SAVED_SYSTEM, files.json_bytes(self._description()))
-        except OSError as error:
+        except (OSError, StoreError) as error:
             raise CheckpointError(f"cannot write the model {folder}: {error}") from None
 
     def _manifest(self, member: FusedMember, params: Mapping[str, jax.Array]) -> checkpoint.Manifest:

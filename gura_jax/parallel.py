@@ -35,7 +35,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def cache_compilations() -> None:
-    """Keep compiled programs between runs: in the cache folder, or in ``JAX_COMPILATION_CACHE_DIR`` (empty: nowhere)."""
+    """Keep compiled programs between runs, in the cache folder or ``JAX_COMPILATION_CACHE_DIR`` (empty: nowhere)."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)

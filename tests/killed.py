@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock  # noqa: F401 - here, so that children need not
+import pandas  # noqa: F401 - Arrow imports it
+import pyarrow.compute
 import pyarrow.parquet  # noqa: F401
 import soundfile  # noqa: F401
 import soxr  # noqa: F401
 from toy import contents, embedded
 
-from gura_jax.dataset import store
-from gura_jax.dataset.run import Settings
+from gura_jax import files
+from gura_jax.dataset.table import Settings
 
 INPUTS, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 SETTINGS = Settings(timestamps=True, shard_hours=2 / 3600, batch_seconds=2)
@@ -57,7 +59,7 @@ def run(out: Path, kill_at: int | None) -> bool:
             file.file.flush()
             return True
 
-        store._Hashed.write = counted(store._Hashed.write, is_half_written)
+        files._Hashed.write = counted(files._Hashed.write, is_half_written)
         embedded(INPUTS, out, SETTINGS)
         os._exit(NOT_REACHED)
     status = os.waitpid(child, 0)[1]

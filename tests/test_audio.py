@@ -1,10 +1,13 @@
-"""gura_jax/audio.py: what decodes to what, and every file and array that is refused."""
+"""gura_jax/audio.py: decoding and resampling equal librosa's, and bad files, arrays and rates are refused."""
 
+import functools
+import math
 import struct
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,23 @@ from hypothesis.extra import numpy as hnp
 
 import gura_jax.audio
 from gura_jax.audio import (
-    MIN_SAMPLES,
+    HEAR_RATE,
+    MAX_RATE,
+    MIN_RATE,
+    MIN_SECONDS,
     PEAK_LIMIT,
-    SAMPLE_RATE,
     check_audio,
     check_clip,
     load_audio,
     load_segments,
+    min_samples,
     probe_audio,
+    resample,
+    resampled_length,
 )
 from gura_jax.errors import AudioError
+
+RATES = (16_000, 22_050, 24_000, 44_100, 48_000)  # of models
 
 
 def signal(n: int, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -37,9 +47,9 @@ def signal(n: int, channels: int = 1, seed: int = 0) -> np.ndarray:
     return out[:, 0] if channels == 1 else out
 
 
-def reference(path: Path) -> np.ndarray:
+def reference(path: Path, sample_rate: int = HEAR_RATE) -> np.ndarray:
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    return librosa.resample(samples.mean(axis=1), orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+    return librosa.resample(samples.mean(axis=1), orig_sr=rate, target_sr=sample_rate, res_type="soxr_hq")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +77,71 @@ def test_decoding_equals_librosa_in_blocks_of_any_size(
         assert found.dtype == np.float32
         # What the MP3 decoder computes in its last bit depends on what it computed before.
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7 if suffix == "mp3" else 0)
+
+
+@pytest.mark.parametrize("sample_rate", RATES)
+@pytest.mark.parametrize("rate", [8_000, 24_000, 44_100])
+def test_any_rate_equals_librosa(tmp_path: Path, rate: int, sample_rate: int) -> None:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, signal(rate + 17, 2), rate)
+    found = load_audio(path, sample_rate=sample_rate)
+    np.testing.assert_array_equal(found, reference(path, sample_rate))
+    assert probe_audio(path, sample_rate=sample_rate) == len(found) == resampled_length(rate + 17, rate, sample_rate)
+
+
+@given(st.integers(1, 3000), st.sampled_from([*RATES, 1_000, 11_025, 768_000]), st.sampled_from(RATES))
+def test_resampling_a_clip_equals_librosa(samples: int, rate: int, sample_rate: int) -> None:
+    clip = signal(samples).astype(np.float32)
+    found = resample(clip, rate, sample_rate)
+    assert found.dtype == np.float32
+    assert len(found) == resampled_length(samples, rate, sample_rate)
+    np.testing.assert_array_equal(
+        found, librosa.resample(clip, orig_sr=rate, target_sr=sample_rate, res_type="soxr_hq")
+    )
+
+
+@given(st.integers(0, 10**13), st.integers(MIN_RATE, MAX_RATE), st.integers(MIN_RATE, MAX_RATE))
+def test_resampled_lengths_are_exact(samples: int, rate: int, sample_rate: int) -> None:
+    """Also where a product is beyond 32 bits, or beyond what a float holds."""
+    expected = math.ceil(Fraction(samples * sample_rate, rate))
+    assert resampled_length(samples, rate, sample_rate) == expected
+    small = samples % 2**31
+    found = resampled_length(np.array([small, 0], np.int32), rate, sample_rate)
+    assert found.tolist() == [math.ceil(Fraction(small * sample_rate, rate)), 0]
+
+
+@pytest.mark.parametrize("rate", [0, -16_000, MIN_RATE - 1, MAX_RATE + 1, 16_000.0, "16000", None, True, math.nan])
+def test_impossible_rates_are_refused(tmp_path: Path, rate: Any) -> None:
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, signal(1000), HEAR_RATE)
+    clip = signal(1000).astype(np.float32)
+    for function in (
+        lambda: load_audio(path, sample_rate=rate),
+        lambda: load_segments(path, [], sample_rate=rate),
+        lambda: probe_audio(path, sample_rate=rate),
+        lambda: resample(clip, rate, HEAR_RATE),
+        lambda: resample(clip, HEAR_RATE, rate),
+        lambda: check_clip(clip, sample_rate=rate),
+        lambda: check_audio([clip], sample_rate=rate),
+    ):
+        with pytest.raises(AudioError, match=f"expected a whole number of Hz from 1000 to 768000, found {rate!r}"):
+            function()
+
+
+@given(st.integers(MIN_RATE, MAX_RATE))
+def test_the_shortest_clip_is_long_enough_at_every_rate(rate: int) -> None:
+    shortest = min_samples(rate)
+    assert shortest - 1 < Fraction(25, 1000) * rate <= shortest
+    assert resampled_length(shortest, rate, HEAR_RATE) >= min_samples(HEAR_RATE) == MIN_SECONDS * HEAR_RATE
+
+
+def test_messages_have_the_rate(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"at least 552 samples at 22\.05 kHz \(25\.034 ms\), found 551"):
+        check_clip(signal(551), sample_rate=22_050)
+    path = tmp_path / "short.wav"
+    soundfile.write(path, signal(1100), 44_100)
+    with pytest.raises(AudioError, match=r"short\.wav: .* at least 600 samples at 24 kHz \(25 ms\), found 599"):
+        load_audio(path, sample_rate=24_000)
 
 
 def variable_mp3(path: Path) -> Path:
@@ -103,7 +178,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str, part: float) -
         load_audio(path)
 
 
-def wav(rate: int = SAMPLE_RATE, claimed: int = 2000, channels: int = 1) -> bytes:
+def wav(rate: int = HEAR_RATE, claimed: int = 2000, channels: int = 1) -> bytes:
     """A 16-bit WAV of 1000 samples, with a header that may say otherwise."""
     size = 2 * channels
     fmt = struct.pack("<HHIIHH", 1, channels, rate, min(rate * size, 2**32 - 1), size, 16)
@@ -141,7 +216,7 @@ def test_a_wav_written_to_a_pipe_is_not_cut_short(tmp_path: Path) -> None:
 
 def flac_claiming(path: Path, frames: int) -> Path:
     """A FLAC whose header says another number of frames (36 bits at byte 21)."""
-    soundfile.write(path, signal(48_000), SAMPLE_RATE)
+    soundfile.write(path, signal(48_000), HEAR_RATE)
     data = bytearray(path.read_bytes())
     data[21] = data[21] & 0xF0 | frames >> 32
     data[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
@@ -177,25 +252,26 @@ def test_segments_are_those_of_the_whole(tmp_path: Path, suffix: str, rate: int)
     soundfile.write(path, signal(5 * rate, 2), rate)
     samples = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
     segments = [(0.5, 1.25), (1.0, 2.0), (4.0, None), (0.0, None), (3.125, 0.5)]
-    for (offset, duration), found in zip(segments, load_segments(path, segments), strict=True):
+    for (offset, duration), found in zip(segments, load_segments(path, segments, sample_rate=HEAR_RATE), strict=True):
         start = round(offset * rate)
         part = samples[start:] if duration is None else samples[start : start + round(duration * rate)]
-        expected = librosa.resample(part, orig_sr=rate, target_sr=SAMPLE_RATE, res_type="soxr_hq")
+        expected = librosa.resample(part, orig_sr=rate, target_sr=HEAR_RATE, res_type="soxr_hq")
         assert isinstance(found, np.ndarray)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 if suffix == "mp3" else 0)
         np.testing.assert_array_equal(found, load_audio(path, offset, duration))
-        assert probe_audio(path, offset, duration) == len(found)
+        assert probe_audio(path, offset, duration, sample_rate=HEAR_RATE) == len(found)
 
 
 def test_a_segment_past_the_end(tmp_path: Path) -> None:
     path = tmp_path / "clip.wav"
-    soundfile.write(path, signal(16_000), SAMPLE_RATE)
-    assert len(load_audio(path, 0.5, 0.54)) == probe_audio(path, 0.5, 0.54) == 8_000  # a list that rounds
+    soundfile.write(path, signal(16_000), HEAR_RATE)
+    assert len(load_audio(path, 0.5, 0.54)) == 8_000  # a list that rounds
+    assert probe_audio(path, 0.5, 0.54, sample_rate=HEAR_RATE) == 8_000
     for offset, duration in ((0.5, 0.6), (1.0, None), (7.0, 1.0)):
         for function in (load_audio, probe_audio):
             with pytest.raises(AudioError, match=r"clip\.wav: expected a clip within the file's 1\.000 s, found one"):
-                function(path, offset, duration)
-    good, bad = load_segments(path, [(0.0, 0.5), (2.0, 0.5)])
+                function(path, offset, duration, sample_rate=HEAR_RATE)
+    good, bad = load_segments(path, [(0.0, 0.5), (2.0, 0.5)], sample_rate=HEAR_RATE)
     assert isinstance(good, np.ndarray)
     assert isinstance(bad, AudioError)
 
@@ -213,7 +289,7 @@ def test_bad_samples_in_a_file(tmp_path: Path, value: float, message: str) -> No
     path = tmp_path / "bad.wav"
     samples = signal(16_000, 2)
     samples[4000] = value
-    soundfile.write(path, samples, SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(path, samples, HEAR_RATE, subtype="FLOAT")
     with pytest.raises(AudioError, match=rf"bad\.wav: .*{message}"):
         load_audio(path)
 
@@ -233,19 +309,19 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
 @given(
     hnp.arrays(
         st.sampled_from([np.float16, np.float32, np.float64]),
-        st.integers(MIN_SAMPLES, MIN_SAMPLES + 3),
+        st.integers(400, 403),
         elements=st.floats(width=16),
         fill=st.floats(-1, 1, width=16),
     )
 )
 def test_check_clip_passes_exactly_the_finite_and_moderate(clip: np.ndarray) -> None:
     if np.isfinite(clip).all() and (np.abs(clip) <= PEAK_LIMIT).all():
-        found = check_clip(clip)
+        found = check_clip(clip, sample_rate=HEAR_RATE)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, clip)
     else:
         with pytest.raises(AudioError, match=r"expected (finite samples|samples in)"):
-            check_clip(clip)
+            check_clip(clip, sample_rate=HEAR_RATE)
 
 
 @pytest.mark.parametrize(
@@ -267,19 +343,20 @@ def test_check_clip_passes_exactly_the_finite_and_moderate(clip: np.ndarray) -> 
 )
 def test_check_clip_refuses(clip: Any, message: str) -> None:
     with pytest.raises(AudioError, match=message):
-        check_clip(clip, "clip")
+        check_clip(clip, "clip", sample_rate=HEAR_RATE)
 
 
 @pytest.mark.parametrize("make", [np.asarray, jnp.asarray, list, tuple, lambda a: [jnp.asarray(clip) for clip in a]])
 def test_check_audio_accepts(make: Callable[[np.ndarray], Any]) -> None:
     clips = signal(1000).reshape(2, 500).astype(np.float32)
-    found = check_audio(make(clips))
+    found = check_audio(make(clips), sample_rate=HEAR_RATE)
     assert [type(clip) for clip in found] == [np.ndarray] * 2
     np.testing.assert_array_equal(found, clips)
 
 
 def test_check_audio_accepts_clips_of_different_lengths() -> None:
-    assert [len(clip) for clip in check_audio([signal(400), signal(900)])] == [400, 900]
+    clips = check_audio([signal(400), signal(900)], sample_rate=HEAR_RATE)
+    assert [len(clip) for clip in clips] == [400, 900]
 
 
 @pytest.mark.parametrize(
@@ -297,15 +374,15 @@ def test_check_audio_accepts_clips_of_different_lengths() -> None:
 )
 def test_check_audio_refuses(audio: Any, message: str) -> None:
     with pytest.raises(AudioError, match=message):
-        check_audio(audio)
+        check_audio(audio, sample_rate=HEAR_RATE)
 
 
 def test_a_traced_array_is_refused_by_name() -> None:
     with pytest.raises(AudioError, match="expected an array of samples, found DynamicJaxprTracer"):
-        jax.jit(check_audio)(jnp.zeros((1, 400)))
+        jax.jit(functools.partial(check_audio, sample_rate=HEAR_RATE))(jnp.zeros((1, 400)))
 
 
 def test_importing_is_light() -> None:
-    script = "import sys, gura_jax.audio, gura_jax.dataset.store, gura_jax.plot; print(*sys.modules)"
+    script = "import sys, gura_jax.audio, gura_jax.dataset.reader, gura_jax.plot; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert not {"librosa", "soundfile", "soxr", "matplotlib", "pyarrow", "scipy.cluster"} & set(run.stdout.split())

@@ -15,21 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import gura_jax
 from gura_jax import CheckpointError, checkpoint
-from gura_jax.checkpoint import MANIFEST, Manifest, array_sha256, check_architecture, checkpoint_folder, load, save
+from gura_jax.checkpoint import (
+    MANIFEST,
+    Manifest,
+    array_sha256,
+    arrays_sha256,
+    check_architecture,
+    checkpoint_folder,
+    load,
+    save,
+)
 from gura_jax.models.crepe import CrepeConfig
-from gura_jax.models.speech import SpeechConfig
-from gura_jax.systems import Architecture, encoders
+from gura_jax.models.encoder import Config
+from gura_jax.models.families import abstract_params
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 # A restore that fails leaves Orbax's other coroutines unawaited, and they complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 
-ARCHITECTURE = SpeechConfig("hubert", hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+ARCHITECTURE = Wav2Vec2Config("hubert", hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
 REDO = "gura-jax convert"
 
 Arrays = dict[str, np.ndarray]
@@ -41,7 +54,7 @@ def arrays(seed: int) -> Arrays:
     return {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in shapes.items()}
 
 
-def manifest(params: Arrays, architecture: Architecture = ARCHITECTURE) -> Manifest:
+def manifest(params: Arrays, architecture: Config = ARCHITECTURE) -> Manifest:
     hashes = {name: array_sha256(array) for name, array in params.items()}
     return Manifest(architecture, "a source", {"model.safetensors": "0" * 64}, "0.1.0", hashes)
 
@@ -53,8 +66,7 @@ def write(path: Path, seed: int = 0, *, overwrite: bool = False) -> Arrays:
 
 
 def read(path: Path, like: Arrays | None = None) -> Arrays:
-    abstract = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in (like or arrays(0)).items()}
-    loaded = load(path, abstract, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    loaded = load(path, outlines(like or arrays(0)), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     return {name: np.asarray(array) for name, array in loaded.items()}
 
 
@@ -92,11 +104,9 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_to_every_device(tmp_path: Path) -> None:
     params = write(tmp_path / "mine")
-    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("data",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    abstract = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in params.items()}
-    for name, array in load(tmp_path / "mine", abstract, everywhere).items():
+    for name, array in load(tmp_path / "mine", outlines(params), over()).items():
         assert array.sharding.is_fully_replicated
+        assert len(array.addressable_shards) == 8
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), params[name])
 
@@ -150,6 +160,150 @@ def test_overwriting(tmp_path: Path) -> None:
     params = write(tmp_path / "mine", 1, overwrite=True)
     assert_same(read(tmp_path / "mine"), params)
     assert names(tmp_path) == ["mine"]
+
+
+# Sharded
+
+SHAPES = {"cube": (8, 16, 3), "matrix": (16, 8), "vector": (8,), "scalar": ()}
+
+
+def over(*axes: str | None, **mesh: int) -> NamedSharding:
+    """A sharding of arrays' axes over the 8 devices."""
+    mesh = mesh or {"x": 8}
+    return NamedSharding(jax.make_mesh(tuple(mesh.values()), tuple(mesh), devices=jax.devices()), P(*axes))
+
+
+SHARDINGS: dict[str, dict[str, NamedSharding]] = {
+    "axis 0": {name: over("x") if shape else over() for name, shape in SHAPES.items()},
+    "axis 1": {name: over(None, "x") if len(shape) > 1 else over() for name, shape in SHAPES.items()},
+    "2 axes": {name: over("x", "y", x=2, y=4) if len(shape) > 1 else over() for name, shape in SHAPES.items()},
+    "in pairs": {name: over("x", x=4, y=2) if shape else over() for name, shape in SHAPES.items()},
+    "replicated": dict.fromkeys(SHAPES, over()),
+}
+
+
+def shaped(seed: int = 0) -> Arrays:
+    rng = np.random.default_rng(seed)
+    return {name: np.asarray(rng.standard_normal(shape), np.float32) for name, shape in SHAPES.items()}
+
+
+def outlines(params: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in params.items()}
+
+
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_arrays_are_restored_to_any_sharding(tmp_path: Path, how: str) -> None:
+    params = shaped()
+    save(tmp_path / "mine", params, manifest(params))
+    loaded = load(tmp_path / "mine", outlines(params), SHARDINGS[how])
+    assert {name: array.sharding for name, array in loaded.items()} == SHARDINGS[how]
+    assert_same({name: np.asarray(array) for name, array in loaded.items()}, params)
+
+
+@pytest.mark.parametrize("how", SHARDINGS)
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_wrong_number_is_seen_in_whatever_shard_it_is(tmp_path: Path, how: str, place: int) -> None:
+    params = shaped()
+    right = manifest(params)
+    params["cube"].flat[place] += 1
+    save(tmp_path / "mine", params, right)
+    message = refusal(lambda: load(tmp_path / "mine", outlines(params), SHARDINGS[how]))
+    assert "is damaged: cube differ from the manifest" in message
+    assert REDO in message
+
+
+def test_a_sharding_that_does_not_divide_an_array(tmp_path: Path) -> None:
+    params = shaped()
+    save(tmp_path / "mine", params, manifest(params))
+    shardings = SHARDINGS["axis 0"] | {"cube": over(None, None, "x"), "vector": over("x", "y", x=2, y=4)}
+    message = refusal(lambda: load(tmp_path / "mine", outlines(params), shardings))
+    assert str(tmp_path / "mine") in message
+    assert "cube (8, 16, 3) with PartitionSpec(None, None, 'x') over {'x': 8}" in message
+    assert "vector (8,) with PartitionSpec('x', 'y') over {'x': 2, 'y': 4}" in message
+    assert "matrix" not in message
+    assert "replicate the array" in message
+
+
+def test_an_array_without_a_sharding(tmp_path: Path) -> None:
+    params = shaped()
+    save(tmp_path / "mine", params, manifest(params))
+    message = refusal(lambda: load(tmp_path / "mine", outlines(params), {"scalar": over()}))
+    assert "expected a sharding for every array, found none for cube, matrix, vector" in message
+
+
+def test_devices_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process has such an array whole: its hash could not be checked."""
+    params = shaped()
+    save(tmp_path / "mine", params, manifest(params))
+    monkeypatch.setattr(NamedSharding, "is_fully_addressable", False)
+    message = refusal(lambda: load(tmp_path / "mine", outlines(params), SHARDINGS["axis 0"]))
+    assert "expected shardings over this process's devices, found PartitionSpec('x',) over {'x': 8}" in message
+
+
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_saving_arrays_of_any_sharding(tmp_path: Path, how: str) -> None:
+    params = shaped()
+    placed = {name: jax.device_put(array, SHARDINGS[how][name]) for name, array in params.items()}
+    described = dataclasses.replace(manifest(params), arrays_sha256=arrays_sha256(placed))
+    assert described == manifest(params)
+    save(tmp_path / "mine", placed, described)
+    assert_same(read(tmp_path / "mine", params), params)
+
+
+@pytest.mark.parametrize("place", [lambda a: a, jnp.asarray, lambda a: jax.device_put(a, over("x"))])
+def test_bfloat16_is_saved_as_float32(tmp_path: Path, place: Callable[[Any], Any]) -> None:
+    params = {"a": place(shaped()["matrix"].astype(jnp.bfloat16)), "b": place(np.arange(8, dtype=np.float32))}
+    exact = {name: np.asarray(array).astype(np.float32) for name, array in params.items()}
+    described = dataclasses.replace(manifest(exact), arrays_sha256=arrays_sha256(params))
+    assert described == manifest(exact)
+    save(tmp_path / "mine", params, described)
+    assert_same(read(tmp_path / "mine", exact), exact)
+
+
+@pytest.mark.parametrize("how", SHARDINGS)
+def test_what_is_copied_to_the_host_does_not_stay_with_the_array(how: str) -> None:
+    array = jax.device_put(shaped()["matrix"], SHARDINGS[how]["matrix"])
+    same = checkpoint._same_buffers(array)
+    shards = [shard.data for shard in array.addressable_shards]
+    for shard in [shard.data for shard in same.addressable_shards]:
+        assert shard.unsafe_buffer_pointer() in [other.unsafe_buffer_pointer() for other in shards]  # no copy yet
+        assert not any(shard is other for other in shards)
+    assert len(same.addressable_shards) == (1 if how == "replicated" else 8)
+
+
+SMALL_MEMORY = """
+    import resource, sys
+    from pathlib import Path
+    import jax, numpy as np, orbax.checkpoint
+    from jax.sharding import NamedSharding, PartitionSpec
+    from gura_jax.checkpoint import Manifest, arrays_sha256, load, save
+    from gura_jax.models.crepe import CrepeConfig
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # MB
+
+    def measured(what):
+        before = peak()
+        what()
+        return peak() - before
+
+    path, everywhere = Path(sys.argv[1]), NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    params = {f"a{i}": jax.device_put(np.full((8, 1 << 17), i, np.float32), jax.devices()[0]) for i in range(64)}
+    jax.block_until_ready(params)
+    print(measured(lambda: save(path, params, Manifest(CrepeConfig("tiny"), "s", {}, "0", arrays_sha256(params)))))
+    abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in params.items()}
+    loaded = {}
+    print(measured(lambda: loaded.update(load(path, abstract, everywhere))))
+"""
+
+
+def test_saving_and_checking_hold_no_second_copy_of_all_arrays(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", textwrap.dedent(SMALL_MEMORY), str(tmp_path / "mine")]
+    environment = os.environ | {"PYTHONPATH": str(Path(gura_jax.__file__).parent.parent)}
+    saving, loading = subprocess.run(code, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    total = 64 * 8 * (1 << 17) * 4 / 1e6  # MB
+    assert float(saving) < total / 2
+    assert float(loading) < total * 3 / 2  # with the arrays themselves
 
 
 # Killed
@@ -251,11 +405,11 @@ KILLED = """
     import numpy as np
     import jax
     from gura_jax.checkpoint import Manifest, array_sha256, save
-    from gura_jax.models.speech import SpeechConfig
+    from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
     path, event, substring, count = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     params = {f"a{i}": np.full((64, 64), i + 100, np.float32) for i in range(20)}
-    manifest = Manifest(SpeechConfig("hubert"), "s", {}, "0", {k: array_sha256(a) for k, a in params.items()})
+    manifest = Manifest(Wav2Vec2Config("hubert"), "s", {}, "0", {k: array_sha256(a) for k, a in params.items()})
     seen = 0
 
     def hook(name, arguments):
@@ -431,7 +585,7 @@ def test_missing_folder_of_arrays(mine: Path) -> None:
     assert REDO in message
 
 
-def files(path: Path) -> list[Path]:
+def array_files(path: Path) -> list[Path]:
     return sorted(p for p in (path / "params").rglob("*") if p.is_file())
 
 
@@ -452,7 +606,7 @@ def refused_or_same(path: Path) -> bool:
 def test_every_missing_or_emptied_file_is_seen(mine: Path) -> None:
     """Or makes no difference: never other arrays, and never another kind of error."""
     seen = 0
-    for file in files(mine):
+    for file in array_files(mine):
         data = file.read_bytes()
         for emptied in (False, True):
             file.unlink()
@@ -468,8 +622,8 @@ def test_a_flipped_bit_is_seen_wherever_it_is(mine: Path) -> None:
     """Or makes no difference."""
     rng = np.random.default_rng(0)
     seen = 0
-    biggest = max(files(mine), key=lambda file: file.stat().st_size)
-    for file in files(mine):
+    biggest = max(array_files(mine), key=lambda file: file.stat().st_size)
+    for file in array_files(mine):
         data = file.read_bytes()
         for place in rng.integers(0, len(data), 12 if file == biggest else 2) if data else ():
             damaged = bytearray(data)
@@ -623,9 +777,8 @@ def test_folder_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, em
 
 
 @pytest.mark.parametrize("architecture", [ARCHITECTURE, CrepeConfig("tiny")])
-def test_a_real_encoders_arrays(tmp_path: Path, architecture: Architecture) -> None:
-    encoder = encoders(architecture, "last")[0]
-    params = {k: np.full(a.shape, i + 1, a.dtype) for i, (k, a) in enumerate(encoder.abstract_params.items())}
+def test_a_real_encoders_arrays(tmp_path: Path, architecture: Config) -> None:
+    params = {k: np.full(a.shape, i + 1, a.dtype) for i, (k, a) in enumerate(abstract_params(architecture).items())}
     save(tmp_path / "mine", params, manifest(params, architecture))
     assert checkpoint.read_manifest(tmp_path / "mine").architecture == architecture
     assert_same(read(tmp_path / "mine", params), params)

@@ -15,18 +15,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from toy import ALONE, ToyModel, contents, embedded, opened, toy_model, write_clips
+from toy import ALONE, RATE, ToyModel, contents, embedded, opened, toy_model, write_clips
 
 from gura_jax import EmbeddingStore, Member, System, checkpoint, load_model
-from gura_jax.audio import SAMPLE_RATE, load_audio
-from gura_jax.dataset import run as run_module
-from gura_jax.dataset import store
-from gura_jax.dataset.manifest import read_inputs
-from gura_jax.dataset.run import Settings, plan_table, summarise
+from gura_jax.audio import load_audio
+from gura_jax.dataset import commit
+from gura_jax.dataset.identity import describe
+from gura_jax.dataset.sources import read_inputs
+from gura_jax.dataset.table import Settings, plan_table, summarise
 from gura_jax.dataset.workers import Worker, this_worker, work
 from gura_jax.errors import InputError, StoreError
-from gura_jax.model import outline
-from gura_jax.models.crepe import CrepeConfig, CrepeFrames
+from gura_jax.loading import outline
+from gura_jax.models.crepe import CrepeConfig
+from gura_jax.models.encoder import Options
+from gura_jax.models.families import build_encoder
 
 SMALL = Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2)
 PADDING_BOUND = 1e-5  # relative: a clip in another batch, as design.md has it
@@ -58,7 +60,7 @@ def test_every_clip_has_its_own_embedding(clips: Path, whole: Path) -> None:
         frames = audio[: (1 + (len(audio) - 400) // 320) * 320].reshape(-1, 320)
         np.testing.assert_array_equal(clip.frames, np.stack([frames.mean(-1), frames.max(-1), frames.min(-1)], -1))
     run = json.loads((whole / "run.json").read_text())
-    assert (run["clips"], run["shards"]) == (len(SECONDS), len(store.shard_numbers(whole)))
+    assert (run["clips"], run["shards"]) == (len(SECONDS), len(commit.shard_numbers(whole)))
     assert run["shards"] > 3
     assert not (whole / "failed.csv").exists()
 
@@ -79,10 +81,9 @@ def test_embeddings_are_those_of_the_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(clip.times, when)
 
 
-def test_the_next_batch_is_on_its_way(clips: Path, whole: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """As on an accelerator, where a batch is started before the one before is fetched: the same bytes."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    embedded(clips, tmp_path / "out", SMALL)
+def test_the_next_batch_is_on_its_way(clips: Path, whole: Path, tmp_path: Path) -> None:
+    """As on an accelerator, where a batch is dispatched before the previous one is fetched: the same bytes."""
+    embedded(clips, tmp_path / "out", SMALL, model=toy_model(batches_in_flight=1))
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -107,7 +108,7 @@ def test_damaged_shards_are_computed_anew(clips: Path, whole: Path, tmp_path: Pa
     summary = embedded(clips, out, SMALL)
     assert summary.before == summary.shards - 1
     assert contents(out) == contents(whole)
-    assert list((out / store.ASIDE).iterdir())
+    assert list((out / commit.ASIDE).iterdir())
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and so on", None])
@@ -161,24 +162,39 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     write_clips(tmp_path / "in", [0.5])
     system = System("two", (Member("crepe-tiny"),))
     model = load_model(system, weights="random")
-    embedded(tmp_path / "in", tmp_path / "out", model=model)
+    opened(tmp_path / "in", tmp_path / "out", model=model)
     other = load_model(system, weights="random", seed=1)
     with pytest.raises(StoreError, match=r"system\.members\.crepe-tiny\.weights\.seed: 0 then, 1 now"):
         opened(tmp_path / "in", tmp_path / "out", model=other)
+    changed = model.with_params(jax.tree.map(lambda x: x * 1.5, model.params))
+    with pytest.raises(StoreError, match=r"weights\.source: random then, changed from random now"):
+        opened(tmp_path / "in", tmp_path / "out", model=changed)
+    clips = read_inputs([tmp_path / "in"])
+    again = model.with_params(jax.tree.map(lambda x: x * 2.0, model.params))
+    assert describe(changed, clips, Settings())["system"] != describe(again, clips, Settings())["system"]
     opened(tmp_path / "in", tmp_path / "out", model=other, overwrite=True)
+
+
+def test_an_identity_has_new_fields_only_where_they_are_used(tmp_path: Path) -> None:
+    """Stores of earlier versions, which do not have them, can be resumed."""
+    clips = read_inputs(write_clips(tmp_path, [0.5]))
+    system = describe(load_model("crepe-tiny", weights="random"), clips, Settings())["system"]
+    assert set(system) == {"name", "members", "combination", "feature_size", "scene_groups"}
+    assert set(system["members"][0]) == {"name", "encoder", "layers", "architecture", "weights"}
+    assert system["members"][0]["architecture"] == {"capacity": "tiny", "model_type": "crepe"}
+    assert system["members"][0]["weights"] == {"source": "random", "seed": 0}
 
 
 def test_a_changed_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path / "checkpoints"))
     write_clips(tmp_path / "in", [0.5])
-    system, encoder = System("tiny", (Member("crepe-tiny"),)), CrepeFrames(CrepeConfig("tiny"), 160)
+    system, config = System("tiny", (Member("crepe-tiny"),)), CrepeConfig("tiny")
     for seed in (0, 1):
-        arrays = {name: np.asarray(array) for name, array in encoder.random_params(seed).items()}
-        hashes = {name: checkpoint.array_sha256(array) for name, array in arrays.items()}
-        manifest = checkpoint.Manifest(encoder.config, "a test", {}, "1", hashes)
+        arrays = build_encoder(config, Options()).init(jax.random.key(seed))
+        manifest = checkpoint.Manifest(config, "a test", {}, "1", checkpoint.arrays_sha256(arrays))
         checkpoint.save(tmp_path / "checkpoints" / "crepe-tiny", arrays, manifest, overwrite=True)
         if not seed:
-            embedded(tmp_path / "in", tmp_path / "out", model=load_model(system))
+            opened(tmp_path / "in", tmp_path / "out", model=load_model(system))
     with pytest.raises(StoreError, match=r"system\.members\.crepe-tiny\.weights\.fingerprint: \w+ then, \w+ now"):
         opened(tmp_path / "in", tmp_path / "out", model=load_model(system))
 
@@ -208,7 +224,7 @@ def test_processes_that_share_a_run_leave_the_same_bytes(clips: Path, whole: Pat
 def test_two_processes_with_the_same_shards(clips: Path, whole: Path, tmp_path: Path) -> None:
     """At once: each shard is written once, by one or the other."""
     script = (
-        "import sys, toy; from gura_jax.dataset.run import Settings\n"
+        "import sys, toy; from gura_jax.dataset.table import Settings\n"
         "toy.embedded(sys.argv[1], __import__('pathlib').Path(sys.argv[2]), "
         "Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2))"
     )
@@ -295,7 +311,7 @@ def test_two_processes_of_jax_distributed(tmp_path: Path) -> None:
 def broken_files(folder: Path) -> dict[str, str]:
     """Files of every kind of damage, and a part of what is said of each."""
     folder.mkdir()
-    noise = 0.1 * np.random.default_rng(0).standard_normal(5 * SAMPLE_RATE)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(5 * RATE)
     expected = {
         "empty.wav": "cannot be decoded",
         "text.wav": "cannot be decoded",
@@ -309,24 +325,24 @@ def broken_files(folder: Path) -> dict[str, str]:
     }
     (folder / "empty.wav").touch()
     (folder / "text.wav").write_text("This is not audio.")
-    soundfile.write(folder / "short.wav", noise[:399], SAMPLE_RATE)
-    soundfile.write(folder / "none.wav", noise[:0], SAMPLE_RATE)
+    soundfile.write(folder / "short.wav", noise[:399], RATE)
+    soundfile.write(folder / "none.wav", noise[:0], RATE)
     for name, value in (("nan", np.nan), ("loud", 9000.0)):
         bad = noise.copy()
         bad[4000] = value
-        soundfile.write(folder / f"{name}.wav", bad, SAMPLE_RATE, subtype="FLOAT")
-    soundfile.write(folder / "bomb.flac", np.zeros(20 * 60 * SAMPLE_RATE), SAMPLE_RATE)
-    soundfile.write(folder / "rate.wav", noise, SAMPLE_RATE)
+        soundfile.write(folder / f"{name}.wav", bad, RATE, subtype="FLOAT")
+    soundfile.write(folder / "bomb.flac", np.zeros(20 * 60 * RATE), RATE)
+    soundfile.write(folder / "rate.wav", noise, RATE)
     data = bytearray((folder / "rate.wav").read_bytes())
     data[24:28] = (999_999_999).to_bytes(4, "little")
     (folder / "rate.wav").write_bytes(data)
-    soundfile.write(folder / "length.flac", noise, SAMPLE_RATE)
+    soundfile.write(folder / "length.flac", noise, RATE)
     data = bytearray((folder / "length.flac").read_bytes())
-    data[22:26] = (50 * SAMPLE_RATE).to_bytes(4, "big")  # of 5 s
+    data[22:26] = (50 * RATE).to_bytes(4, "big")  # of 5 s
     (folder / "length.flac").write_bytes(data)
     for suffix in ("wav", "flac", "ogg", "mp3"):
         path = folder / f"cut.{suffix}"
-        soundfile.write(path, noise, SAMPLE_RATE)
+        soundfile.write(path, noise, RATE)
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
         expected[path.name] = "cannot be decoded" if suffix == "flac" else "cut short"
     (folder / "away.wav").symlink_to(folder / "nowhere.wav")
@@ -334,7 +350,7 @@ def broken_files(folder: Path) -> dict[str, str]:
     return expected
 
 
-def test_broken_files_are_named_and_stop_nobody(tmp_path: Path) -> None:
+def test_broken_files_are_reported_and_do_not_stop_the_run(tmp_path: Path) -> None:
     broken = broken_files(tmp_path / "in")
     good = write_clips(tmp_path / "in", [1.0, 2.0])
     soundfile.write(tmp_path / "in" / "wide.wav", np.zeros((192_000, 8)), 192_000)  # 8 channels of silence
@@ -349,7 +365,7 @@ def test_broken_files_are_named_and_stop_nobody(tmp_path: Path) -> None:
     embeddings = EmbeddingStore(tmp_path / "out")
     assert set(embeddings.ids) == {"wide.wav", *(path.name for path in good)}
     assert (embeddings["wide.wav"].scene == 0).all()
-    assert summary.done == (3, 4 * SAMPLE_RATE, len(broken))
+    assert summary.done == (3, 4 * RATE, len(broken))
 
 
 def test_flipped_bits_never_end_a_run(tmp_path: Path) -> None:
@@ -381,12 +397,12 @@ def test_failed_clips_are_tried_again_alone(tmp_path: Path) -> None:
     text.unlink()
     write_clips(tmp_path / "other", [1.0])[0].rename(text)
     summary = embedded(folder, out, SMALL, retry_failed=True)
-    assert summary.done == (1, SAMPLE_RATE, 1)
+    assert summary.done == (1, RATE, 1)
     assert [failure.id for failure in summary.failed] == ["never.wav"]
     assert len(EmbeddingStore(out)["later.wav"].scene) == 3
     after = contents(out)
     assert {name: after[name] for name in before if name != "failed.csv"}.items() <= before.items()
-    assert embedded(folder, out, SMALL).before == 1 + len(store.shard_numbers(out)) - 1
+    assert embedded(folder, out, SMALL).before == 1 + len(commit.shard_numbers(out)) - 1
     (folder / "never.wav").unlink()
     write_clips(tmp_path / "other", [1.0])[0].rename(folder / "never.wav")
     assert embedded(folder, out, SMALL, retry_failed=True).failed == []
@@ -436,16 +452,16 @@ class Memory(ToyModel):
     calls: list[int]
 
     def __call__(self, audio: Any, lengths: Any, **options: Any) -> Any:
-        self.calls.append(len(audio))
-        if len(audio) > 2 or audio.shape[1] > 3 * SAMPLE_RATE:
+        rows, samples = audio[RATE].shape
+        self.calls.append(rows)
+        if rows > 2 or samples > 3 * RATE:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
         return super().__call__(audio, lengths, **options)
 
 
 def test_out_of_memory_halves_the_batch(tmp_path: Path) -> None:
     write_clips(tmp_path / "in", [0.5] * 7 + [3.5])
-    model = toy_model()
-    small = Memory(model.system, model.fusion, model.params, model.weights, model.compilation)
+    small = toy_model(Memory)
     small.calls = []
     settings = Settings(timestamps=True, batch_seconds=4)
     summary = embedded(tmp_path / "in", tmp_path / "out", settings, model=small)
@@ -463,11 +479,9 @@ def test_other_errors_of_the_devices_are_not_swallowed(tmp_path: Path) -> None:
             raise jax.errors.JaxRuntimeError("INTERNAL: the device is on fire")
 
     write_clips(tmp_path / "in", [0.5])
-    model = toy_model()
-    broken = Broken(model.system, model.fusion, model.params, model.weights, model.compilation)
     with pytest.raises(jax.errors.JaxRuntimeError, match="on fire"):
-        embedded(tmp_path / "in", tmp_path / "out", model=broken)
-    assert store.shard_numbers(tmp_path / "out") == []
+        embedded(tmp_path / "in", tmp_path / "out", model=toy_model(Broken))
+    assert commit.shard_numbers(tmp_path / "out") == []
 
 
 def test_half_precision(clips: Path, whole: Path, tmp_path: Path) -> None:
@@ -484,11 +498,10 @@ def test_embeddings_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     class Huge(ToyModel):
         def __call__(self, audio: Any, lengths: Any, **options: Any) -> Any:
             out: Any = super().__call__(audio, lengths, **options)
-            return out._replace(scenes=np.where(lengths[:, None] == 8000, 1e5, out.scenes))
+            return out._replace(scenes=np.where(lengths[RATE][:, None] == 8000, 1e5, out.scenes))
 
     write_clips(tmp_path / "in", [0.5, 0.6])
-    model = toy_model()
-    huge = Huge(model.system, model.fusion, model.params, model.weights, model.compilation)
+    huge = toy_model(Huge)
     with np.errstate(over="ignore"):
         summary = embedded(tmp_path / "in", tmp_path / "out", Settings(storage="float16"), model=huge)
     assert [(f.id, f.reason) for f in summary.failed] == [
@@ -513,7 +526,7 @@ def test_a_full_disk(clips: Path, whole: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match="No space left on device: make room"):
             embedded(clips, tmp_path / "out", SMALL)
-    done = store.shard_numbers(tmp_path / "out")
+    done = commit.shard_numbers(tmp_path / "out")
     assert done
     summary = embedded(clips, tmp_path / "out", SMALL)
     assert summary.before == len(done)
@@ -537,14 +550,14 @@ def test_a_small_disk_and_one_that_cannot_be_written(clips: Path, tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     script = (
-        "import sys, toy; from pathlib import Path; from gura_jax.dataset import store\n"
-        "from gura_jax.dataset.run import Settings; from gura_jax.errors import StoreError\n"
+        "import sys, toy; from pathlib import Path; from gura_jax.dataset import commit\n"
+        "from gura_jax.dataset.table import Settings; from gura_jax.errors import StoreError\n"
         "out = Path(sys.argv[2])\n"
         "settings = Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2)\n"
         "try: toy.embedded(sys.argv[1], out, settings)\n"
         "except StoreError as error: print(error)\n"
-        "run = store.read_run(out)\n"
-        "print([bool(store.check_shard(out, n, run['fingerprint'])) for n in store.shard_numbers(out)])\n"
+        "run = commit.read_run(out)\n"
+        "print([bool(commit.check_shard(out, n, run['fingerprint'])) for n in commit.shard_numbers(out)])\n"
     )
     command = (
         f"mount -t tmpfs -o {options} tmpfs {out} && exec {sys.executable} -c '{script.replace(chr(39), chr(34))}'"
@@ -571,7 +584,7 @@ def test_an_interruption_keeps_what_is_finished(clips: Path, whole: Path, tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         list(run.embed_shards(run.shards, report))
-    finished = store.shard_numbers(tmp_path / "out")
+    finished = commit.shard_numbers(tmp_path / "out")
     assert 0 < len(finished) < len(run.shards)
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]
     embedded(clips, tmp_path / "out", SMALL)
@@ -604,7 +617,7 @@ def test_a_plan_needs_no_weights(clips: Path, tmp_path: Path) -> None:
     model = outline("fusion_cat_xwc")
     assert (model.timestamp_embedding_size, model.scene_embedding_size) == (3072, 3072)
     summary = summarise(model, settings, plan_table(model, read_inputs([clips]), settings))
-    frames = sum(1 + (round(s * SAMPLE_RATE) - 400) // 320 for s in SECONDS)
+    frames = sum(1 + (round(s * RATE) - 400) // 320 for s in SECONDS)
     assert summary.clips == len(SECONDS)
     assert summary.hours == pytest.approx(sum(SECONDS) / 3600)
     assert summary.bytes == 4 * 3072 * (frames + len(SECONDS))
@@ -650,8 +663,8 @@ def test_progress_on_a_terminal(capsys: Any) -> None:
             return True
 
     stream = Terminal()
-    with Progress("crepe", 10, 10 * SAMPLE_RATE, Done(2, 2 * SAMPLE_RATE, 0), stream) as progress:
-        progress(Done(7, 7 * SAMPLE_RATE, 1))
+    with Progress("crepe", 10, 10 * RATE, RATE, Done(2, 2 * RATE, 0), stream) as progress:
+        progress(Done(7, 7 * RATE, 1))
     last = stream.getvalue().split("\r")[-1]
     assert "crepe:  90%" in last
     assert "9/10 clips" in last
@@ -668,4 +681,3 @@ def test_everything_failed(tmp_path: Path) -> None:
     assert EmbeddingStore(tmp_path / "out").scenes().shape == (0, 3)
     assert pq.read_table(tmp_path / "out" / "meta-00000.parquet").num_rows == 0
     assert work(opened([tmp_path / "a.wav", tmp_path / "missing.wav"], tmp_path / "out"), ALONE).before == 1
-    assert run_module.SHARD_CLIPS > 0

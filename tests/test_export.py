@@ -12,7 +12,7 @@ from toy import embedded, write_clips
 from gura_jax import EmbeddingStore
 from gura_jax.dataset import export as export_module
 from gura_jax.dataset.export import export
-from gura_jax.dataset.run import Settings
+from gura_jax.dataset.table import Settings
 from gura_jax.errors import StoreError
 
 

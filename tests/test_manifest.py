@@ -1,21 +1,25 @@
-"""gura_jax/dataset/manifest.py: what is an input, and what is refused by name."""
+"""gura_jax/dataset/sources: every kind of input as a table of clips, and inputs that are refused."""
 
 import contextlib
-import itertools
+import io
 import json
 import os
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
-from toy import write_clips
+from toy import embedded, write_clips
 
-from gura_jax.dataset.manifest import decoded, encoded, read_inputs, windows
-from gura_jax.errors import InputError
+from gura_jax import EmbeddingStore
+from gura_jax.dataset.sources import SOURCES, Options, Source, decoded, encoded, read_inputs
+from gura_jax.dataset.sources.source import clip_table
+from gura_jax.errors import AudioError, InputError
 
 SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -250,6 +254,32 @@ def test_hear_tasks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rates", "sample_rate", "chosen"),
+    [
+        ((16_000, 48_000), 16_000, 16_000),
+        ((16_000, 48_000), 24_000, 48_000),
+        ((22_050, 44_100, 48_000), 16_000, 22_050),
+        ((16_000, 22_050), 48_000, 22_050),
+    ],
+)
+def test_the_rate_of_a_hear_task(tmp_path: Path, rates: tuple[int, ...], sample_rate: int, chosen: int) -> None:
+    """The model's own, else the next higher one, else the highest."""
+    task = hear_task(tmp_path)
+    (task / "16000").rename(task / str(rates[0]))
+    for rate in rates[1:]:
+        (task / str(rate)).mkdir()
+    paths = read_inputs([task], sample_rate=sample_rate)["path"].to_pylist()
+    assert {Path(path).relative_to(task).parts[0] for path in paths} == {str(chosen)}
+
+
+def test_a_hear_task_without_audio(tmp_path: Path) -> None:
+    task = hear_task(tmp_path)
+    (task / "16000").rename(task / "audio")
+    with pytest.raises(InputError, match="expected a folder of audio named by its sample rate, like 16000, found none"):
+        read_inputs([task])
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"splits": None}, "expected 'splits', a list of names"),
@@ -264,13 +294,39 @@ def test_hear_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], me
         read_inputs([hear_task(tmp_path, **changes)])
 
 
-@given(st.floats(0, 100), st.floats(0.03, 1000), st.floats(0.1, 60))
-def test_windows_cover_a_clip(offset: float, duration: float, window: float) -> None:
-    shortest = 0.025
-    cuts = list(windows(offset, duration, window, shortest))
-    assert cuts[0][0] == offset
-    assert cuts[-1][0] + cuts[-1][1] == pytest.approx(offset + duration)
-    for (start, length), (following, _) in itertools.pairwise(cuts):
-        assert length == window
-        assert following == pytest.approx(start + window)
-    assert shortest * 0.99 <= cuts[-1][1] <= window + shortest * 1.01 or len(cuts) == 1
+class ZipArchive(Source):
+    """A kind of input that the package does not have: the files in an archive."""
+
+    scheme = "zip"
+
+    def recognises(self, given: str) -> bool:
+        return given.endswith(".zip") and os.path.isfile(given)
+
+    def table(self, given: str, options: Options) -> pa.Table | None:
+        with zipfile.ZipFile(given) as archive:
+            return clip_table([(name, f"zip://{given}!{name}") for name in archive.namelist()])
+
+    def open(self, path: str) -> BinaryIO:
+        archive, name = path.removeprefix("zip://").split("!")
+        try:
+            return io.BytesIO(zipfile.ZipFile(archive).read(name))
+        except KeyError:
+            raise AudioError(f"{path}: expected an audio file, found no such file") from None
+
+
+def test_another_kind_of_input_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clips need not be files: they are planned, decoded and embedded, and its errors are reported."""
+    monkeypatch.setattr("gura_jax.dataset.sources.SOURCES", [ZipArchive(), *SOURCES])
+    files = [path for suffix in ("wav", "mp3") for path in write_clips(tmp_path / "in", [0.5, 1.2], suffix, 22_050)]
+    archive = tmp_path / "clips.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        for path in files:
+            content.write(path, path.name)
+        content.writestr("broken.wav", "not audio")
+    summary = embedded([archive, tmp_path / "in"], tmp_path / "out")
+    assert [(failure.id, failure.path) for failure in summary.failed] == [("broken.wav", f"zip://{archive}!broken.wav")]
+    assert "cannot be decoded" in summary.failed[0].reason
+    store = EmbeddingStore(tmp_path / "out")
+    assert len(store) == 8  # each file from the archive, and itself
+    for path in files:
+        np.testing.assert_array_equal(store[path.name].frames, store[str(path)].frames)

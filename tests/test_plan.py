@@ -1,11 +1,15 @@
-"""gura_jax/dataset/plan.py: every clip once, little padding, and nothing depends on chance."""
+"""gura_jax/dataset/plan.py and table.py: every clip once, little padding, deterministic, and windows cover a clip."""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gura_jax.dataset.plan import MAX_BUCKETS, PADDING, ShardLimits, bucket_lengths, make_plan
+from gura_jax.batching import MAX_BUCKETS, PADDING, bucket_lengths
+from gura_jax.dataset.plan import ShardLimits, make_plan
+from gura_jax.dataset.table import windows
 
 NO_LIMITS = ShardLimits(1 << 40, 1 << 60, 1 << 60)
 lengths_of_clips = st.lists(st.one_of(st.just(0), st.integers(400, 960_000)), max_size=60)
@@ -101,3 +105,15 @@ def test_nothing_to_plan() -> None:
     plan = make_plan([0, 0], np.zeros(2), 1000, NO_LIMITS)
     assert [(shard.start, shard.stop, shard.batches) for shard in plan.shards] == [(0, 2, ())]
     assert plan.padding == 0
+
+
+@given(st.floats(0, 100), st.floats(0.03, 1000), st.floats(0.1, 60))
+def test_windows_cover_a_clip(offset: float, duration: float, window: float) -> None:
+    shortest = 0.025
+    cuts = list(windows(offset, duration, window, shortest))
+    assert cuts[0][0] == offset
+    assert cuts[-1][0] + cuts[-1][1] == pytest.approx(offset + duration)
+    for (start, length), (following, _) in itertools.pairwise(cuts):
+        assert length == window
+        assert following == pytest.approx(start + window)
+    assert shortest * 0.99 <= cuts[-1][1] <= window + shortest * 1.01 or len(cuts) == 1

@@ -14,7 +14,7 @@ import pytest
 from toy import contents, write_clips
 
 from gura_jax import EmbeddingStore
-from gura_jax.dataset import store
+from gura_jax.dataset import commit
 from gura_jax.errors import InputError
 
 pytest.importorskip("ray")
@@ -105,7 +105,7 @@ def test_a_worker_that_is_killed_is_replaced(cluster: str, clips: Path, whole: P
 
     def kill() -> None:
         for shards in (2, 5):
-            while len(store.shard_numbers(tmp_path / "out") if (tmp_path / "out").is_dir() else []) < shards:
+            while len(commit.shard_numbers(tmp_path / "out") if (tmp_path / "out").is_dir() else []) < shards:
                 time.sleep(0.02)
             victim = next((pid for pid in workers() if pid not in killed), None)
             if victim is not None:

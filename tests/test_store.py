@@ -1,7 +1,9 @@
-"""gura_jax/dataset/store.py: what is written reads back, and nothing is ever half written."""
+"""The store (commit, sinks, reader): what is written reads back, and nothing is ever half written."""
 
+import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import resource
@@ -17,22 +19,22 @@ from pyarrow import parquet
 from toy import embedded, write_clips
 
 from gura_jax import EmbeddingStore
-from gura_jax.dataset import store
-from gura_jax.dataset.export import export
-from gura_jax.dataset.run import Settings
-from gura_jax.dataset.store import (
+from gura_jax.dataset.commit import (
     Failure,
     check_shard,
-    open_folder,
+    is_store_file,
     read_shard,
     remove_store,
     set_aside,
     shard_numbers,
     write_failed,
-    write_json,
     write_shard,
 )
-from gura_jax.errors import StoreError
+from gura_jax.dataset.export import export
+from gura_jax.dataset.sinks import SINKS, Create, Open, Shard, Sink
+from gura_jax.dataset.table import Settings
+from gura_jax.errors import InputError, StoreError
+from gura_jax.files import LOCK_FILE
 
 FRAMES = [3, 5]
 
@@ -45,7 +47,7 @@ def write(folder: Path, number: int = 0, run: str = "r", names: tuple[str, ...] 
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != store.LOCK_FILE)
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK_FILE)
 
 
 def test_a_shard_reads_back(tmp_path: Path) -> None:
@@ -57,17 +59,20 @@ def test_a_shard_reads_back(tmp_path: Path) -> None:
     for name, described in record.files.items():
         content = (tmp_path / name).read_bytes()
         assert described == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    frames = np.load(tmp_path / "frames-00007.npy")
-    assert frames.dtype == np.float32
-    np.testing.assert_array_equal(frames, np.repeat([[0, 0], [1, 1]], FRAMES, axis=0))
-    np.testing.assert_array_equal(np.load(tmp_path / "scene-00007.npy"), np.arange(8.0).reshape(2, 4))
+    for name, array in (
+        ("frames", np.repeat(np.array([[0, 0], [1, 1]], np.float32), FRAMES, axis=0)),
+        ("scene", np.arange(8.0).reshape(2, 4)),
+    ):
+        np.save(expected := io.BytesIO(), array)
+        assert (tmp_path / f"{name}-00007.npy").read_bytes() == expected.getvalue()
     assert parquet.read_table(tmp_path / "meta-00007.parquet")["id"].to_pylist() == ["a", "b"]
 
 
 def test_a_shard_without_clips_and_one_without_frames(tmp_path: Path) -> None:
     write(tmp_path, 0, names=(), frames=[np.zeros((0, 2), np.float32)])
     assert np.load(tmp_path / "frames-00000.npy").shape == (0, 2)
-    assert np.load(tmp_path / "scene-00000.npy").shape == (0,) or True
+    assert np.load(tmp_path / "scene-00000.npy").shape == (0, 4)
+    assert check_shard(tmp_path, 0, "r") is not None
     write(tmp_path, 1, frames=None)
     assert not (tmp_path / "frames-00001.npy").exists()
     assert check_shard(tmp_path, 1, "r") is not None
@@ -134,18 +139,13 @@ def test_what_killed_writers_left_goes_when_the_shard_is_complete(tmp_path: Path
 
 def test_removing_takes_the_store_and_nothing_else(tmp_path: Path) -> None:
     foreign = ["notes.txt", "scene-1.npy", "meta-00000.parquet.bak", "run.json.old", "my-scene-00000.npy", "aside"]
-    for name in [*foreign, "run.json", "plan-00000.parquet", "failed.csv"]:
+    ours = ["run.json", "plan-00000.parquet", "failed.csv"]
+    for name in [*foreign, *ours]:
         (tmp_path / name).write_text("old")
     write(tmp_path)
+    assert [is_store_file(name) for name in names(tmp_path)] == [name not in foreign for name in names(tmp_path)]
     remove_store(tmp_path)
     assert names(tmp_path) == sorted(foreign)
-
-
-def test_folders_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/nowhere"), tmp_path / ("x" * 300)):
-        with pytest.raises(StoreError, match=f"{folder.name}: expected a folder that can be written to, found: "):
-            open_folder(folder)
 
 
 @pytest.fixture
@@ -175,22 +175,6 @@ def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(StoreError, match=f"{tmp_path.name}: .*No space left on device"):
         write(tmp_path)
     assert names(tmp_path) == []
-
-
-def test_json_is_sorted_and_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_json(tmp_path, "x.json", {"b": 1, "a": [2]})
-    text = path.read_text()
-    assert text == '{\n "a": [\n  2\n ],\n "b": 1\n}\n'
-
-    def interrupted(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(tmp_path, "x.json", {"c": 3})
-    assert path.read_text() == text
-    assert names(tmp_path) == ["x.json"]
 
 
 def test_failures_that_a_later_shard_made_good(tmp_path: Path) -> None:
@@ -274,6 +258,89 @@ def test_a_damaged_store_names_the_file(made: Path, tmp_path: Path, name: str) -
     (tmp_path / name).write_bytes(b"short")
     with pytest.raises(StoreError, match=rf"{name}: .* run gura-jax embed again"):
         EmbeddingStore(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet"])
+def test_damage_that_leaves_the_size_names_the_file(made: Path, tmp_path: Path, name: str) -> None:
+    for path in made.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(bytes((tmp_path / name).stat().st_size))
+    with pytest.raises(StoreError, match=rf"{name}: .* run gura-jax embed again"):
+        list(EmbeddingStore(tmp_path))
+
+
+class JsonSink(Sink):
+    """A format of one's own: all of a shard in one file."""
+
+    def files(self, timestamps: bool) -> tuple[str, ...]:
+        return ("clips.json",)
+
+    def write(self, shard: Shard, create: Create) -> None:
+        frames = None if shard.frames is None else np.concatenate(shard.frames).tolist()
+        content = {"meta": shard.meta.to_pylist(), "scenes": shard.scenes.tolist(), "frames": frames}
+        create("clips.json", lambda file: file.write(json.dumps(content).encode()))
+
+    def meta(self, open: Open, columns: list[str] | None = None) -> pa.Table:
+        table = pa.Table.from_pylist(self._read(open)["meta"])
+        return table.select(columns) if columns else table
+
+    def scenes(self, open: Open) -> np.ndarray:
+        return np.array(self._read(open)["scenes"], np.float32)
+
+    def frames(self, open: Open) -> np.ndarray:
+        return np.array(self._read(open)["frames"], np.float32)
+
+    def _read(self, open: Open) -> Any:
+        with open("clips.json") as file:
+            return json.load(file)
+
+
+@pytest.fixture
+def own_format(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(SINKS, "json", JsonSink())
+    return "json"
+
+
+def test_a_format_of_ones_own_is_one_row(made: Path, tmp_path: Path, own_format: str) -> None:
+    settings = Settings(timestamps=True, shard_hours=3 / 3600, batch_seconds=2, format=own_format)
+    inputs = made.parent / "m.jsonl"
+    embedded(inputs, tmp_path, settings)
+    shards = shard_numbers(tmp_path)
+    wanted = [f"{kind}-{n:05d}.json" for kind in ("clips", "shard") for n in shards]
+    assert names(tmp_path) == sorted([*wanted, "plan-00000.parquet", "run.json"])
+    for ours, theirs in zip(EmbeddingStore(tmp_path), EmbeddingStore(made), strict=True):
+        assert ours.meta == theirs.meta
+        for name in ("scene", "frames", "times"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+    (tmp_path / "clips-00000.json").write_text("{}")  # damaged: only its shard is computed anew
+    assert embedded(inputs, tmp_path, settings).before == len(shards) - 1
+    (aside,) = (tmp_path / "aside").iterdir()
+    assert names(aside) == ["clips-00000.json", "shard-00000.json"]
+    with pytest.raises(StoreError, match="format: json then, npy now"):
+        embedded(inputs, tmp_path, dataclasses.replace(settings, format="npy"))
+    remove_store(tmp_path)
+    assert names(tmp_path) == ["aside"]
+
+
+def test_failures_in_a_format_of_ones_own(tmp_path: Path, own_format: str) -> None:
+    sink = SINKS[own_format]
+    write(tmp_path, 0, names=("a",), failed=[Failure("b", "in/b", "x"), Failure("c", "in/c", "x")], sink=sink)
+    write(tmp_path, 1, names=("b",), sink=sink)
+    assert write_failed(tmp_path) == [Failure("c", "in/c", "x")]
+
+
+@pytest.mark.usefixtures("own_format")
+def test_the_names_of_files_tell_the_format() -> None:
+    for timestamps in (False, True):
+        assert len({sink.files(timestamps) for sink in SINKS.values()}) == len(SINKS)
+
+
+@pytest.mark.usefixtures("own_format")
+def test_a_format_that_is_not_known() -> None:
+    with pytest.raises(InputError, match="format 'jsn' is not known; did you mean json"):
+        Settings(format="jsn")
 
 
 def test_a_folder_whose_name_is_not_unicode(tmp_path: Path) -> None:

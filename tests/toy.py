@@ -1,55 +1,67 @@
 """A system that costs nothing, for tests of everything around the models; and clips for it."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-from gura_jax import Member, Model, System, load_model
-from gura_jax.audio import SAMPLE_RATE
-from gura_jax.dataset import store
-from gura_jax.dataset.manifest import read_inputs
-from gura_jax.dataset.run import Run, Settings, open_run
+from gura_jax import Encoder, FrameGrid, Member, Model, Output, System, load_model
+from gura_jax.dataset import commit
+from gura_jax.dataset.run import Run, open_run
+from gura_jax.dataset.sources import read_inputs
+from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Summary, Worker, work
+from gura_jax.files import LOCK_FILE
 from gura_jax.fusion import Embeddings
 
-HOP = 320
+RATE = 16_000
+HOP = RATE // 50
 ALONE = Worker(0, 1, "a test")
 
 
-class Toy:
-    """An encoder whose frames are a few sums over 20 ms."""
+class Toy(Encoder):
+    """An encoder whose frames are mean, maximum and minimum of 20 ms; without weights, for NumPy and JAX arrays."""
 
     feature_size = 3
-    hop = HOP
-    offset = 200.0
-    min_samples = 400
 
-    def __call__(self, params: Any, audio: Any, lengths: Any) -> tuple[Any, Any]:
-        B = audio.shape[0]
-        T = 1 + (audio.shape[1] - self.min_samples) // HOP
-        frames = audio[:, : T * HOP].reshape(B, T, HOP)
-        out = np.stack([frames.mean(-1), frames.max(-1), frames.min(-1)], -1)
-        return out, 1 + (lengths - self.min_samples) // HOP
+    def __init__(self, sample_rate: int = RATE) -> None:
+        hop = sample_rate // 50
+        self.sample_rate, self.grid = sample_rate, FrameGrid(hop, 0.625 * hop, hop * 5 // 4)
+
+    def init(self, key: Any) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, params: Any, audio: Any, lengths: Any) -> Output:
+        xp: Any = jnp if isinstance(audio, jax.Array) else np
+        B, T = audio.shape[0], self.grid.count(audio.shape[1])
+        blocks = audio[:, : T * self.grid.hop].reshape(B, T, self.grid.hop)
+        frames = xp.stack([blocks.mean(-1), blocks.max(-1), blocks.min(-1)], -1)
+        return Output(frames, self.grid.count(lengths))
 
 
 class ToyModel(Model):
-    """A model that computes with NumPy: nothing to compile."""
+    """A model of one toy encoder that computes with NumPy: nothing to compile."""
 
     def __call__(self, audio: Any, lengths: Any, *, scenes: bool = True, frames: bool = True) -> Embeddings:
-        out, counts = Toy()({}, audio, lengths)
+        if isinstance(audio, Mapping):
+            audio, lengths = audio[self.sample_rate], lengths[self.sample_rate]
+        out, counts, _ = self.fusion.members[0].encoder({}, audio, lengths)
         means: Any = np.stack([row[:count].mean(0) for row, count in zip(out, counts, strict=True)])
         return Embeddings(out, counts, means)
 
 
-def toy_model() -> ToyModel:
-    model = load_model(System("toy", (Member(Toy(), name="toy"),)))
-    return ToyModel(model.system, model.fusion, model.params, model.weights, model.compilation)
+def toy_model(kind: type[ToyModel] = ToyModel, *, rate: int = RATE, batches_in_flight: int = 0) -> Any:
+    model = load_model(System("toy", (Member(Toy(rate), name="toy"),)))
+    platform = dataclasses.replace(model.platform, batches_in_flight=batches_in_flight)
+    return kind(model.system, model.fusion, model.params, model.weights, model.compilation, model.dtype, platform)
 
 
-def write_clips(folder: Path, seconds: Iterable[float], suffix: str = "wav", rate: int = SAMPLE_RATE) -> list[Path]:
+def write_clips(folder: Path, seconds: Iterable[float], suffix: str = "wav", rate: int = RATE) -> list[Path]:
     """Noise of these lengths, as ``clip-000.wav`` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -64,7 +76,8 @@ def opened(inputs: Any, out: Path, settings: Settings | None = None, **options: 
     """A run of the toy model."""
     inputs = inputs if isinstance(inputs, list) else [inputs]
     model = options.pop("model", None) or toy_model()
-    return open_run(model, read_inputs(inputs), out, settings or Settings(timestamps=True), **options)
+    clips = read_inputs(inputs, sample_rate=model.sample_rate)
+    return open_run(model, clips, out, settings or Settings(timestamps=True), **options)
 
 
 def embedded(
@@ -75,9 +88,9 @@ def embedded(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store, and what it holds; not what was set aside."""
+    """Every file of a store, and its content; not files that were set aside."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != store.LOCK_FILE and path.relative_to(folder).parts[0] != store.ASIDE
+        if path.is_file() and path.name != LOCK_FILE and path.relative_to(folder).parts[0] != commit.ASIDE
     }
