@@ -28,14 +28,16 @@ from run import machine
 from worker import peak, reset_peak
 
 from gura_jax import SYSTEMS, System, load_model
-from gura_jax.audio import SAMPLE_RATE
-from gura_jax.dataset import store
+from gura_jax.audio import HEAR_RATE as SAMPLE_RATE
+from gura_jax.dataset import commit
 from gura_jax.dataset.decode import decode_ahead
-from gura_jax.dataset.manifest import read_inputs
 from gura_jax.dataset.ray_engine import work_with_ray
-from gura_jax.dataset.run import Run, Settings, open_run, plan_table, summarise
+from gura_jax.dataset.run import Run, open_run
+from gura_jax.dataset.sources import read_inputs
+from gura_jax.dataset.table import Settings, plan_table, summarise
 from gura_jax.dataset.workers import Summary, Worker
 from gura_jax.dataset.workers import work as embed
+from gura_jax.files import LOCK_FILE
 
 HERE = Path(__file__).parent
 # Suffix, rate and channels of clips, in turn.
@@ -118,7 +120,7 @@ def model_alone(model: Any, clips: Any, settings: Settings) -> Callable[[], floa
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != store.LOCK_FILE}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != LOCK_FILE}
 
 
 def with_ray(system: System, clips: Any, out: Path, settings: Settings, like: Path) -> None:
@@ -128,11 +130,11 @@ def with_ray(system: System, clips: Any, out: Path, settings: Settings, like: Pa
     shutil.rmtree(out, ignore_errors=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
-    half = len(store.shard_numbers(like)) // 2
+    half = len(commit.shard_numbers(like)) // 2
     killed: list[int] = []
 
     def kill() -> None:
-        while not (out.is_dir() and len(store.shard_numbers(out)) >= half):
+        while not (out.is_dir() and len(commit.shard_numbers(out)) >= half):
             time.sleep(0.1)
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(b"ray::_Worker.embed"):

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from gura_jax import ENCODERS, Member, System, load_model
-from gura_jax.convert.parity import random_speech, synthetic_clip  # pyright: ignore[reportMissingImports]
+from gura_jax.convert.parity import random_speech, synthetic_clip
 from gura_jax.systems import tiny
 
 SECONDS = (4.0, 2.5, 1.0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-import gura_jax.convert.parity  # noqa: F401  # pyright: ignore[reportMissingImports] - mends a torchaudio that fails
+import gura_jax.convert.parity  # noqa: F401 - mends a torchaudio that fails
 from gura_jax.models.crepe import BATCH_NORM_EPS, CAPACITY_MULTIPLIER, LAYERS, MIN_STD, PITCH_BINS, WINDOW, CrepeConfig
 from gura_jax.systems import CREPE_HOP, ENCODERS, System
 
@@ -105,7 +105,7 @@ def random_weights(encoder: str, path: Path) -> None:
     """Write random weights of a registered encoder, as PyTorch has them."""
     config = ENCODERS[encoder].architecture
     if not isinstance(config, CrepeConfig):
-        from gura_jax.convert.parity import random_speech  # pyright: ignore[reportMissingImports]
+        from gura_jax.convert.parity import random_speech
 
         random_speech(config, seed=0).save_pretrained(path)
         return

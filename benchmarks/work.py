@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gura_jax.audio import SAMPLE_RATE
+from gura_jax.audio import HEAR_RATE as SAMPLE_RATE
 from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, LAYERS, POSITIONS, WINDOW, CrepeConfig
 from gura_jax.models.speech import SpeechConfig
 from gura_jax.systems import CREPE_HOP, ENCODERS, SYSTEMS, Architecture, Member, System

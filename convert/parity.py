@@ -213,14 +213,13 @@ def _reference(member: Member, weights: str, size: str | None, seed: int, folder
         checkpoint.save(folder, converted.params, converted.manifest)
         return dataclasses.replace(member, encoder=str(folder), weights=None), reference
     where = find_weights(member, weights)
-    if isinstance(where, Path) and not where.is_file():
-        encoder, source = str(where), str(where)
-        if not is_hugging_face(where):
-            source = checkpoint.read_manifest(where).source
-        member = dataclasses.replace(member, encoder=encoder, weights=None)
-    else:
-        source = str(where)
+    source = str(where)
+    if isinstance(where, Path) and where.is_file():
         member = dataclasses.replace(member, weights=source)
+    else:  # a checkpoint, a folder of Hugging Face's, or a hub id
+        member = dataclasses.replace(member, encoder=source, weights=None)
+        if isinstance(where, Path) and not is_hugging_face(where):
+            source = checkpoint.read_manifest(where).source
     try:
         return member, kind.load(config, source)
     except ConversionError as error:

@@ -407,7 +407,7 @@ def evaluate(
         bool,
         typer.Option(
             "--learn-layers",
-            help="For each system that averages hidden states of one encoder, also a row with layer weights that the probe learns.",
+            help="For each system that averages the layers of one encoder, also a row with learned layer weights.",
         ),
     ] = False,
     protocol: Annotated[

