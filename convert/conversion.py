@@ -12,7 +12,7 @@ import gura_jax
 from gura_jax.checkpoint import Manifest, array_sha256
 from gura_jax.convert.keys import COMBINE, KeyTable, Transform
 from gura_jax.errors import ConversionError, SystemConfigError, expected
-from gura_jax.models.families import ENCODERS, FAMILIES, abstract_params, find_family
+from gura_jax.models.families import ENCODERS, FAMILIES, abstract_params, config_from_source, find_family
 
 try:
     from gura_jax.convert.sources import Format, Source, open_source, read_hub_config
@@ -67,7 +67,7 @@ def read_config(repo: str) -> Any:
         ConversionError: it cannot be fetched, or is not supported.
     """
     try:
-        return _from_source(read_hub_config(repo))
+        return config_from_source(read_hub_config(repo))
     except SystemConfigError as error:
         raise ConversionError(f"{repo} cannot be converted: {error}") from None
 
@@ -86,7 +86,7 @@ def _target(source: Source, name: str | None) -> tuple[Any, KeyTable]:
         if name is not None and name not in ENCODERS:
             raise SystemConfigError(f"architecture {expected(name, ENCODERS)}")
         named = None if name is None else ENCODERS[name].config
-        config = named if source.config is None else _from_source(source.config)
+        config = named if source.config is None else config_from_source(source.config)
         if config is None:
             readable = ", ".join(n for n, preset in ENCODERS.items() if _tables(source, preset.config))
             raise SystemConfigError(
@@ -105,22 +105,6 @@ def _target(source: Source, name: str | None) -> tuple[Any, KeyTable]:
         return config, next((table for table in tables if table.recognises(source.shapes)), tables[0])
     except SystemConfigError as error:
         raise ConversionError(f"{source.description} cannot be converted: {error}") from None
-
-
-def _from_source(content: Mapping[str, Any]) -> Any:
-    model_type = content.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise SystemConfigError(
-            f"model_type: expected one of {', '.join(FAMILIES)}, found {model_type!r}; "
-            "gura_jax.register adds a family of your own"
-        )
-    kind = FAMILIES[model_type].config
-    try:
-        return kind.from_source(content)
-    except (TypeError, KeyError) as error:
-        raise SystemConfigError(
-            f"its config makes no {kind.__name__} of the family {model_type!r}: {type(error).__name__}: {error}"
-        ) from None
 
 
 def _tables(source: Source, config: Any) -> list[KeyTable]:

@@ -1,6 +1,5 @@
 """``load_model``: from a system's description to encoders and weights on the devices."""
 
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,12 @@ import jax
 
 from gura_jax import checkpoint, parallel
 from gura_jax.backend import Platform, find_platform, platform_of
-from gura_jax.errors import CheckpointError, SystemConfigError, expected
-from gura_jax.files import is_folder
+from gura_jax.errors import CheckpointError, InputError, SystemConfigError, expected
+from gura_jax.files import is_folder, read_json
 from gura_jax.fusion import FusedMember, Fusion
 from gura_jax.model import Model
 from gura_jax.models.encoder import DTypeName, Options
-from gura_jax.models.families import ENCODERS, build_encoder, check_encoder, find_family
+from gura_jax.models.families import ENCODERS, build_encoder, check_encoder, config_from_source, find_family
 from gura_jax.models.layers import Layers
 from gura_jax.systems import HUB_ID, Member, System, find_system
 
@@ -249,11 +248,16 @@ def find_encoder(encoder: str) -> Found:
         )
     if not is_hugging_face(folder):
         return Found(folder, checkpoint.read_manifest(folder).architecture)
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Found(folder, find_family(config.get("model_type")).config.from_source(config))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise SystemConfigError(f"{folder / 'config.json'}: {error}") from None
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise SystemConfigError(f"expected an object, found {type(content).__name__}")
+        return Found(folder, config_from_source(content))
+    except SystemConfigError as error:
+        raise SystemConfigError(f"{path}: {error}") from None
+    except InputError as error:
+        raise SystemConfigError(str(error)) from None
 
 
 def _how_to_get(encoder: str, folder: Path) -> str:

@@ -36,6 +36,27 @@ def find_family(model_type: object) -> Family:
     return FAMILIES[model_type]
 
 
+def config_from_source(content: Mapping[str, Any]) -> Any:
+    """The config that a ``config.json`` describes, of the family that its ``model_type`` names.
+
+    Raises:
+        SystemConfigError: a family that is not known, or a config that it does not support.
+    """
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise SystemConfigError(
+            f"model_type: expected one of {', '.join(FAMILIES)}, found {model_type!r}; "
+            "gura_jax.register adds a family of your own"
+        )
+    kind = FAMILIES[model_type].config
+    try:
+        return kind.from_source(content)
+    except (TypeError, LookupError, AttributeError) as error:
+        raise SystemConfigError(
+            f"its config makes no {kind.__name__} of the family {model_type!r}: {type(error).__name__}: {error}"
+        ) from None
+
+
 def build_encoder(config: Any, options: Options) -> Encoder:
     """The encoder of a config.
 
@@ -200,9 +221,10 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
     @jax.jit
     def run(params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[Any, dict[str, Any]]:
         with jax.default_matmul_precision("highest"):
-            return encoder(params, audio, lengths), {
-                name: value for name, *value in encoder.states(params, audio, lengths)
-            }
+            out = encoder(params, audio, lengths)
+            if not isinstance(out, Output):
+                raise SystemConfigError(f"{where}: expected an Output(frames, counts), found {type(out).__name__}")
+            return out, {name: (value, counts) for name, value, counts in encoder.states(params, audio, lengths)}
 
     def call(chosen: list[np.ndarray]) -> tuple[Output, dict[str, Any]]:
         samples = max(map(len, chosen))
@@ -218,8 +240,6 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
             ) from error
 
     together, parts = call(clips)
-    if not isinstance(together, Output):
-        raise SystemConfigError(f"{where}: expected an Output(frames, counts), found {type(together).__name__}")
     _check_shapes(encoder, where, together, lengths)
     if tuple(parts) != tuple(encoder.parts):
         raise SystemConfigError(
