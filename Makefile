@@ -34,7 +34,7 @@ debian = { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Full-size encoders with random weights: about 12 GB of memory, and minutes.
+# Full-size encoders with random weights, and every system: about 12 GB of memory, and ten minutes or more.
 test-full: install
 	$(BIN)/python -m pytest -m slow
 

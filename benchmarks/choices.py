@@ -18,17 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from run import machine
 
-from gura_jax.fusion import weighted_sum
-from gura_jax.models import crepe, speech
-from gura_jax.models.crepe import CrepeConfig, CrepeFrames
+from gura_jax import ENCODERS, Options
+from gura_jax.backend import platform_of
+from gura_jax.models import attention as blocks
+from gura_jax.models.crepe import CrepeConfig, CrepeEncoder
 from gura_jax.models.encoder import frame_mask
-from gura_jax.models.speech import Blocks, SpeechConfig, SpeechFrames, layer_weights, speech_functional
+from gura_jax.models.layers import layer_weights, weighted_sum
+from gura_jax.models.wav2vec2 import Wav2Vec2Encoder
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config, gelu
 from gura_jax.parallel import PRECISION
-from gura_jax.systems import ENCODERS
 
 ROUNDS = 7
 LAYERS = 6  # of a transformer, enough to tell
-BACKEND = jax.default_backend()
+RATE = 16_000
+PLATFORM = platform_of(jax.devices())
 
 
 class Variant(NamedTuple):
@@ -58,30 +61,24 @@ def measure(title: str, variants: Mapping[str, Variant]) -> None:
         print(f"| {name} | {1000 * statistics.median(times[name]):.0f} | {seconds:.1f} | {memory:.0f} |", flush=True)
 
 
-def with_blocks(function: Callable[..., Any], **changes: int) -> Callable[..., Any]:
-    """A function traced with other block sizes."""
+def in_use(size: int, used: int) -> str:
+    """The mark of a variant."""
+    return f" (in use on {PLATFORM.name})" if size == used else ""
 
-    def traced(*arguments: Any) -> Any:
-        before = speech.blocks()
-        speech.BLOCKS[BACKEND] = before._replace(**changes)
-        try:
-            return function(*arguments)
-        finally:
-            speech.BLOCKS[BACKEND] = before
 
-    return traced
+def sized(**changes: Any) -> Options:
+    """This platform, with other sizes or forms."""
+    return Options(platform=dataclasses.replace(PLATFORM, **changes))
 
 
 @functools.cache
-def encoder(name: str, layers: int = LAYERS) -> tuple[SpeechConfig, Any]:
-    architecture = ENCODERS[name].architecture
-    assert isinstance(architecture, SpeechConfig)
-    config = dataclasses.replace(architecture, num_hidden_layers=layers)
-    return config, SpeechFrames(config).random_params(0)
+def encoder(name: str, layers: int = LAYERS) -> tuple[Wav2Vec2Config, Any]:
+    config = dataclasses.replace(ENCODERS[name].config, num_hidden_layers=layers)
+    return config, Wav2Vec2Encoder(config, Options()).init(jax.random.key(0))
 
 
 def audio(clips: int, seconds: float) -> tuple[jax.Array, jax.Array]:
-    samples = int(16_000 * seconds)
+    samples = int(RATE * seconds)
     noise = np.random.default_rng(0).standard_normal((clips, samples)).astype(np.float32)
     return jnp.asarray(noise), jnp.full(clips, samples, jnp.int32)
 
@@ -89,18 +86,16 @@ def audio(clips: int, seconds: float) -> tuple[jax.Array, jax.Array]:
 def features() -> None:
     for name in ("hubert-large", "hubert-base"):
         config, params = encoder(name)
-        extractor = lambda p, a, n, config=config: speech_functional(config).merge(p).feature_extractor(a, n)  # noqa: E731
-        marks = {16: "", 64: " (in use on CPUs)", 256: "", 1 << 20: ": all"}
-        variants = {
-            f"{frames} frames{mark}" if frames < 1 << 20 else "all frames": Variant(
-                with_blocks(extractor, frames=frames), (params, *audio(4, 4))
-            )
-            for frames, mark in marks.items()
-        }
-        measure(f"Feature encoder of {name}, 4 x 4 s: frames in a block", variants)
+        variants = {}
+        for frames in (16, 64, 256, 16 * 1024, 1 << 20):
+            member = Wav2Vec2Encoder(config, sized(frames=frames))
+            extract = lambda p, a, n, member=member: member.network(p).feature_extractor(a, n)  # noqa: E731
+            label = f"{frames} frames" if frames < 1 << 20 else "all frames"
+            variants[label + in_use(frames, PLATFORM.frames)] = Variant(extract, (params, *audio(4, 4)))
+        measure(f"Feature encoder of {name}, 4 x 4 s: frames in a block, of all clips", variants)
 
 
-def hidden(config: SpeechConfig, clips: int, frames: int) -> tuple[jax.Array, jax.Array]:
+def hidden(config: Wav2Vec2Config, clips: int, frames: int) -> tuple[jax.Array, jax.Array]:
     x = np.random.default_rng(0).standard_normal((clips, frames, config.hidden_size)).astype(np.float32)
     return jnp.asarray(x), frame_mask(jnp.full(clips, frames), frames)
 
@@ -114,10 +109,9 @@ def attention() -> None:
         library = lambda q, k, v, m: jax.nn.dot_product_attention(q, k, v, mask=m[:, None, None, :])  # noqa: E731
         variants = {"jax.nn.dot_product_attention": Variant(library, (q, k, v, mask))}
         for size in (2, 8, 16, 64, 1024):
-            mark = " (in use on CPUs)" if size == 16 else ""
-            variants[f"{size} MiB of scores at once{mark}"] = Variant(
-                with_blocks(speech.attention, scores=size << 20), (q, k, v, mask)
-            )
+            attend = functools.partial(blocks.blockwise_attention, score_bytes=size << 20)
+            mark = in_use(size << 20, PLATFORM.scores)
+            variants[f"{size} MiB of scores at once{mark}"] = Variant(attend, (q, k, v, mask))
         measure(f"Attention of 16 heads of 64, {clips} x {frames} frames", variants)
 
 
@@ -129,12 +123,12 @@ def long_attention() -> None:
 
     def with_sizes(queries: int, keys: int) -> Callable[..., Any]:
         def traced(*arguments: Any) -> Any:
-            before = speech.QUERIES_AT_ONCE, speech.KEYS_AT_ONCE
-            speech.QUERIES_AT_ONCE, speech.KEYS_AT_ONCE = queries, keys
+            before = blocks.QUERIES_AT_ONCE, blocks.KEYS_AT_ONCE
+            blocks.QUERIES_AT_ONCE, blocks.KEYS_AT_ONCE = queries, keys
             try:
-                return speech.attention(*arguments)
+                return blocks.attention(*arguments, PLATFORM)
             finally:
-                speech.QUERIES_AT_ONCE, speech.KEYS_AT_ONCE = before
+                blocks.QUERIES_AT_ONCE, blocks.KEYS_AT_ONCE = before
 
         return traced
 
@@ -151,7 +145,7 @@ def transformer() -> None:
     config, params = encoder("hubert-xlarge", 12)
     x, mask = hidden(config, 4, 199)
     weights = layer_weights("mean", config.num_hidden_layers)
-    network = speech_functional(config)
+    network = Wav2Vec2Encoder(config, Options(platform=PLATFORM)).network
     prefix = "encoder.layers."
     names = sorted({name.split(".", 3)[3] for name in params if name.startswith(prefix)})
     stacked = {
@@ -159,16 +153,16 @@ def transformer() -> None:
     }
 
     def unrolled(params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
-        return weighted_sum(network.merge(params).encoder(x, mask), weights)
+        return weighted_sum(network(params).encoder(x, mask), weights)
 
     def scanned(params: Any, stacked: Any, x: jax.Array, mask: jax.Array, unroll: int) -> jax.Array:
         def layer(carry: tuple[jax.Array, jax.Array], own: Any) -> Any:
             x, total = carry
             mine = params | {f"{prefix}0.{name}": array for name, array in own.items()}
-            x = network.merge(mine).encoder.layers[0](x, mask)
+            x = network(mine).encoder.layers[0](x, mask)
             return (x, total + x * weights[0]), None
 
-        encoder = network.merge(params).encoder
+        encoder = network(params).encoder
         x = x + encoder.pos_conv_embed(x, mask)
         return jax.lax.scan(layer, (x, x * weights[0]), stacked, unroll=unroll)[0][1]
 
@@ -196,7 +190,7 @@ def activation() -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((796, 5120)), jnp.float32)
     variants = {
-        "x (1 + erf) / 2 (in use)": Variant(speech.gelu, (x,)),
+        "x (1 + erf) / 2 (in use)": Variant(gelu, (x,)),
         "jax.nn.gelu(approximate=False)": Variant(functools.partial(jax.nn.gelu, approximate=False), (x,)),
         "jax.nn.gelu(approximate=True)": Variant(functools.partial(jax.nn.gelu, approximate=True), (x,)),
     }
@@ -207,21 +201,12 @@ def pitch() -> None:
     for capacity in ("full", "tiny"):
         variants = {}
         for spectral, frames in ((False, 64), (True, 16), (True, 64), (True, 256)):
-            member = CrepeFrames(CrepeConfig(capacity), 800, spectral)
-            params = member.prepare(member.random_params(0))
-
-            def run(*arguments: Any, member: CrepeFrames = member, frames: int = frames) -> Any:
-                before = dict(crepe.FRAMES_AT_ONCE)
-                crepe.FRAMES_AT_ONCE[BACKEND] = frames
-                try:
-                    return member(*arguments)
-                finally:
-                    crepe.FRAMES_AT_ONCE.clear()
-                    crepe.FRAMES_AT_ONCE.update(before)
-
+            member = CrepeEncoder(CrepeConfig(capacity), sized(spectral_crepe=spectral, crepe_frames=frames))
+            params = member.init(jax.random.key(0))
             name = f"{'frequency domain' if spectral else 'direct'}, {frames} frames at once"
-            mark = " (in use on CPUs)" if spectral and frames == 64 else ""
-            variants[name + mark] = Variant(run, (params, *audio(4, 4)))
+            mark = in_use(frames, PLATFORM.crepe_frames) if spectral == PLATFORM.spectral_crepe else ""
+            held = {**params, **member.derive(params)}
+            variants[name + mark] = Variant(member.__call__, (held, *audio(4, 4)))
         measure(f"CREPE {capacity}, 4 x 4 s", variants)
 
 
@@ -239,5 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert isinstance(speech.blocks(), Blocks)
     main()

@@ -17,25 +17,21 @@ from pathlib import Path
 
 from worker import peak
 
-from gura_jax import SYSTEMS, checkpoint, load_model
-from gura_jax.checkpoint import Manifest, array_sha256
-from gura_jax.systems import ENCODERS, encoders
+import jax
+
+from gura_jax import ENCODERS, SYSTEMS, Options, checkpoint, load_model
+from gura_jax.checkpoint import Manifest, arrays_sha256
+from gura_jax.models.families import build_encoder
 
 HERE = Path(__file__).parent
 
 
 def make(encoder: str) -> None:
     """A checkpoint of random weights."""
-    import numpy as np
-
-    architecture = ENCODERS[encoder].architecture
-    params = {k: np.asarray(v) for k, v in encoders(architecture, "last")[0].random_params(0).items()}
-    hashes = {name: array_sha256(array) for name, array in params.items()}
-    checkpoint.save(
-        checkpoint.checkpoint_folder() / encoder,
-        params,
-        Manifest(architecture, "random, for a benchmark", {}, "", hashes),
-    )
+    config = ENCODERS[encoder].config
+    params = build_encoder(config, Options()).init(jax.random.key(0))
+    manifest = Manifest(config, "random, for a benchmark", {}, "", arrays_sha256(params))
+    checkpoint.save(checkpoint.checkpoint_folder() / encoder, params, manifest)
 
 
 def read(folders: list[Path]) -> float:

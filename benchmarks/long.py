@@ -10,7 +10,8 @@ import argparse
 import time
 from pathlib import Path
 
-import jax
+import dataclasses
+
 import numpy as np
 import work
 from run import machine
@@ -18,11 +19,10 @@ from torch_recipe import random_weights
 from worker import folders, peak, reset_peak
 
 from gura_jax import load_model
-from gura_jax.models import crepe, speech
-from gura_jax.models.speech import Blocks
+from gura_jax.backend import PLATFORMS
 
 HERE = Path(__file__).parent
-EVERYTHING = Blocks(1 << 30, 1, 1 << 50)
+EVERYTHING = {"frames": 1 << 30, "scores": 1 << 50, "tokens": 1 << 50, "crepe_frames": 1 << 30}
 
 
 def main() -> None:
@@ -56,8 +56,7 @@ def main() -> None:
     if arguments.plain:
         clip = work.voice(arguments.plain, 0)
         frames = model.timestamp_embeddings([clip])[0][0]
-        speech.BLOCKS[jax.default_backend()] = EVERYTHING
-        crepe.FRAMES_AT_ONCE[jax.default_backend()] = 1 << 30
+        PLATFORMS[model.platform.name] = dataclasses.replace(model.platform, **EVERYTHING)
         plain = load_model(system, weights=names).timestamp_embeddings([clip])[0][0]
         distance = np.linalg.norm(frames - plain) / np.linalg.norm(plain)
         print(f"\n{arguments.plain:g} s, in blocks and at once: relative distance {distance:.1e}")

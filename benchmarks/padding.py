@@ -7,14 +7,16 @@ import argparse
 import importlib.metadata
 import platform
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
 from gura_jax import ENCODERS, Member, System, load_model
-from gura_jax.convert.parity import random_speech, synthetic_clip
-from gura_jax.systems import tiny
+from gura_jax.convert.parity import synthetic_clip
+from gura_jax.convert.references import find_reference
+from gura_jax.models.families import find_family
 
 SECONDS = (4.0, 2.5, 1.0)
 ENCODER_NAMES = ("hubert-base", "wav2vec2-base", "hubert-large", "wav2vec2-large")
@@ -52,16 +54,17 @@ def main() -> None:
     print("| encoder | norm of the feature encoder | gura_jax | PyTorch, with mask | PyTorch, without |")
     print("|---|---|---|---|---|")
     for name in ENCODER_NAMES:
-        architecture = ENCODERS[name].architecture
-        model = random_speech(tiny(architecture) if arguments.size else architecture, seed=0)
+        config = ENCODERS[name].config
+        config = config.tiny() if arguments.size else config
+        reference = find_reference(find_family(config.model_type).reference).random(config, seed=0)
+        model = reference.model
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            ours = load_model(System(name, (Member(folder),)))
+            ours = load_model(System(name, (Member(str(reference.save(Path(folder) / name))),)))
         padded, _ = ours.timestamp_embeddings(clips)
         alone = [ours.timestamp_embeddings(clip[None])[0][0] for clip in clips]
         worst = max(distance(p, a) for p, a in zip(padded, alone, strict=True))
         figures = [worst, pytorch(model, clips, mask=True), pytorch(model, clips, mask=False)]
-        norm = getattr(architecture, "feat_extract_norm", "")
+        norm = config.feat_extract_norm
         print(f"| {name} | {norm} | " + " | ".join(f"{figure:.1e}" for figure in figures) + " |", flush=True)
 
 

@@ -10,7 +10,7 @@ import work
 from run import machine
 
 from gura_jax import ENCODERS, Member, System, load_model
-from gura_jax.systems import CREPE_HOP
+from gura_jax.models.crepe import HOP as CREPE_HOP
 
 CHOICES = ({"dtype": "bfloat16"}, {"precision": "default"})
 

@@ -19,9 +19,9 @@ import json, sys, time
 start = time.time()
 import jax
 jax_imported = time.time()
-import gura_jax, gura_jax.cli
+import gura_jax, gura_jax.parallel
 imported = time.time()
-gura_jax.cli._cache_compilations()
+gura_jax.parallel.cache_compilations()
 import numpy as np
 model = gura_jax.load_model(sys.argv[1], weights=sys.argv[2])
 loaded = time.time()

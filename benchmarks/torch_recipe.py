@@ -12,9 +12,19 @@ import numpy as np
 import torch
 import transformers
 
-import gura_jax.convert.parity  # noqa: F401 - mends a torchaudio that fails
-from gura_jax.models.crepe import BATCH_NORM_EPS, CAPACITY_MULTIPLIER, LAYERS, MIN_STD, PITCH_BINS, WINDOW, CrepeConfig
-from gura_jax.systems import CREPE_HOP, ENCODERS, System
+from gura_jax import ENCODERS, System
+from gura_jax.convert.references import find_reference
+from gura_jax.models.crepe import (
+    BATCH_NORM_EPS,
+    CAPACITY_MULTIPLIER,
+    HOP,
+    LAYERS,
+    MIN_STD,
+    PITCH_BINS,
+    WINDOW,
+    CrepeConfig,
+)
+from gura_jax.models.families import find_family
 
 MODES = ("eager", "compile", "bfloat16")
 
@@ -57,13 +67,13 @@ class Recipe:
         self.dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
         self.networks: list[tuple[bool, Any]] = []
         for member in system.members:
-            config, path = ENCODERS[str(member.encoder)].architecture, folders[str(member.encoder)]
+            config, path = ENCODERS[str(member.encoder)].config, folders[str(member.encoder)]
             if isinstance(config, CrepeConfig):
                 model: Any = Crepe(config)
                 model.load_state_dict(torch.load(path, weights_only=True))
             else:
                 kind = {"hubert": transformers.HubertModel, "wav2vec2": transformers.Wav2Vec2Model}[config.model_type]
-                model = kind.from_pretrained(path)
+                model: Any = kind.from_pretrained(path)
             model = model.eval().to(self.dtype)
             if mode == "compile":
                 model = torch.compile(model, dynamic=False)
@@ -96,18 +106,16 @@ class Recipe:
         return torch.stack([*out.hidden_states[:-1], out.last_hidden_state]).mean(dim=0)
 
     def _crepe(self, model: Any, clip: torch.Tensor) -> torch.Tensor:
-        frames = torch.nn.functional.pad(clip, (WINDOW // 2, WINDOW // 2)).unfold(0, WINDOW, CREPE_HOP)
+        frames = torch.nn.functional.pad(clip, (WINDOW // 2, WINDOW // 2)).unfold(0, WINDOW, HOP)
         frames = frames - frames.mean(dim=1, keepdim=True)
         return model(frames / frames.std(dim=1, keepdim=True).clamp_min(MIN_STD))
 
 
 def random_weights(encoder: str, path: Path) -> None:
     """Write random weights of a registered encoder, as PyTorch has them."""
-    config = ENCODERS[encoder].architecture
+    config = ENCODERS[encoder].config
     if not isinstance(config, CrepeConfig):
-        from gura_jax.convert.parity import random_speech
-
-        random_speech(config, seed=0).save_pretrained(path)
+        find_reference(find_family(config.model_type).reference).random(config, seed=0).save(path)
         return
     torch.manual_seed(0)
     model = copy.deepcopy(Crepe(config)).eval()

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gura_jax import ENCODERS, SYSTEMS, Member, System
 from gura_jax.audio import HEAR_RATE as SAMPLE_RATE
-from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, LAYERS, POSITIONS, WINDOW, CrepeConfig
-from gura_jax.models.speech import SpeechConfig
-from gura_jax.systems import CREPE_HOP, ENCODERS, SYSTEMS, Architecture, Member, System
-
+from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, HOP, LAYERS, POSITIONS, WINDOW, CrepeConfig
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 # Every encoder size with its layers averaged, the two CREPEs, and the headline.
 CASES: Mapping[str, System] = {
     system.name: system
@@ -53,18 +52,14 @@ def voice(seconds: float, seed: int) -> np.ndarray:
 def flops(system: System, workload: str) -> float:
     """Floating-point operations of the convolutions and matrix products, as the layers define them."""
     return sum(
-        _flops(ENCODERS[str(member.encoder)].architecture, int(seconds * SAMPLE_RATE))
+        _flops(ENCODERS[str(member.encoder)].config, int(seconds * SAMPLE_RATE))
         for member in system.members
         for seconds in WORKLOADS[workload]
     )
 
 
-def _flops(architecture: Architecture, samples: int) -> float:
-    return (
-        _crepe_flops(architecture, samples)
-        if isinstance(architecture, CrepeConfig)
-        else _speech_flops(architecture, samples)
-    )
+def _flops(config: CrepeConfig | Wav2Vec2Config, samples: int) -> float:
+    return _crepe_flops(config, samples) if isinstance(config, CrepeConfig) else _wav2vec2_flops(config, samples)
 
 
 def _crepe_flops(config: CrepeConfig, samples: int) -> float:
@@ -75,10 +70,10 @@ def _crepe_flops(config: CrepeConfig, samples: int) -> float:
         taps = layer.stride * np.arange(positions)[:, None] - layer.padding[0] + np.arange(layer.kernel)
         frame += 2 * int(((taps >= 0) & (taps < length)).sum()) * in_size * size  # products with padding are none
         length = positions // 2
-    return float(frame * (1 + samples // CREPE_HOP))
+    return float(frame * (1 + samples // HOP))
 
 
-def _speech_flops(config: SpeechConfig, samples: int) -> float:
+def _wav2vec2_flops(config: Wav2Vec2Config, samples: int) -> float:
     total, length, in_size = 0.0, samples, 1
     for size, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
         length = (length - kernel) // stride + 1

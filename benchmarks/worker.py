@@ -102,7 +102,7 @@ def load_flax(weights: Mapping[str, Path]) -> tuple[Embed, Any]:
     import jax
     import transformers
 
-    import gura_jax.convert.parity  # noqa: F401 - mends a torchaudio that fails
+    import gura_jax.convert.references  # noqa: F401 - mends a torchaudio that fails
 
     (path,) = weights.values()
     kind: Any = getattr(transformers, FLAX_MODEL)

@@ -5,6 +5,7 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-import gura_jax
 from gura_jax import batching, checkpoint, files, parallel
 from gura_jax.audio import check_audio, min_samples, resampled_length
 from gura_jax.backend import Platform
@@ -118,13 +118,28 @@ class Model:
         return self._params
 
     def with_params(self, params: Mapping[str, Any]) -> "Model":
-        """The model with other weights of the same shapes, as after a step of optax."""
+        """The model with other weights of the same shapes, as after a step of optax.
+
+        Weights that are not on the model's devices yet, such as NumPy arrays, are put there.
+        """
         if jax.tree.structure(params) != jax.tree.structure(self.params):
             raise SystemConfigError(
                 f"params: expected the weights of {', '.join(self.params)} by the same names as model.params has, "
                 "found others"
             )
-        return self.tree_unflatten(self._static, (params,))
+        for (path, own), new in zip(jax.tree.leaves_with_path(self.params), jax.tree.leaves(params), strict=True):
+            if np.shape(new) != own.shape:
+                name = jax.tree_util.keystr(path, simple=True, separator=": ")
+                raise SystemConfigError(f"params: {name}: expected {list(own.shape)}, found {list(np.shape(new))}")
+        mesh = self.compilation.mesh
+
+        def placed(leaf: Any) -> Any:
+            there = isinstance(leaf, jax.Array) and (
+                isinstance(leaf, Tracer) or leaf.sharding.device_set == set(mesh.devices.flat)
+            )
+            return leaf if there else jax.device_put(leaf, parallel.replicated(mesh))
+
+        return self.tree_unflatten(self._static, (jax.tree.map(placed, params),))
 
     @property
     def weights(self) -> Mapping[str, Mapping[str, Any]]:
@@ -332,7 +347,7 @@ class Model:
 
         Raises:
             CheckpointError: ``path`` exists and is not to be replaced, or cannot be written.
-            SystemConfigError: a member that is an object, of no registered family.
+            SystemConfigError: a member that is an object, of no registered family, or whose name no folder can have.
         """
         objects = [m.name for m in self.fusion.members if m.config is None]
         if objects:
@@ -340,6 +355,9 @@ class Model:
                 f"member {objects[0]!r} is an object of Python's: expected an encoder of a registered family, whose "
                 "config can be written (gura_jax.register)"
             )
+        for name in (m.name for m in self.fusion.members):
+            if name in (os.curdir, os.pardir, SAVED_SYSTEM) or os.path.basename(name) != name:
+                raise SystemConfigError(f"member {name!r}: expected the name of a folder to save it in, found another")
         folder = Path(path)
         files.recover_folder(folder)
         if folder.exists() and not overwrite:
@@ -359,7 +377,7 @@ class Model:
             architecture=member.config,
             source=f"{'saved' if self._loaded else 'changed'} from {given['source'].removeprefix('saved from ')}",
             source_sha256={"checkpoint": given["fingerprint"]} if "fingerprint" in given else {},
-            converter_version=gura_jax.__version__,
+            converter_version=version("gura-jax"),
             arrays_sha256=checkpoint.arrays_sha256(params),
         )
 

@@ -3,6 +3,7 @@
 The table is that of the paper's Tables 2 to 6, as the authors' code has them; each also with Base-size encoders.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 from gura_jax import checkpoint
 from gura_jax.audio import MAX_RATE, MIN_RATE
 from gura_jax.errors import SystemConfigError, expected
-from gura_jax.files import is_folder
+from gura_jax.files import is_folder, recover_folder
 from gura_jax.fusion import COMBINATIONS, SceneOf
 from gura_jax.models.encoder import Encoder
 from gura_jax.models.families import ENCODERS
@@ -225,6 +226,8 @@ def _described_system(system: "str | Path | System") -> System | None:
     if str(system) in SYSTEMS:
         return SYSTEMS[str(system)]
     path = Path(system)
+    with contextlib.suppress(OSError, ValueError):  # text that is no path
+        recover_folder(path)
     if is_folder(path) and (path / SAVED_SYSTEM).is_file():
         return read_system(path / SAVED_SYSTEM)
     return read_system(path) if path.suffix in FILE_SUFFIXES and not is_folder(path) else None

@@ -1,6 +1,11 @@
-"""Gradients through a whole system, with respect to audio and to weights."""
+"""Gradients: those of single encoders are PyTorch's, and those through a whole system reach everything."""
 
+import copy
 import functools
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -8,10 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import precise_jit, speech, unoptimised_jit
+import torch
+from reference import VARIANTS, encoder, padded, precise_jit, relative, speech, torch_encoder, unoptimised_jit
 
-from gura_jax import Member, Model, System, load_model
+from gura_jax import Encoder, Member, Model, Options, System, load_model
+from gura_jax.convert import convert, references
+from gura_jax.convert.keys import KeyTable
+from gura_jax.models.crepe import CREPE, CrepeConfig
+from gura_jax.models.encoder import frame_mask
+from gura_jax.models.families import FAMILIES, build_encoder
 
+# A gradient sums over frames and layers, so float32 leaves it further from float64 than the values: PyTorch's as well.
+ORACLE_BOUND = 1e-5  # relative, to PyTorch's in float64; or as far as PyTorch's own in float32, twice
 # A central difference in float32, at the best of some widths: rounding on one side, bends (ReLU, maxima) on the other.
 DIFFERENCE_BOUND = 1e-2
 WIDTHS = (1e-3, 3e-4, 1e-4, 3e-3, 1e-2)
@@ -23,6 +36,100 @@ SYSTEM = System(
     "interleave",
     feature_size=32,
 )
+
+
+# Of encoders, beside PyTorch's
+
+
+CLIPS = [speech(3300, 1), speech(1500, 2)]
+
+
+def projection(clip: int, frames: int, size: int) -> np.ndarray:
+    """What a clip's frames [T, D] are multiplied with, so that their sum is a number that sees each of them."""
+    return np.random.default_rng(clip).standard_normal((frames, size)).astype(np.float32)
+
+
+def our_gradient(encoder: Encoder, params: Any) -> tuple[Any, jax.Array]:
+    """With respect to weights and audio, of the clips in one padded batch."""
+    audio, lengths = padded(CLIPS, 4000)
+
+    def total(params: Any, audio: jax.Array) -> jax.Array:
+        frames, counts, _ = encoder(params, audio, jnp.asarray(lengths))
+        weights = np.zeros(frames.shape, np.float32)
+        for b, clip in enumerate(CLIPS):
+            count = encoder.grid.count(len(clip))
+            weights[b, :count] = projection(b, count, frames.shape[-1])
+        return jnp.where(frame_mask(counts, frames.shape[1])[:, :, None], frames * weights, 0.0).sum()
+
+    return unoptimised_jit(jax.grad(total, argnums=(0, 1)))(params, audio)
+
+
+def torch_gradient(reference: Any, hop: int, part: str, by_audio: bool) -> tuple[dict[str, np.ndarray], Any]:
+    """The same of the clips one by one, by the names of a state dict, in the precision of the network."""
+    dtype = next(reference.parameters()).dtype
+    clips = [torch.from_numpy(clip)[None].to(dtype).requires_grad_(by_audio) for clip in CLIPS]
+    for b, clip in enumerate(clips):
+        frames = dict(reference.parts(clip, hop))[part]
+        (frames * torch.from_numpy(projection(b, *frames.shape)).to(dtype)).sum().backward()
+    gradients = {name: p.grad.numpy() for name, p in reference.model.named_parameters() if p.grad is not None}
+    return gradients, [clip.grad[0].numpy() for clip in clips] if by_audio else None
+
+
+def converted(gradients: Mapping[str, np.ndarray], table: KeyTable) -> dict[str, np.ndarray]:
+    """By our names and shapes: what converts weights linearly converts their gradients."""
+    out = {}
+    for name, gradient in gradients.items():
+        for pattern, target, transform in table.rows:
+            if match := re.fullmatch(pattern, name):
+                out[match.expand(target)] = transform.apply(gradient)
+    return out
+
+
+def assert_gradients(ours: Mapping[str, Any], single: Mapping[str, Any], double: Mapping[str, Any]) -> None:
+    assert single.keys() == double.keys()
+    for name, exact in double.items():
+        bound = max(ORACLE_BOUND, 2 * relative(single[name], exact))
+        assert relative(ours[name], exact) <= bound, name
+
+
+@pytest.mark.parametrize("variant", ["hubert base", "wav2vec2 large"])
+def test_gradients_of_a_speech_encoder_are_pytorchs(variant: str) -> None:
+    model = encoder(variant)
+    config = model.config
+    by_params, by_audio = our_gradient(build_encoder(config, Options()), model.params)
+    network = torch_encoder(VARIANTS[variant], seed=list(VARIANTS).index(variant))  # the same once more, to change
+    conv = network.encoder.pos_conv_embed.conv
+    torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")  # our kernel is the folded one
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        kind = references.find_reference(FAMILIES[config.model_type].reference)
+        reference = kind(config, copy.deepcopy(network).to(dtype))
+        gradients, audio = torch_gradient(reference, config.hop, f"state {config.num_hidden_layers}", by_audio=True)
+        named = converted(gradients, FAMILIES[config.model_type].keys["transformers"])
+        found.append(named | {f"audio {b}": row for b, row in enumerate(audio)})
+    ours = {**by_params} | {f"audio {b}": by_audio[b, : len(clip)] for b, clip in enumerate(CLIPS)}
+    # Softmax is blind to a bias of all keys: its gradient is rounding.
+    single, double = ({k: v for k, v in each.items() if not k.endswith("k_proj.bias")} for each in found)
+    assert single.keys() == {name for name in ours if not name.endswith("k_proj.bias")}
+    assert_gradients(ours, single, double)
+
+
+def test_gradients_of_crepe_are_pytorchs() -> None:
+    """Of the kernels, through the frequency domain."""
+    config = CrepeConfig("tiny")
+    reference = references.Crepe.random(config, 0).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        params = convert(reference.save(Path(folder) / "crepe")).params
+    ours, _ = our_gradient(build_encoder(config, Options()), params)
+    single, double = (
+        converted(torch_gradient(network, 800, "frames", by_audio=False)[0], CREPE.keys["torchcrepe"])
+        for network in (reference, copy.deepcopy(reference).double())
+    )
+    assert len(single) == 4 * 5  # kernel, bias, scale and offset of each layer of the embedding
+    assert_gradients(ours, single, double)
+
+
+# Through a whole system
 
 
 @pytest.fixture(scope="module")

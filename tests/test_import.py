@@ -1,11 +1,14 @@
-"""What `import gura_jax` brings, and what it does not."""
+"""What `import gura_jax` brings, and what it does not; and which modules may import which."""
 
+import ast
+import graphlib
 import importlib
 import importlib.metadata
 import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -57,13 +60,86 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["gura_jax.cli", "gura_jax.dataset", "gura_jax.evaluate.run", "gura_jax.plot", "gura_jax.tsne"]
+    "module",
+    [
+        "gura_jax.cli",
+        "gura_jax.convert",
+        "gura_jax.convert.wav2vec2",
+        "gura_jax.dataset.run",
+        "gura_jax.evaluate.run",
+        "gura_jax.plot",
+        "gura_jax.tsne",
+    ],
 )
 def test_nothing_imports_torch(module: str) -> None:
     assert (
         imported(module) & {"torch", "transformers", "torchcrepe", "librosa", "matplotlib", "sklearn", "plotly"}
         == set()
     )
+
+
+# From the ground up: a module imports its own floor and those below, and there is no circle.
+FLOORS = (
+    ("errors",),
+    ("backend", "audio", "files", "convert.keys", "convert.fairseq", "convert.wav2vec2", "convert.crepe"),
+    ("models", "batching", "convert.sources"),
+    ("fusion", "parallel", "checkpoint", "convert.references"),
+    ("systems", "convert"),
+    ("model",),
+    ("loading",),
+    ("dataset", "plot", "convert.parity"),
+    ("evaluate", "tsne", "hear"),
+    ("cli",),
+)
+PACKAGE = Path(gura_jax.__file__).parent
+
+
+def sources() -> dict[str, Path]:
+    """Every module by its name under ``gura_jax``."""
+    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE / "convert").glob("*.py")]
+    parts = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in paths}
+    names = {".".join(own[:-1] if own[-1] == "__init__" else own): path for path, own in parts.items()}
+    return {name: path for name, path in names.items() if name}
+
+
+def imports(path: Path, modules: Iterable[str]) -> set[str]:
+    """The modules of gura_jax that one imports as it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gura_jax":
+            package = (node.module or "").partition(".")[2]
+            names = [f"{package}.{alias.name}".strip(".") for alias in node.names]
+            found |= {name if name in modules else package for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "gura_jax"}
+    return found - {""}  # gura_jax itself: its version
+
+
+def floor(module: str) -> int:
+    """Of the longest name that the module's begins with."""
+    found = [(len(name), i) for i, names in enumerate(FLOORS) for name in names if f"{module}.".startswith(f"{name}.")]
+    assert found, f"{module} has no floor: say in FLOORS what it may import"
+    return max(found)[1]
+
+
+def test_imports_go_down() -> None:
+    modules = sources()
+    graph = {name: imports(path, modules) for name, path in modules.items()}
+    upward = [f"{a} imports {b}" for a, below in graph.items() for b in below if floor(b) > floor(a)]
+    assert upward == []
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names a circle
+
+
+def test_only_conversion_and_adapters_import_torch() -> None:
+    """Not even inside a function."""
+    for name, path in sources().items():
+        statements = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import))
+        found = {alias.name for statement in statements for alias in statement.names}
+        if name.split(".")[0] not in ("convert", "hear"):
+            assert found & {"torch", "transformers", "torchcrepe"} == set(), name
+
+
+# What is public
 
 
 def test_all_is_complete() -> None:
@@ -81,16 +157,14 @@ def test_what_is_public_is_documented() -> None:
 
 
 def test_every_module_can_be_imported() -> None:
-    root = Path(gura_jax.__file__).parent
-    modules = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py")]
-    assert len(modules) > 10
-    for module in modules:
-        importlib.import_module(".".join(module.parts).removesuffix(".__init__"))
+    assert len(sources()) > 40
+    for module in sources():
+        importlib.import_module(f"gura_jax.{module}")
 
 
 def test_typed() -> None:
-    assert (Path(gura_jax.__file__).parent / "py.typed").is_file()
-    project = Path(gura_jax.__file__).parent.parent / "pyproject.toml"
+    assert (PACKAGE / "py.typed").is_file()
+    project = PACKAGE.parent / "pyproject.toml"
     if not project.is_file():
         pytest.skip("not a source checkout")
     settings = tomllib.loads(project.read_text())

@@ -99,6 +99,7 @@ def spectrum(kernel: jax.Array, positions: int, shape: LayerShape) -> jax.Array:
         matrices = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
         parts = [jnp.tensordot(matrix, kernel, 1, precision="highest") for matrix in matrices]
         return jnp.concatenate(parts, axis=-1)
+    kernel = jnp.asarray(kernel)
     host = np.asarray(kernel.addressable_data(0), np.float64)  # replicated
     filters = [np.tensordot(f(angle), host, 1).astype(np.float32) for f in (np.cos, np.sin)]
     return jax.device_put(np.concatenate(filters, axis=-1), kernel.sharding)

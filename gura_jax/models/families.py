@@ -159,7 +159,14 @@ def check_family(family: Family) -> None:
     again = _config_of(family, dataclasses.asdict(config))
     if again != config:
         raise SystemConfigError(f"{where}: expected a config that its own fields make again, found {again!r}")
-    encoder = family.build(config.tiny(), Options())
+    try:
+        encoder = family.build(config.tiny(), Options())
+    except SystemConfigError:
+        raise
+    except Exception as error:
+        raise SystemConfigError(
+            f"{where}: build: expected an encoder of a tiny config, found {type(error).__name__}: {error}"
+        ) from error
     check_encoder(encoder, where)
     _check_outputs(encoder, where)
 
@@ -218,13 +225,17 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
     except Exception as error:
         raise SystemConfigError(f"{where}: init: expected weights, found {type(error).__name__}: {error}") from error
 
+    names: list[str] = []
+
     @jax.jit
     def run(params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[Any, dict[str, Any]]:
         with jax.default_matmul_precision("highest"):
             out = encoder(params, audio, lengths)
             if not isinstance(out, Output):
                 raise SystemConfigError(f"{where}: expected an Output(frames, counts), found {type(out).__name__}")
-            return out, {name: (value, counts) for name, value, counts in encoder.states(params, audio, lengths)}
+            states = list(encoder.states(params, audio, lengths))
+            names[:] = [name for name, _, _ in states]  # in their order, which jit does not keep
+            return out, {name: (value, counts) for name, value, counts in states}
 
     def call(chosen: list[np.ndarray]) -> tuple[Output, dict[str, Any]]:
         samples = max(map(len, chosen))
@@ -241,9 +252,9 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
 
     together, parts = call(clips)
     _check_shapes(encoder, where, together, lengths)
-    if tuple(parts) != tuple(encoder.parts):
+    if names != list(encoder.parts):
         raise SystemConfigError(
-            f"{where}: parts: expected the names that states() yields, {', '.join(parts)}, found "
+            f"{where}: parts: expected the names that states() yields, {', '.join(names)}, found "
             f"{', '.join(encoder.parts)}"
         )
     missing = [f"state {i}" for i in range(encoder.num_states) if f"state {i}" not in parts]

@@ -193,16 +193,17 @@ def grouped_convolution(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Arr
     Returns:
         [B, T, D'].
     """
-    B, N, D = x.shape
-    K, _, size = kernel.shape
-    parts = x.reshape(B, N, groups, D // groups).transpose(2, 0, 1, 3)
-    kernels = kernel.reshape(K, D // groups, groups, size // groups).transpose(2, 0, 1, 3)
+    (B, N, _), (K, inputs, size) = x.shape, kernel.shape
+    outputs = size // groups
 
-    def convolve(group: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return jax.lax.conv_general_dilated(*group, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+    def group(i: jax.Array, out: jax.Array) -> jax.Array:
+        zero = jnp.zeros_like(i)
+        part = jax.lax.dynamic_slice(x, (zero, zero, i * inputs), (B, N, inputs))
+        weights = jax.lax.dynamic_slice(kernel, (zero, zero, i * outputs), (K, inputs, outputs))
+        y = jax.lax.conv_general_dilated(part, weights, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        return jax.lax.dynamic_update_slice(out, y, (zero, zero, i * outputs))
 
-    out = jax.lax.map(convolve, (parts, kernels))  # [groups, B, T, D' / groups]
-    return out.transpose(1, 2, 0, 3).reshape(B, -1, size)
+    return jax.lax.fori_loop(0, groups, group, jnp.zeros((B, N - K + 1, size), x.dtype))
 
 
 class Attention(nnx.Module):
