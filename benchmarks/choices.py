@@ -126,7 +126,7 @@ def long_attention() -> None:
             before = blocks.QUERIES_AT_ONCE, blocks.KEYS_AT_ONCE
             blocks.QUERIES_AT_ONCE, blocks.KEYS_AT_ONCE = queries, keys
             try:
-                return blocks.attention(*arguments, PLATFORM)
+                return functools.partial(blocks.attention, platform=PLATFORM)(*arguments)
             finally:
                 blocks.QUERIES_AT_ONCE, blocks.KEYS_AT_ONCE = before
 

@@ -28,7 +28,6 @@ from run import machine
 from worker import peak, reset_peak
 
 from gura_jax import SYSTEMS, System, load_model
-from gura_jax.audio import HEAR_RATE as SAMPLE_RATE
 from gura_jax.dataset import commit
 from gura_jax.dataset.decode import decode_ahead
 from gura_jax.dataset.ray_engine import work_with_ray
@@ -99,21 +98,17 @@ def model_alone(model: Any, clips: Any, settings: Settings) -> Callable[[], floa
     run = Run(model, Path(), settings, "", [table])
     batches = [batch for number in run.shards for batch in run._batches(number) if batch.clips]
     arrays = []
-    decoded = decode_ahead((batch.clips for batch in batches), settings.max_duration)
+    decoded = decode_ahead((batch.clips for batch in batches), model.sample_rate, settings.max_duration)
     for batch, audio in zip(batches, decoded, strict=True):
-        padded = np.zeros((batch.rows, batch.samples), np.float32)
-        lengths = np.full(batch.rows, batch.samples, np.int32)
-        for row, clip in enumerate(audio):
-            if isinstance(clip, np.ndarray):
-                padded[row, : len(clip)], lengths[row] = clip, len(clip)
-        arrays.append((padded, lengths))
-    for padded, lengths in {padded.shape: (padded, lengths) for padded, lengths in arrays}.values():
-        jax.block_until_ready(model(padded, lengths, frames=settings.timestamps))  # compiles
+        clips = [clip if isinstance(clip, np.ndarray) else None for clip in audio]
+        arrays.append(model.pad(clips, batch.rows, batch.samples))
+    for padded in {padded.audio[model.rates[0]].shape: padded for padded in arrays}.values():
+        jax.block_until_ready(model(*padded, frames=settings.timestamps))  # compiles
 
     def compute() -> float:
         start = time.perf_counter()
-        for padded, lengths in arrays:
-            jax.device_get(model(padded, lengths, frames=settings.timestamps))
+        for padded in arrays:
+            jax.device_get(model(*padded, frames=settings.timestamps))
         return time.perf_counter() - start
 
     return compute
@@ -182,10 +177,10 @@ def main() -> None:
     )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     settings = Settings(shard_hours=SHARD_HOURS)
-    clips = read_inputs([folder])
     for name in arguments.systems:
         system = work.CASES.get(name) or SYSTEMS[name]
         model = load_model(system, weights="random")
+        clips = read_inputs([folder], sample_rate=model.sample_rate)
         alone = model_alone(model, clips, settings)
         rounds = [measure(model, clips, out, settings, alone) for _ in range(arguments.rounds)]
         summary = summarise(model, settings, plan_table(model, clips, settings))
@@ -193,8 +188,8 @@ def main() -> None:
         share = statistics.median(r.model_seconds / r.seconds for r in rounds)
         done, failed = rounds[0].summary.done, rounds[0].summary.failed
         print(
-            f"| {name} | {done.clips} | {done.samples / SAMPLE_RATE / 3600:.2f} | {done.clips / seconds:.0f} "
-            f"| {done.samples / SAMPLE_RATE / seconds:.0f} | {100 * share:.0f} % "
+            f"| {name} | {done.clips} | {done.samples / model.sample_rate / 3600:.2f} | {done.clips / seconds:.0f} "
+            f"| {done.samples / model.sample_rate / seconds:.0f} | {100 * share:.0f} % "
             f"| {100 * statistics.median(r.processor for r in rounds):.0f} % | {100 * summary.padding:.1f} % "
             f"| {max(r.peak for r in rounds) / 1e9:.2f} | {len(failed)} of {broken} |",
             flush=True,

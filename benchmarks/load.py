@@ -15,9 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from worker import peak
-
 import jax
+from worker import peak
 
 from gura_jax import ENCODERS, SYSTEMS, Options, checkpoint, load_model
 from gura_jax.checkpoint import Manifest, arrays_sha256

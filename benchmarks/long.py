@@ -7,10 +7,9 @@ Ten minutes of fusion_cat_xwc take half an hour on two cores.
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
-
-import dataclasses
 
 import numpy as np
 import work

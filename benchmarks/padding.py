@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def main() -> None:
         config = ENCODERS[name].config
         config = config.tiny() if arguments.size else config
         reference = find_reference(find_family(config.model_type).reference).random(config, seed=0)
-        model = reference.model
+        model: Any = reference.model
         with tempfile.TemporaryDirectory() as folder:
             ours = load_model(System(name, (Member(str(reference.save(Path(folder) / name))),)))
         padded, _ = ours.timestamp_embeddings(clips)

@@ -8,6 +8,7 @@ from gura_jax import ENCODERS, SYSTEMS, Member, System
 from gura_jax.audio import HEAR_RATE as SAMPLE_RATE
 from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, HOP, LAYERS, POSITIONS, WINDOW, CrepeConfig
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
+
 # Every encoder size with its layers averaged, the two CREPEs, and the headline.
 CASES: Mapping[str, System] = {
     system.name: system

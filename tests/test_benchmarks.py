@@ -1,5 +1,6 @@
 """benchmarks/: that the suite runs, with nothing but its core installed, and that its arithmetic is right."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gura_jax.models.crepe import CrepeConfig, CrepeFrames
-from gura_jax.models.speech import BLOCKS, Blocks, SpeechFrames
-from gura_jax.systems import ENCODERS
+from gura_jax import ENCODERS, Options
+from gura_jax.backend import PLATFORMS
+from gura_jax.models.families import build_encoder
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # What an audio library, a checkpoint or a data set needs, and an embedding of arrays does not.
@@ -44,15 +45,13 @@ def test_the_suite_runs_without_audio_libraries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoder", ["hubert-base", "wav2vec2-large", "crepe-tiny"])
-def test_counted_operations_are_xlas(encoder: str, work: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BLOCKS, "cpu", Blocks(1 << 20, 1, 1 << 50))  # XLA counts a loop's body once
-    architecture, samples = ENCODERS[encoder].architecture, 40_000
-    if isinstance(architecture, CrepeConfig):
-        member = CrepeFrames(architecture, 800)
-    else:
-        member = SpeechFrames(architecture, "mean")
-    shapes = (member.abstract_params, jax.ShapeDtypeStruct((1, samples), jnp.float32), jax.ShapeDtypeStruct((1,), "i4"))
-    cost = jax.jit(member.__call__).lower(*shapes).cost_analysis()
+def test_counted_operations_are_xlas(encoder: str, work: ModuleType) -> None:
+    config, samples = ENCODERS[encoder].config, 40_000
+    # XLA counts a loop's body once, so there must be no loops; and the layers' own operations, not those of spectra.
+    sizes = {"frames": 1 << 20, "scores": 1 << 50, "tokens": 1 << 50, "crepe_frames": 1 << 20, "spectral_crepe": False}
+    platform = dataclasses.replace(PLATFORMS["cpu"], **sizes)
+    member = build_encoder(config, Options("last" if encoder.startswith("crepe") else "mean", platform=platform))
+    audio, lengths = jax.ShapeDtypeStruct((1, samples), jnp.float32), jax.ShapeDtypeStruct((1,), "i4")
+    cost = jax.jit(member.__call__).lower(member.abstract_params(), audio, lengths).cost_analysis()
     assert cost is not None
-    ours, xlas = work._flops(architecture, samples), cost["flops"]
-    assert ours == pytest.approx(xlas, rel=FLOPS_BOUND)
+    assert work._flops(config, samples) == pytest.approx(cost["flops"], rel=FLOPS_BOUND)

@@ -58,7 +58,8 @@ def gura(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
                 patch.setenv(name, value)
             with pytest.raises(SystemExit) as ended:
                 cli.main()
-        result = Result(*capsys.readouterr())
+        captured = capsys.readouterr()
+        result = Result(str(captured.out), str(captured.err))
         assert (ended.value.code or 0) == code, result.stdout + result.stderr
         return result
 

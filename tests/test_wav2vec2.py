@@ -1,4 +1,4 @@
-"""models/wav2vec2.py: every kind of encoder against PyTorch, part by part; padding, layers, blocks, memory, bfloat16."""
+"""models/wav2vec2.py: every kind of encoder against PyTorch, part by part; padding, layers, memory, bfloat16."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ def abstract(network: Wav2Vec2Encoder, samples: int, clips: int = 1) -> tuple[An
 
 
 def temporary_bytes(function: Any, *arguments: Any) -> int:
-    memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    memory = unoptimised_jit(function).lower(*arguments).compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
 
@@ -98,7 +98,8 @@ def our_parts(variant: str, audio: np.ndarray, lengths: np.ndarray) -> Parts:
 
 def torch_parts(model: Encoder, network: Any, clip: np.ndarray) -> dict[str, np.ndarray]:
     """The same of one clip alone, in the precision of PyTorch's network."""
-    reference = find_reference(FAMILIES[model.config.model_type].reference)(model.config, network)
+    kind: Any = find_reference(FAMILIES[model.config.model_type].reference)
+    reference = kind(model.config, network)
     audio = torch.from_numpy(clip).to(next(network.parameters()).dtype)[None]
     with torch.inference_mode():
         return {name: value.numpy() for name, value in reference.parts(audio, model.config.hop)}
