@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from conftest import CACHE
 from toy import Toy, contents, write_clips
 
 import gura_jax
@@ -47,7 +48,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gura(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run gura-jax with a checkpoint folder of the tests and one device, and check how it ends."""
     monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(checkpoints))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ[CACHE])
     first = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: first)
 

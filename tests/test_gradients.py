@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import VARIANTS, encoder, padded, relative, speech, torch_encoder, unoptimised_jit
+from reference import VARIANTS, encoder, padded, precise_jit, relative, speech, torch_encoder, unoptimised_jit
 
 from gura_jax import ENCODERS, Encoder, Member, Model, Options, System, load_model
 from gura_jax.convert import convert, references
@@ -147,7 +147,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def value_and_grad(model: Model) -> Any:
     """Of a smooth number with respect to weights and audio."""
-    return unoptimised_jit(jax.value_and_grad(functools.partial(loss, model), argnums=(0, 1)))
+    return precise_jit(jax.value_and_grad(functools.partial(loss, model), argnums=(0, 1)))
 
 
 def loss(model: Model, params: Any, audio: jax.Array, lengths: jax.Array) -> jax.Array:
