@@ -15,7 +15,16 @@ from gura_jax.files import is_folder, read_json
 from gura_jax.fusion import FusedMember, Fusion
 from gura_jax.model import Model
 from gura_jax.models.encoder import DTypeName, Options
-from gura_jax.models.families import ENCODERS, build_encoder, check_encoder, config_from_source, find_family
+from gura_jax.models.families import (
+    ENCODERS,
+    build_encoder,
+    check_encoder,
+    check_traced,
+    config_from_source,
+    find_family,
+    find_preset,
+    initial_params,
+)
 from gura_jax.models.layers import Layers
 from gura_jax.systems import HUB_ID, Member, System, find_system
 
@@ -64,8 +73,14 @@ def load_model(
     described = find_system(system, layers)
     if parallel_by not in get_args(parallel.Parallel):
         raise SystemConfigError(f"parallel_by: {expected(parallel_by, get_args(parallel.Parallel))}")
-    if devices is not None and not devices:
-        raise SystemConfigError("devices: expected at least one, found none")
+    if devices is not None:
+        devices = list(devices)
+        if not devices:
+            raise SystemConfigError("devices: expected at least one, found none")
+        if not all(isinstance(device, jax.Device) for device in devices) or len(set(devices)) < len(devices):
+            raise SystemConfigError(f"devices: expected devices that differ, as of jax.devices(), found {devices!r}")
+    if not isinstance(seed, int):
+        raise SystemConfigError(f"seed: expected an integer, found {seed!r}")
     for option, value, choices in (
         ("dtype", dtype, get_args(DTypeName)),
         ("precision", precision, get_args(parallel.Precision)),
@@ -111,9 +126,13 @@ def member_weights(system: System, weights: Weights) -> dict[str, str]:
     names = [m.name for m in system.members]
     if isinstance(weights, Mapping):
         chosen = dict(weights)
-        for name in chosen:
+        for name, value in chosen.items():
             if name not in names:
                 raise SystemConfigError(f"weights: member {expected(name, names)}")
+            if not isinstance(value, (str, Path)):
+                raise SystemConfigError(
+                    f"weights: member {name!r}: expected 'pretrained', 'random' or a path, found {value!r}"
+                )
     elif weights in ("pretrained", "random"):
         chosen = {m.name: weights for m in system.members if m.weights is None}
     else:
@@ -163,8 +182,9 @@ def _load_weights(
     if not isinstance(member.encoder, str):
         if weights not in ("pretrained", "random"):
             raise SystemConfigError(f"member {member.name!r} brings its own weights: {weights} is of no use to it")
-        params = jax.device_put(encoder.init(key), sharding)
-        return _Loaded(encoder.prepare(params), {"source": f"given as {type(member.encoder).__qualname__}"})
+        params = encoder.prepare(jax.device_put(initial_params(encoder, key, f"member {member.name!r}"), sharding))
+        check_traced(encoder, params, f"member {member.name!r}")
+        return _Loaded(params, {"source": f"given as {type(member.encoder).__qualname__}"})
     if weights == "random":
         params = jax.device_put(encoder.init(key), sharding)
         return _Loaded(encoder.prepare(params), {"source": "random", "seed": seed})
@@ -233,7 +253,7 @@ def find_encoder(encoder: str) -> Found:
         ConversionError: it is on the hub, and cannot be downloaded.
     """
     if encoder in ENCODERS:
-        return Found(checkpoint.checkpoint_folder() / encoder, ENCODERS[encoder].config)
+        return Found(checkpoint.checkpoint_folder() / encoder, find_preset(encoder).config)
     folder = checkpoint.find_folder(encoder)
     if not is_folder(folder) and HUB_ID.fullmatch(encoder):
         folder = checkpoint.checkpoint_folder() / encoder.replace("/", "--")  # as gura-jax convert names it
@@ -261,7 +281,7 @@ def find_encoder(encoder: str) -> Found:
 
 
 def _how_to_get(encoder: str, folder: Path) -> str:
-    if encoder in ENCODERS and ENCODERS[encoder].source is None:
+    if encoder in ENCODERS and find_preset(encoder).source is None:
         return f"nobody published weights of {encoder} for PyTorch: pass weights='random' or a path"
     return (
         f"no pretrained weights of {encoder} at {folder}. Run\n    gura-jax convert {encoder}\n"

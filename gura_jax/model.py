@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -23,6 +24,8 @@ from gura_jax.models.families import build_encoder
 from gura_jax.systems import SAVED_SYSTEM, System
 
 BATCH_SIZE = 16  # clips
+CHANGED = "changed from "  # begins the source of weights that were changed after loading
+NAMED = 8  # arrays that a message names
 PITCH = "pitch activation"  # the part of CREPE's that pitch_activation gives
 PITCH_HOP = 160  # samples: 10 ms, CREPE's own
 
@@ -146,7 +149,7 @@ class Model:
         """Where each member's weights came from, by member."""
         if self._loaded:
             return self._static.weights
-        return {name: {"source": f"changed from {w['source']}"} for name, w in self._static.weights.items()}
+        return {name: {"source": _changed(w["source"])} for name, w in self._static.weights.items()}
 
     @property
     def random_members(self) -> list[str]:
@@ -203,7 +206,8 @@ class Model:
         if self._derived is None:
             if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.params)):
                 return self.params
-            self._derived = {m.name: m.encoder.derive(self.params[m.name]) for m in self.fusion.members}
+            with jax.ensure_compile_time_eval():  # arrays, also where this call is traced
+                self._derived = {m.name: m.encoder.derive(self.params[m.name]) for m in self.fusion.members}
         derived = self._derived
         return {name: {**own, **derived[name]} if derived[name] else own for name, own in self.params.items()}
 
@@ -362,10 +366,18 @@ class Model:
         files.recover_folder(folder)
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists already: remove it, or pass overwrite=True")
+        if folder.exists() and not (folder / SAVED_SYSTEM).is_file():
+            raise CheckpointError(
+                f"{folder}: expected a saved model to overwrite ({SAVED_SYSTEM}), found something else: choose another "
+                "folder"
+            )
+        restored = {m.name: m.encoder.restore(self.params[m.name]) for m in self.fusion.members}
+        for member in self.fusion.members:
+            _check_weights(member, restored[member.name])
         try:
             with files.new_folder(folder) as temporary:
                 for member in self.fusion.members:
-                    params = member.encoder.restore(self.params[member.name])
+                    params = restored.pop(member.name)
                     checkpoint.save(temporary / member.name, params, self._manifest(member, params))
                 files.write_file(temporary, SAVED_SYSTEM, files.json_bytes(self._description()))
         except (OSError, StoreError) as error:
@@ -375,7 +387,7 @@ class Model:
         given = self._static.weights[member.name]
         return checkpoint.Manifest(
             architecture=member.config,
-            source=f"{'saved' if self._loaded else 'changed'} from {given['source'].removeprefix('saved from ')}",
+            source=self.weights[member.name]["source"],
             source_sha256={"checkpoint": given["fingerprint"]} if "fingerprint" in given else {},
             converter_version=version("gura-jax"),
             arrays_sha256=checkpoint.arrays_sha256(params),
@@ -455,6 +467,27 @@ class ClipEmbedding(NamedTuple):
     frames: np.ndarray | None  # [T, D]
     times: np.ndarray | None  # [T], milliseconds
     scene: np.ndarray | None  # [S]
+
+
+def _changed(source: str) -> str:
+    """The source of weights that were changed since they came from ``source``."""
+    return source if source.startswith(CHANGED) else CHANGED + source
+
+
+def _check_weights(member: FusedMember, params: Mapping[str, Any]) -> None:
+    """Refuse to save what could not be loaded again: other arrays than the encoder's, or values that are not finite."""
+    for name, wanted in member.encoder.abstract_params().items():
+        array = params.get(name)
+        if array is None or tuple(array.shape) != tuple(wanted.shape):
+            found = "none" if array is None else str(tuple(array.shape))
+            raise CheckpointError(
+                f"member {member.name!r}: {name}: expected an array of shape {tuple(wanted.shape)}, found {found}"
+            )
+        if not bool(jnp.isfinite(array).all()):
+            raise CheckpointError(
+                f"member {member.name!r}: {name}: expected finite weights, found NaN or infinite values: save a model "
+                "from before they came up"
+            )
 
 
 def _samples_for(samples: int, rate: int, sample_rate: int) -> int:

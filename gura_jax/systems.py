@@ -53,7 +53,8 @@ class Member:
         if self.scene not in get_args(SceneOf):
             raise SystemConfigError(f"scene: {expected(self.scene, get_args(SceneOf))}")
         if not self.name:
-            name = Path(self.encoder).name if isinstance(self.encoder, str) else type(self.encoder).__name__
+            kind = self.encoder if isinstance(self.encoder, type) else type(self.encoder)
+            name = Path(self.encoder).name if isinstance(self.encoder, str) else kind.__name__
             object.__setattr__(self, "name", name)
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
@@ -195,6 +196,8 @@ def find_system(system: "str | Path | System", layers: Layers | None = None) -> 
     Raises:
         SystemConfigError: an unknown name, a file that describes no system, or layers of a whole system.
     """
+    if isinstance(system, (str, Path)) and str(system) and not str(system).strip("./"):
+        system = Path(system).resolve()  # such as "."
     found = _described_system(system)
     if found is not None:
         if layers is not None:
@@ -211,7 +214,10 @@ def find_system(system: "str | Path | System", layers: Layers | None = None) -> 
             f"Hugging Face model (config.json), found none of these files in {folder}"
         )
     if spec in ENCODERS or is_folder(folder) or HUB_ID.fullmatch(spec):
-        return System(Path(spec).resolve().name if is_folder(Path(spec)) else spec, (Member(spec, layers or "last"),))
+        return System(
+            Path(spec).resolve().name if is_folder(Path(spec)) else spec,
+            (Member(spec, "last" if layers is None else layers),),
+        )
     raise SystemConfigError(
         f"system {expected(system, [*SYSTEMS, *ENCODERS])} (or the path of a {', '.join(FILE_SUFFIXES)} file, of a "
         "checkpoint, a saved model or a Hugging Face folder, or a hub id)"
@@ -300,6 +306,8 @@ def _member_from_dict(content: Any, folder: Path) -> Member:
         value = fields.get(key)
         if isinstance(value, str) and value not in names and is_folder(folder / value):
             fields[key] = str(folder / value)
+        elif isinstance(value, str) and value.startswith("./"):  # beside the file, and nowhere else
+            raise SystemConfigError(f"{key}: expected a folder at {folder / value}, found none")
     return Member(**fields)
 
 

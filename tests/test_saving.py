@@ -144,12 +144,12 @@ def test_bfloat16_is_kept_exactly(tmp_path: Path) -> None:
 
 def test_manifests_say_where_weights_came_from(saved: Path, tmp_path: Path) -> None:
     """Unchanged, changed, and both again from what was saved: with the hash of what it was."""
-    assert checkpoint.read_manifest(saved / "pitch").source == "saved from random"
+    assert checkpoint.read_manifest(saved / "pitch").source == "random"
     loaded = load(saved / "pitch")
     fingerprint = loaded.weights["pitch"]["fingerprint"]
-    assert loaded.random_members == []
+    assert loaded.random_members == ["pitch"]  # also after it was saved
     changed = loaded.with_params(jax.tree.map(lambda x: 2 * x, loaded.params))
-    for model, source in ((loaded, "saved from random"), (changed, "changed from random")):
+    for model, source in ((loaded, "random"), (changed, "changed from random")):
         model.save(tmp_path / "again", overwrite=True)
         manifest = checkpoint.read_manifest(tmp_path / "again" / "pitch")
         assert manifest.source == source
@@ -177,8 +177,31 @@ def test_where_there_is_something(tmp_path: Path) -> None:
     for name in ("file", "folder"):
         with refuses(CheckpointError, name, "exists already", "overwrite=True"):
             model.save(tmp_path / name)
+        with refuses(CheckpointError, name, "expected a saved model to overwrite"):
+            model.save(tmp_path / name, overwrite=True)
     assert (tmp_path / "file").read_text() == "mine"
     assert names(tmp_path / "folder") == []
+
+
+def test_a_missing_member_is_not_taken_from_the_checkpoint_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path))
+    original(PITCH).save(tmp_path / "model")
+    (tmp_path / "model" / "crepe-tiny").rename(tmp_path / "crepe-tiny")
+    with refuses(SystemConfigError, str(tmp_path / "model" / "crepe-tiny"), "found none"):
+        load(tmp_path / "model")
+
+
+def test_what_could_not_be_loaded_again(tmp_path: Path) -> None:
+    model = original(PITCH)
+    lost = model.with_params(jax.tree.map(lambda x: x * np.float32("nan"), model.params))
+    with refuses(CheckpointError, "crepe-tiny", "expected finite weights"):
+        lost.save(tmp_path / "model")
+    many = jax.tree.map(lambda x: np.stack([x, x]), model)
+    with refuses(CheckpointError, "crepe-tiny", "expected an array of shape"):
+        many.save(tmp_path / "model")
+    assert names(tmp_path) == []
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

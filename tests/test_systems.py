@@ -487,3 +487,27 @@ def test_weights_for_an_object_are_refused(tmp_path: Path) -> None:
     """It brings its own: a path would be left out in silence."""
     system = System("mine", (Member(Rms()),))
     assert "Rms" in refusal(system, weights={"Rms": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda frames, counts: (frames, counts), "expected an Output"),
+        (
+            lambda frames, counts: Output(frames[:, :, :3], counts),
+            "expected [2, 13, 8] float32, found [2, 13, 3]",
+        ),
+        (lambda frames, counts: Output(frames[:, 1:], counts), "expected [2, 13, 8] float32, found [2, 12, 8]"),
+        (lambda frames, counts: Output(frames.astype("float16"), counts), "found [2, 13, 8] float16"),
+        (lambda frames, counts: Output(frames, counts.astype("float32")), "counts: expected [2] int32"),
+        (lambda frames, counts: Output(frames, int(counts[0])), "that JAX can trace"),
+    ],
+)
+def test_an_object_whose_results_are_not_as_it_says(result: Any, words: str) -> None:
+    """Found when it is loaded, and not in a store."""
+
+    class Wrong(Rms):
+        def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Any:
+            return result(*super().__call__(params, audio, lengths)[:2])
+
+    assert words in refusal(System("mine", (Member(Wrong()),)), weights="random")

@@ -74,6 +74,13 @@ def test_jit_over_a_model(model: Model) -> None:
     assert len(traces) == 1
 
 
+def test_a_first_call_that_is_traced() -> None:
+    """What is derived from the weights then is kept as arrays, and not as the tracers of that call."""
+    model = load_model(System("pitch", (Member("crepe-tiny"),)), weights="random", devices=jax.local_devices()[:1])
+    traced = jax.jit(lambda *batch: model(*batch, frames=False).scenes)(*batch())
+    assert relative(traced, model(*batch(), frames=False).scenes) <= SAME_BOUND
+
+
 def test_vmap_over_batches(model: Model) -> None:
     audio, lengths = batch()
     many = np.stack([audio, audio[::-1], 0.5 * audio])

@@ -242,7 +242,7 @@ class CrepeEncoder(ModuleEncoder):
 
     def __init__(self, config: CrepeConfig, options: Options) -> None:
         super().__init__(config, options)
-        if options.layers != "last":
+        if not isinstance(options.layers, str) or options.layers != "last":
             raise SystemConfigError(
                 f"layers: CREPE has one embedding, and no choice of layers; found {options.layers!r}"
             )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gura_jax.audio import MAX_RATE, MIN_RATE
+from gura_jax.convert.keys import KeyTable
 from gura_jax.errors import SystemConfigError, expected
 from gura_jax.models.crepe import CREPE
 from gura_jax.models.encoder import Encoder, Family, FrameGrid, Options, Output, Preset
@@ -34,6 +37,20 @@ def find_family(model_type: object) -> Family:
             f"model_type {expected(model_type, FAMILIES)} (gura_jax.register adds a family of your own)"
         )
     return FAMILIES[model_type]
+
+
+def find_preset(name: str) -> Preset:
+    """The named encoder of this name.
+
+    Raises:
+        SystemConfigError: there is none, or it is no :class:`Preset`.
+    """
+    if name not in ENCODERS:
+        raise SystemConfigError(f"encoder {expected(name, ENCODERS)}")
+    preset = ENCODERS[name]
+    if not isinstance(preset, Preset):
+        raise SystemConfigError(f"ENCODERS[{name!r}]: expected a gura_jax.Preset(config, source), found {preset!r}")
+    return preset
 
 
 def config_from_source(content: Mapping[str, Any]) -> Any:
@@ -97,6 +114,7 @@ def register(family: Family) -> None:
         SystemConfigError: the name or a preset's name is taken, or the encoder does not keep what
             :class:`gura_jax.Encoder` promises; says what was expected and found.
     """
+    _check_row(family)
     if family.name in FAMILIES:
         raise SystemConfigError(f"family {family.name!r}: expected a name that is free, found it registered")
     taken = sorted(set(family.presets) & set(ENCODERS))
@@ -132,6 +150,25 @@ def import_families() -> None:
             ) from error
 
 
+def _check_row(family: Any) -> None:
+    """Refuse a family whose fields are not what they should be."""
+    if not isinstance(family, Family):
+        raise SystemConfigError(f"expected a gura_jax.Family to register, found {family!r}")
+    where = f"family {family.name!r}"
+    if not isinstance(family.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", family.name):
+        raise SystemConfigError(f"{where}: name: expected letters, digits, '_', '-' and '.', found {family.name!r}")
+    for field, kind in (("keys", KeyTable), ("presets", Preset)):
+        table = getattr(family, field)
+        if not isinstance(table, Mapping) or not all(isinstance(value, kind) for value in table.values()):
+            raise SystemConfigError(f"{where}: {field}: expected a mapping to {kind.__name__}, found {table!r}")
+    if not isinstance(family.reference, str):
+        raise SystemConfigError(f"{where}: reference: expected the dotted name of a class, found {family.reference!r}")
+    if family.scene_hop is not None and not (_is_count(family.scene_hop) and family.scene_hop >= 1):
+        raise SystemConfigError(
+            f"{where}: scene_hop: expected a positive number of samples, found {family.scene_hop!r}"
+        )
+
+
 def check_family(family: Family) -> None:
     """Try a tiny encoder of a family on two clips, alone and in one padded batch.
 
@@ -156,8 +193,14 @@ def check_family(family: Family) -> None:
                 f"{where}: expected configs whose model_type is {family.name!r}, found "
                 f"{getattr(preset, 'model_type', None)!r} in {preset!r}"
             )
-    again = _config_of(family, dataclasses.asdict(config))
-    if again != config:
+    try:
+        again = _config_of(family, json.loads(json.dumps(dataclasses.asdict(config))))  # as a manifest holds it
+        same = bool(again == config and hash(again) == hash(config))
+    except (TypeError, ValueError) as error:
+        raise SystemConfigError(
+            f"{where}: expected a frozen config whose fields JSON can hold, found: {error}"
+        ) from None
+    if not same:
         raise SystemConfigError(f"{where}: expected a config that its own fields make again, found {again!r}")
     try:
         encoder = family.build(config.tiny(), Options())
@@ -202,9 +245,10 @@ def check_encoder(encoder: Any, where: str) -> None:
     if not isinstance(grid, FrameGrid):
         raise SystemConfigError(f"{where}: grid: expected a FrameGrid(hop, offset, window), found {grid!r}")
     hop, offset, window = grid
-    if not (_is_count(hop) and hop >= 1 and _is_count(window) and window >= 0 and isinstance(offset, (int, float))):
+    placed = isinstance(offset, (int, float)) and 0 <= offset < float("inf")
+    if not (_is_count(hop) and hop >= 1 and _is_count(window) and window >= 0 and placed):
         raise SystemConfigError(
-            f"{where}: grid: expected a hop of at least 1 sample and a window of at least 0, found {grid!r}"
+            f"{where}: grid: expected a hop of at least 1 sample, a window and an offset of at least 0, found {grid!r}"
         )
 
 
@@ -218,12 +262,16 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
     lengths = [grid.window + n * grid.hop + grid.hop // 3 for n in _CHECKED_HOPS]
     rng = np.random.default_rng(0)
     clips = [(0.1 * rng.standard_normal(n)).astype(np.float32) for n in lengths]
-    try:
-        params = encoder.prepare(encoder.init(jax.random.key(0)))
-    except SystemConfigError:
-        raise
-    except Exception as error:
-        raise SystemConfigError(f"{where}: init: expected weights, found {type(error).__name__}: {error}") from error
+    initial = initial_params(encoder, jax.random.key(0), where)
+    params = encoder.prepare(initial)
+    check_traced(encoder, params, where)
+    for method, found in (("abstract_params", encoder.abstract_params()), ("restore", encoder.restore(params))):
+        if not isinstance(found, Mapping) or {k: tuple(v.shape) for k, v in found.items()} != {
+            k: tuple(v.shape) for k, v in initial.items()
+        }:
+            raise SystemConfigError(f"{where}: {method}: expected the names and shapes of init's weights, found others")
+    if not isinstance(encoder.derive(params), Mapping):
+        raise SystemConfigError(f"{where}: derive: expected arrays by name, found {encoder.derive(params)!r}")
 
     names: list[str] = []
 
@@ -231,9 +279,12 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
     def run(params: Any, audio: jax.Array, lengths: jax.Array) -> tuple[Any, dict[str, Any]]:
         with jax.default_matmul_precision("highest"):
             out = encoder(params, audio, lengths)
-            if not isinstance(out, Output):
-                raise SystemConfigError(f"{where}: expected an Output(frames, counts), found {type(out).__name__}")
-            states = list(encoder.states(params, audio, lengths))
+            try:
+                states = [(name, value, counts) for name, value, counts in encoder.states(params, audio, lengths)]
+            except (TypeError, ValueError) as error:
+                raise SystemConfigError(
+                    f"{where}: states(): expected (name, value, counts) of each part, found: {error}"
+                ) from error
             names[:] = [name for name, _, _ in states]  # in their order, which jit does not keep
             return out, {name: (value, counts) for name, value, counts in states}
 
@@ -251,7 +302,7 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
             ) from error
 
     together, parts = call(clips)
-    _check_shapes(encoder, where, together, lengths)
+    _check_values(encoder, where, together, lengths)
     if names != list(encoder.parts):
         raise SystemConfigError(
             f"{where}: parts: expected the names that states() yields, {', '.join(names)}, found "
@@ -278,25 +329,71 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
             distance = _distance(np.asarray(found), np.asarray(wanted))
             if not distance <= PADDING_BOUND:
                 raise SystemConfigError(
-                    f"{where}: {name}: expected what a clip has alone also in a padded batch (to {PADDING_BOUND:g}), "
-                    f"found a relative difference of {distance:.1e}: mask what lies past the clip's end"
+                    f"{where}: {name}: expected the same of a clip alone and in a padded batch (to {PADDING_BOUND:g}), "
+                    f"found a relative difference of {distance:.1e}: mask what lies past the clip's end, and let no "
+                    "clip depend on another"
                 )
 
 
-def _check_shapes(encoder: Encoder, where: str, out: Output, lengths: list[int]) -> None:
-    B, D = len(lengths), encoder.feature_size
-    T = encoder.grid.count(max(lengths))
-    checks: list[tuple[str, Any, tuple[int, ...], Any]] = [("frames", out.frames, (B, T, D), jnp.float32)]
-    checks.append(("counts", out.counts, (B,), jnp.int32))
+def initial_params(encoder: Encoder, key: jax.Array, where: str) -> Any:
+    """An encoder's initial weights.
+
+    Raises:
+        SystemConfigError: its ``init`` raises, or gives something other than arrays by name.
+    """
+    try:
+        params = encoder.init(key)
+        jax.tree.map(jnp.shape, params)
+    except SystemConfigError:
+        raise
+    except Exception as error:  # its own code runs
+        raise SystemConfigError(f"{where}: init: expected weights, found {type(error).__name__}: {error}") from error
+    if not isinstance(params, Mapping):
+        raise SystemConfigError(f"{where}: init: expected arrays by name, found {type(params).__name__}")
+    return params
+
+
+def check_traced(encoder: Encoder, params: Any, where: str) -> None:
+    """Trace a call of an encoder, and refuse results that are not of the sizes and types that it states.
+
+    Raises:
+        SystemConfigError: see above; or a call that JAX cannot trace.
+    """
+    B, D = 2, encoder.feature_size
+    samples = encoder.grid.window + max(_CHECKED_HOPS) * encoder.grid.hop
+    shapes = jax.ShapeDtypeStruct((B, samples), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    try:
+        out = jax.eval_shape(encoder, params, *shapes)
+    except SystemConfigError:
+        raise
+    except Exception as error:  # its own code runs
+        raise SystemConfigError(
+            f"{where}: expected a call that JAX can trace, found {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(out, Output):
+        raise SystemConfigError(f"{where}: expected an Output(frames, counts), found {type(out).__name__}")
+    checks: list[tuple[str, Any, tuple[int, ...], Any]] = [
+        ("frames", out.frames, (B, encoder.grid.count(samples), D), jnp.float32),
+        ("counts", out.counts, (B,), jnp.int32),
+    ]
     if encoder.pooled_size or out.pooled is not None:
         checks.append(("pooled", out.pooled, (B, encoder.pooled_size), jnp.float32))
     for name, array, shape, dtype in checks:
-        found = None if array is None else (tuple(array.shape), str(array.dtype))
+        found = (tuple(array.shape), str(array.dtype)) if hasattr(array, "dtype") else None
         if found != (shape, jnp.dtype(dtype).name):
             raise SystemConfigError(
                 f"{where}: {name}: expected {list(shape)} {jnp.dtype(dtype).name}, found "
-                + ("none" if found is None else f"{list(found[0])} {found[1]}")
+                + (
+                    "none"
+                    if array is None
+                    else type(array).__name__
+                    if found is None
+                    else f"{list(found[0])} {found[1]}"
+                )
             )
+
+
+def _check_values(encoder: Encoder, where: str, out: Output, lengths: list[int]) -> None:
     wanted = [encoder.grid.count(n) for n in lengths]
     if np.asarray(out.counts).tolist() != wanted:
         raise SystemConfigError(
