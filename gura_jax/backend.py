@@ -1,4 +1,4 @@
-"""Platforms: one row each, with every size and form that depends on the hardware; nobody else asks which one it is."""
+"""Platforms: one row each, with every size and form that depends on the hardware; nobody else chooses by it."""
 
 import dataclasses
 from collections.abc import Iterable

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,12 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MEMORY_GB = 0.1  # that Orbax holds beyond the arrays themselves; with more, loading is slower too
 HASH_THREADS = 4  # each has one array in host memory
+MAX_REASON = 200  # characters of another library's error
+
+REDO = "remove it and run gura-jax convert again"
+RESTORE = "restore it from a copy"  # of what Model.save wrote, and no conversion makes again
+CHANGED = "changed from "  # begins the source of weights that were changed after loading
+SAVED_SYSTEM = "system.json"  # in the folder of a saved model, beside a checkpoint for each member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +174,24 @@ def save(
 
 
 def _reason(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first sentence of an error's message: TensorStore's go on for pages."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.split(r"\.\s", line, maxsplit=1)[0].rstrip(".")[:MAX_REASON]
+
+
+def _advice(path: Path, source: str = "") -> str:
+    """What to do about a damaged checkpoint, from ``source`` where its manifest says so."""
+    saved = source == "random" or source.startswith(CHANGED) or (path.parent / SAVED_SYSTEM).is_file()
+    return RESTORE if saved else REDO
+
+
+def _without_manifest(path: Path) -> str:
+    """What a folder without a manifest is, and what to do about it."""
+    if (path / SAVED_SYSTEM).is_file():
+        return f"{path} is a saved model: load it by its path, or name the folder of one member ({path / 'NAME'})"
+    if (path / "params").is_dir() or checkpoint_folder().resolve() in path.resolve().parents:
+        return f"{path} has no {MANIFEST}: it is half of a checkpoint; {_advice(path)}"
+    return f"{path} is no checkpoint: it has no {MANIFEST}"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -180,29 +204,54 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        content: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = content["format_version"]
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {MANIFEST}: it is no checkpoint, or half of one; {REDO}") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); {REDO}") from None
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path / MANIFEST} has no format version, but {version!r}; {REDO}")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, and this gura_jax reads up to {FORMAT_VERSION}: update gura_jax"
-        )
+        raise CheckpointError(_without_manifest(path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); {_advice(path)}") from None
+    source = content.get("source") if isinstance(content, dict) else None
+    advice = _advice(path, source if isinstance(source, str) else "")
     try:
-        architecture = config_from_dict(content.pop("architecture"))
-        manifest = Manifest(architecture=architecture, **content)
-        texts = [manifest.source, manifest.converter_version]
-        for table in (manifest.arrays_sha256, manifest.source_sha256):
-            texts += table.values()
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("expected text for the source, the version and the hashes")
+        version = _typed("a manifest", content, dict).get("format_version")
+        if type(version) is not int or version < 1:
+            raise TypeError(f"expected format_version, a positive integer, found {_json(version)}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version}, and this gura_jax reads up to {FORMAT_VERSION}: update gura_jax"
+            )
+        return _parse(content)
+    except CheckpointError:
+        raise
     except (TypeError, KeyError, AttributeError, GuraError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged ({error}); {REDO}") from None
-    return manifest
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({error}); {advice}") from None
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    """Check the types of a manifest's fields; raises TypeError."""
+    fields = [field.name for field in dataclasses.fields(Manifest)]
+    if set(content) != set(fields):
+        raise TypeError(f"expected the fields {', '.join(fields)}, found {', '.join(content)}")
+    tables = {name: _typed(name, content[name], dict) for name in ("architecture", "source_sha256", "arrays_sha256")}
+    texts = {name: _typed(name, content[name], str) for name in ("source", "converter_version")}
+    for name in ("source_sha256", "arrays_sha256"):
+        for key, value in tables[name].items():
+            _typed(key, value, str)
+    architecture = config_from_dict(tables.pop("architecture"))
+    return Manifest(architecture, **tables, **texts, format_version=content["format_version"])
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    """Check the type of a value from JSON; raises TypeError."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {name}, {_JSON_TYPES[kind]}, found {_json(value)}")
+    return value
+
+
+_JSON_TYPES = {dict: "an object", str: "text"}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)[:MAX_REASON]
 
 
 def check_architecture(name: str, wanted: Config, found: Config, where: str) -> None:
@@ -217,9 +266,6 @@ def check_architecture(name: str, wanted: Config, found: Config, where: str) -> 
     ]
     if differences:
         raise CheckpointError(f"{where} holds another architecture than {name}: {'; '.join(differences)}")
-
-
-REDO = "remove it and run gura-jax convert again"
 
 
 Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding]
@@ -240,9 +286,10 @@ def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Sha
     import orbax.checkpoint as ocp
 
     manifest = read_manifest(path)
+    advice = _advice(path, manifest.source)
     if set(manifest.arrays_sha256) != set(abstract):
         difference = sorted(set(manifest.arrays_sha256) ^ set(abstract))
-        raise CheckpointError(f"{path}: expected other arrays, differing in {', '.join(difference[:8])}; {REDO}")
+        raise CheckpointError(f"{path}: expected other arrays, differing in {', '.join(difference[:8])}; {advice}")
     shardings = _shardings(path, abstract, sharding)
     restore_args = {
         name: ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=a.dtype, global_shape=a.shape, strict=True)
@@ -255,12 +302,25 @@ def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Sha
                 args=ocp.args.PyTreeRestore(dict(abstract), restore_args=restore_args),
             )
     except Exception as error:  # whatever Orbax and TensorStore say of a damaged folder
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}; {REDO}") from None
+        shapes = _other_shapes(path, abstract) if "shape" in str(error) else ""
+        raise CheckpointError(f"{path} {shapes or f'cannot be read: {_reason(error)}'}; {advice}") from None
     found = arrays_sha256(arrays)
     damaged = [name for name in arrays if found[name] != manifest.arrays_sha256[name]]
     if damaged:
-        raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {REDO}")
+        raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {advice}")
     return arrays
+
+
+def _other_shapes(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """Which arrays have other shapes on disk than the encoder expects; empty if none, or if that cannot be read."""
+    try:
+        with _orbax(abstract.values()) as checkpointer:
+            found = checkpointer.metadata((path / "params").resolve()).item_metadata.tree
+        shapes = {name: tuple(found[name].shape) for name in abstract}
+    except Exception:  # the folder is damaged
+        return ""
+    faults = [f"{name} {a.shape}, found {shapes[name]}" for name, a in abstract.items() if a.shape != shapes[name]]
+    return f"has arrays of other shapes: expected {'; '.join(faults[:8])}" if faults else ""
 
 
 def _shardings(
@@ -268,6 +328,12 @@ def _shardings(
 ) -> Mapping[str, jax.sharding.Sharding]:
     """Return a sharding for each array, checked."""
     shardings = sharding if isinstance(sharding, Mapping) else dict.fromkeys(abstract, sharding)
+    for value in shardings.values():
+        if not isinstance(value, jax.sharding.Sharding):
+            raise CheckpointError(
+                f"{path}: sharding: expected a jax.sharding.Sharding, or one for each array by its name, found "
+                f"{repr(value)[:MAX_REASON]}"
+            )
     if missing := [name for name in abstract if name not in shardings]:
         raise CheckpointError(f"{path}: expected a sharding for every array, found none for {', '.join(missing[:8])}")
     elsewhere = [s for s in shardings.values() if not (s.is_fully_addressable or s.is_fully_replicated)]

@@ -167,8 +167,8 @@ def convert(
     """Convert PyTorch weights to checkpoints."""
     jobs = [(job_name, spec) for source in sources for job_name, spec in _conversions(source)]
     if name is not None:
-        if len(jobs) > 1:
-            raise CheckpointError("--name: expected one source, found several")
+        if len(jobs) != 1:
+            raise CheckpointError(f"--name: expected one source, found {len(jobs)}")
         jobs = [(name, jobs[0][1])]
     folder = out or checkpoint.checkpoint_folder()
     for job_name, spec in dict(jobs).items():
@@ -197,11 +197,14 @@ def _conversions(source: str) -> Iterator[tuple[str, str]]:
     if source in ENCODERS:
         spec = ENCODERS[source].source
         if spec is None:
-            raise CheckpointError(f"nobody published weights of {source} for PyTorch")
+            raise CheckpointError(f"there are no published weights of {source}")
         yield source, spec
     elif source in SYSTEMS:
         for member in SYSTEMS[source].members:
-            yield from _conversions(str(member.encoder))
+            if isinstance(member.encoder, str):
+                yield from _conversions(member.encoder)
+            else:
+                print(f"note: member {member.name} is a Python object: nothing to convert", file=sys.stderr)
     else:
         registered = [name for name, entry in ENCODERS.items() if entry.source == source]
         path = Path(source)

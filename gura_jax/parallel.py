@@ -1,4 +1,4 @@
-"""Devices: the mesh, the placement of weights, and the only place that compiles."""
+"""Devices: the mesh, the placement of weights, and the only place where a system's function is compiled."""
 
 import logging
 import os

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gura_jax
-from gura_jax import CheckpointError, checkpoint
+from gura_jax import CheckpointError, checkpoint, systems
 from gura_jax.checkpoint import (
     MANIFEST,
     Manifest,
@@ -229,6 +229,14 @@ def test_an_array_without_a_sharding(tmp_path: Path) -> None:
     save(tmp_path / "mine", params, manifest(params))
     message = refusal(lambda: load(tmp_path / "mine", outlines(params), {"scalar": over()}))
     assert "expected a sharding for every array, found none for cube, matrix, vector" in message
+
+
+@pytest.mark.parametrize("sharding", [None, "cpu", jax.devices()[0], {"cube": None}])
+def test_a_sharding_that_is_none(tmp_path: Path, sharding: Any) -> None:
+    params = {"cube": shaped()["cube"]}
+    save(tmp_path / "mine", params, manifest(params))
+    message = refusal(lambda: load(tmp_path / "mine", outlines(params), sharding))
+    assert "sharding: expected a jax.sharding.Sharding, or one for each array by its name, found " in message
 
 
 def test_devices_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +486,37 @@ def test_missing_manifest(mine: Path) -> None:
     assert REDO in message
 
 
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to remove it, but for half a checkpoint where checkpoints are."""
+    (tmp_path / "music").mkdir()
+    message = refusal(lambda: read(tmp_path / "music"))
+    assert f"is no checkpoint: it has no {MANIFEST}" in message
+    assert "remove" not in message
+    monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path))
+    assert checkpoint.REDO in refusal(lambda: read(tmp_path / "music"))
+
+
+def test_a_saved_model_is_no_checkpoint(mine: Path) -> None:
+    """Its members are; one that is damaged cannot be converted again."""
+    (mine.parent / systems.SAVED_SYSTEM).write_text("{}")
+    message = refusal(lambda: read(mine.parent))
+    assert "is a saved model: load it by its path" in message
+    assert "remove" not in message
+    (mine / MANIFEST).unlink()
+    message = refusal(lambda: read(mine))
+    assert "half of a checkpoint; restore it from a copy" in message
+    assert REDO not in message
+
+
+@pytest.mark.parametrize("source", ["random", "changed from facebook/hubert-base-ls960@abc"])
+def test_what_was_saved_is_restored_from_a_copy(mine: Path, source: str) -> None:
+    edit(mine, source=source)
+    shutil.rmtree(mine / "params")
+    message = refusal(lambda: read(mine))
+    assert "restore it from a copy" in message
+    assert REDO not in message
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
 def test_truncated_manifest(mine: Path, kept: float) -> None:
     text = (mine / MANIFEST).read_bytes().strip()
@@ -536,6 +575,9 @@ def test_wrong_types_in_the_manifest(mine: Path, key: str, value: Any) -> None:
     message = refusal(lambda: checkpoint.read_manifest(mine))
     assert str(mine / MANIFEST) in message
     assert REDO in message
+    assert "NoneType" not in message
+    if value in (None, []) and key == "architecture":
+        assert f"expected architecture, an object, found {json.dumps(value)}" in message
 
 
 @pytest.mark.parametrize("version", [2, 99, 10**30])
@@ -567,7 +609,7 @@ def test_other_arrays_than_wanted(mine: Path, changed: str) -> None:
 @pytest.mark.parametrize("shape", [(5, 3), (15,), (3, 6), (2, 5)])
 def test_other_shapes_than_wanted(mine: Path, shape: tuple[int, ...]) -> None:
     message = refusal(lambda: read(mine, arrays(0) | {"layers.0.kernel": np.zeros(shape, np.float32)}))
-    assert str(mine) in message
+    assert f"{mine} has arrays of other shapes: expected layers.0.kernel {shape}, found (3, 5); " in message
 
 
 def test_an_array_that_the_manifest_has_and_the_folder_not(mine: Path) -> None:
@@ -644,6 +686,20 @@ def test_swapped_arrays_are_seen(tmp_path: Path) -> None:
     message = refusal(lambda: read(one))
     assert "damaged" in message
     assert "layers.0.kernel" in message
+
+
+def test_errors_of_many_words(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's error may hold pages of its objects' state."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("Error while reading. See details: <object at 0x1>\nmore" if short else "word " * 1000)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
+    for short in (True, False):
+        message = refusal(lambda: read(mine))
+        assert ("cannot be read: Error while reading; " in message) == short
+        assert "details" not in message
+        assert len(message) < 500
 
 
 def test_errors_without_words(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ def test_several_processes_do_not_overwrite(gura: Run, clip: Path, tmp_path: Pat
         (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "{clip}"), "{clip}"),
         (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "/proc/nope"), "/proc/nope"),
         (("convert", "{clip}"), "clip.flac"),
-        (("convert", "crepe-small"), "nobody published weights"),
+        (("convert", "crepe-small"), "no published weights"),
         (("convert", "crepe-tiny", "--name", "../evil"), "../evil"),
         (("convert", "crepe-tiny", "--name", "hubert-base"), "another architecture"),
         (("parity", "-s", "no_such_system"), "no_such_system"),
@@ -285,6 +285,17 @@ def test_a_checkpoint_by_its_name(gura: Run, clip: Path, tmp_path: Path) -> None
     assert np.load(tmp_path / "out" / "scene-00000.npy").shape == (1, 256)
     path.write_text('[[members]]\nencoder = "crepe-tiny"\nweights = "mine"\n')
     gura("embed", clip, "-s", path, "--out", tmp_path / "other")
+
+
+def test_converting_a_system_with_an_object(gura: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other members are converted; an object has nothing to convert."""
+    loud = gura_jax.Member(Toy(), name="loud")
+    for name, members in (("loud", (loud,)), ("own", (loud, gura_jax.Member("crepe-tiny")))):
+        monkeypatch.setitem(gura_jax.SYSTEMS, name, gura_jax.System(name, members))
+        result = gura("convert", name)
+        assert "note: member loud is a Python object: nothing to convert" in result.stderr
+        assert ("crepe-tiny: " in result.stdout) == (len(members) > 1)
+    assert "--name: expected one source, found 0" in gura("convert", "loud", "--name", "mine", code=1).stderr
 
 
 def test_verbose_names_the_shapes(

@@ -183,8 +183,8 @@ def test_finite_and_reaching_everything(model: Model, value_and_grad: Any) -> No
 def test_directional_derivatives(model: Model, value_and_grad: Any) -> None:
     """Along a direction of the audio and of each member's weights, against a central difference."""
     audio, lengths = batch()
-    point = {**model.params, "audio": audio}
-    _, (by_params, by_audio) = value_and_grad(model.params, audio, lengths)
+    point = jax.device_get({**model.params, "audio": audio})
+    _, (by_params, by_audio) = jax.device_get(value_and_grad(model.params, audio, lengths))
     gradients = {**by_params, "audio": by_audio}
     rng = np.random.default_rng(3)
 
@@ -192,13 +192,13 @@ def test_directional_derivatives(model: Model, value_and_grad: Any) -> None:
     def value(point: Any) -> jax.Array:
         return loss(model, {k: v for k, v in point.items() if k != "audio"}, point["audio"], lengths)
 
-    def direction(gradient: jax.Array) -> jax.Array:
+    def direction(gradient: np.ndarray) -> np.ndarray:
         """Half along the gradient, so that the slope stands out of the rounding; the other half anywhere."""
-        return 0.5 * _unit(gradient) + 0.5 * _unit(rng.standard_normal(gradient.shape).astype(np.float32))
+        return 0.5 * _unit(gradient) + 0.5 * _unit(rng.standard_normal(gradient.shape))
 
     for name, gradient in gradients.items():
         step = jax.tree.map(direction, gradient)
-        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, s: float(jnp.vdot(g, s)), gradient, step)))
+        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, s: float(np.vdot(g, s)), gradient, step)))
         errors = []
         for width in WIDTHS:
             sides = [
@@ -211,8 +211,8 @@ def test_directional_derivatives(model: Model, value_and_grad: Any) -> None:
         assert errors[-1] <= DIFFERENCE_BOUND, f"{name}: {errors}"
 
 
-def _unit(x: Any) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x), np.float32(1e-12))
+def _unit(x: np.ndarray) -> np.ndarray:
+    return (x / max(np.linalg.norm(x), 1e-12)).astype(np.float32)
 
 
 def test_silence(model: Model, value_and_grad: Any) -> None:

@@ -25,6 +25,7 @@ from gura_jax import (
     Encoder,
     Family,
     FrameGrid,
+    GuraError,
     Member,
     Options,
     Output,
@@ -37,7 +38,7 @@ from gura_jax import (
     register,
 )
 from gura_jax.audio import load_audio, resample
-from gura_jax.convert import convert
+from gura_jax.convert import convert, parity
 from gura_jax.convert.keys import LINEAR, VECTOR, KeyTable, Transform
 from gura_jax.convert.parity import Row, compare
 from gura_jax.convert.references import Reference
@@ -505,3 +506,34 @@ def test_parity_needs_to_know_where_the_weights_came_from(tmp_path: Path) -> Non
     with pytest.raises(ConversionError, match=r"member 'twin' cannot be compared.*from twin.*not on the hub"):
         list(compare(tmp_path / "model", [speech(4000)]))
     assert all(r.passed for r in compare(tmp_path / "model", [speech(4000)], weights={"twin": str(folder)}))
+
+
+def test_parity_of_weights_that_were_changed(tmp_path: Path) -> None:
+    """However often they were saved since."""
+    register(LEVEL)
+    model = load_model(saved(tmp_path / "twin"))
+    model = model.with_params(jax.tree.map(lambda x: 2 * x, model.params))
+    for name in ("model", "again"):
+        model.save(tmp_path / name)
+        model = load_model(tmp_path / name)
+        with pytest.raises(ConversionError, match=r"were changed and saved after conversion.*original is twin"):
+            list(compare(tmp_path / name, [speech(4000)]))
+    load_model("level", weights="random").save(tmp_path / "random")
+    with pytest.raises(ConversionError, match=r"member 'level' cannot be compared.*its weights were random"):
+        list(compare(tmp_path / "random", [speech(4000)]))
+
+
+def test_every_member_is_checked_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    monkeypatch.delattr(parity, "_reference")
+    register(LEVEL)
+    load_model("level", weights="random").save(tmp_path / "model")
+    first = Member(str(saved(tmp_path / "twin")))
+    others: dict[str, Any] = {
+        "is a Python object": Level(LevelConfig(), Options()),
+        "gura-jax convert crepe-tiny": "crepe-tiny",
+        "its weights were random": str(tmp_path / "model" / "level"),
+    }
+    for words, encoder in others.items():
+        with pytest.raises(GuraError, match=words):
+            next(compare(System("two", (first, Member(encoder, name="other"))), [speech(4000)]))

@@ -29,6 +29,7 @@ class Progress:
         self.before = self.done = done
         self.start = self._last = time.monotonic()
         self._bar: Any = None
+        self._printed: Done | None = None
 
     def __enter__(self) -> "Progress":
         if self.stream.isatty():
@@ -46,7 +47,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._printed != self.done:
             self._line()
 
     def __call__(self, done: Done) -> None:
@@ -72,7 +73,7 @@ class Progress:
         }
 
     def _line(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._printed = time.monotonic(), self.done
         rates = self.rates()
         left = (self.samples - self.done.samples) / self.sample_rate
         speed = rates["audio_hours_per_hour"]

@@ -1,1 +1,1 @@
-"""The encoders: wav2vec 2.0 and HuBERT, and CREPE."""
+"""Encoders: their interface, the families (wav2vec 2.0, HuBERT, CREPE), and the table where more are registered."""
