@@ -282,7 +282,7 @@ def find_encoder(encoder: str) -> Found:
 
 def _how_to_get(encoder: str, folder: Path) -> str:
     if encoder in ENCODERS and find_preset(encoder).source is None:
-        return f"nobody published weights of {encoder} for PyTorch: pass weights='random' or a path"
+        return f"there are no published weights of {encoder}: pass weights='random' or a path"
     return (
         f"no pretrained weights of {encoder} at {folder}. Run\n    gura-jax convert {encoder}\n"
         "or pass weights='random' (--weights random) to try things out without them"

@@ -21,10 +21,9 @@ from gura_jax.errors import AudioError, CheckpointError, StoreError, SystemConfi
 from gura_jax.fusion import COMBINATIONS, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
 from gura_jax.models.encoder import DTypeName, Encoder
 from gura_jax.models.families import build_encoder
-from gura_jax.systems import SAVED_SYSTEM, System
+from gura_jax.systems import System
 
 BATCH_SIZE = 16  # clips
-CHANGED = "changed from "  # begins the source of weights that were changed after loading
 NAMED = 8  # arrays that a message names
 PITCH = "pitch activation"  # the part of CREPE's that pitch_activation gives
 PITCH_HOP = 160  # samples: 10 ms, CREPE's own
@@ -356,20 +355,20 @@ class Model:
         objects = [m.name for m in self.fusion.members if m.config is None]
         if objects:
             raise SystemConfigError(
-                f"member {objects[0]!r} is an object of Python's: expected an encoder of a registered family, whose "
+                f"member {objects[0]!r} is a Python object: expected an encoder of a registered family, whose "
                 "config can be written (gura_jax.register)"
             )
         for name in (m.name for m in self.fusion.members):
-            if name in (os.curdir, os.pardir, SAVED_SYSTEM) or os.path.basename(name) != name:
+            if name in (os.curdir, os.pardir, checkpoint.SAVED_SYSTEM) or os.path.basename(name) != name:
                 raise SystemConfigError(f"member {name!r}: expected the name of a folder to save it in, found another")
         folder = Path(path)
         files.recover_folder(folder)
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists already: remove it, or pass overwrite=True")
-        if folder.exists() and not (folder / SAVED_SYSTEM).is_file():
+        if folder.exists() and not (folder / checkpoint.SAVED_SYSTEM).is_file():
             raise CheckpointError(
-                f"{folder}: expected a saved model to overwrite ({SAVED_SYSTEM}), found something else: choose another "
-                "folder"
+                f"{folder}: expected a saved model to overwrite ({checkpoint.SAVED_SYSTEM}), found something else: "
+                "choose another folder"
             )
         restored = {m.name: m.encoder.restore(self.params[m.name]) for m in self.fusion.members}
         for member in self.fusion.members:
@@ -379,7 +378,7 @@ class Model:
                 for member in self.fusion.members:
                     params = restored.pop(member.name)
                     checkpoint.save(temporary / member.name, params, self._manifest(member, params))
-                files.write_file(temporary, SAVED_SYSTEM, files.json_bytes(self._description()))
+                files.write_file(temporary, checkpoint.SAVED_SYSTEM, files.json_bytes(self._description()))
         except (OSError, StoreError) as error:
             raise CheckpointError(f"cannot write the model {folder}: {error}") from None
 
@@ -471,7 +470,7 @@ class ClipEmbedding(NamedTuple):
 
 def _changed(source: str) -> str:
     """The source of weights that were changed since they came from ``source``."""
-    return source if source.startswith(CHANGED) else CHANGED + source
+    return source if source.startswith(checkpoint.CHANGED) else checkpoint.CHANGED + source
 
 
 def _check_weights(member: FusedMember, params: Mapping[str, Any]) -> None:

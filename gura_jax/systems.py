@@ -210,8 +210,8 @@ def find_system(system: "str | Path | System", layers: Layers | None = None) -> 
     folder = checkpoint.find_folder(spec)
     if spec not in ENCODERS and is_folder(folder) and not any((folder / name).is_file() for name in ENCODER_FILES):
         raise SystemConfigError(
-            f"system: expected the folder of a saved model ({SAVED_SYSTEM}), a checkpoint ({checkpoint.MANIFEST}) or a "
-            f"Hugging Face model (config.json), found none of these files in {folder}"
+            f"system: expected the folder of a saved model ({checkpoint.SAVED_SYSTEM}), of a checkpoint "
+            f"({checkpoint.MANIFEST}) or of a Hugging Face model (config.json), found none of these files in {folder}"
         )
     if spec in ENCODERS or is_folder(folder) or HUB_ID.fullmatch(spec):
         return System(
@@ -234,14 +234,13 @@ def _described_system(system: "str | Path | System") -> System | None:
     path = Path(system)
     with contextlib.suppress(OSError, ValueError):  # text that is no path
         recover_folder(path)
-    if is_folder(path) and (path / SAVED_SYSTEM).is_file():
-        return read_system(path / SAVED_SYSTEM)
+    if is_folder(path) and (path / checkpoint.SAVED_SYSTEM).is_file():
+        return read_system(path / checkpoint.SAVED_SYSTEM)
     return read_system(path) if path.suffix in FILE_SUFFIXES and not is_folder(path) else None
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 ENCODER_FILES = (checkpoint.MANIFEST, "config.json")  # one of which is in the folder of an encoder
-SAVED_SYSTEM = "system.json"  # in the folder of a saved model, beside a checkpoint for each member
 FILE_SUFFIXES = (".toml", ".yaml", ".yml")
 
 

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gura_jax
-from gura_jax import CheckpointError, checkpoint, systems
+from gura_jax import CheckpointError, checkpoint
 from gura_jax.checkpoint import (
     MANIFEST,
     Manifest,
@@ -498,7 +498,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_saved_model_is_no_checkpoint(mine: Path) -> None:
     """Its members are; one that is damaged cannot be converted again."""
-    (mine.parent / systems.SAVED_SYSTEM).write_text("{}")
+    (mine.parent / checkpoint.SAVED_SYSTEM).write_text("{}")
     message = refusal(lambda: read(mine.parent))
     assert "is a saved model: load it by its path" in message
     assert "remove" not in message

@@ -15,7 +15,7 @@ from refusals import refuses
 from toy import Toy
 
 from gura_jax import CheckpointError, Member, Model, System, SystemConfigError, checkpoint, load_model
-from gura_jax.systems import SAVED_SYSTEM
+from gura_jax.checkpoint import SAVED_SYSTEM
 
 # Every field of systems and members that a saved one must keep.
 SYSTEM = System(
@@ -165,7 +165,7 @@ def test_manifests_say_where_weights_came_from(saved: Path, tmp_path: Path) -> N
 
 def test_a_member_that_is_an_object(tmp_path: Path) -> None:
     model = load(System("toy", (Member(Toy(), name="mine"), Member("crepe-tiny"))), weights="random")
-    with refuses(SystemConfigError, "member 'mine' is an object", "gura_jax.register"):
+    with refuses(SystemConfigError, "member 'mine' is a Python object", "gura_jax.register"):
         model.save(tmp_path / "out")
     assert names(tmp_path) == []
 
