@@ -1,10 +1,15 @@
 """Strict JAX, several CPU devices, and no accelerator: set before JAX starts."""
 
 import atexit
+import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+
+import pytest
 
 CACHE = "GURA_JAX_TESTS_XLA"  # where the processes of a test run keep what they compile: many need the same programs
 if CACHE not in os.environ:
@@ -15,7 +20,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import jax
-import pytest
 
 jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -23,8 +27,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _programs_of_one_file_at_a_time() -> Iterator[None]:
-    """Compiled programs would otherwise add up to gigabytes in a process that runs many files."""
+@pytest.fixture(autouse=True, scope="module")
+def _memory_is_given_back() -> Iterator[None]:
+    """After each file; else the C library keeps freed memory in pieces, and a process grows to several gigabytes."""
     yield
-    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
