@@ -71,10 +71,8 @@ def failures(found: list[Row]) -> list[str]:
 DEFAULT = (
     "hubert_base",
     "fusion_wav2vec2",
-    "cat_hubert_wav2vec2",
     "avg_xwc_base",
     "fusion_cat_xwc",
-    "fusion_cat_xwc_time",
     "crepe",
 )
 
