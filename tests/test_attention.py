@@ -11,7 +11,7 @@ from reference import precise_jit, relative
 
 from gura_jax.backend import PLATFORMS
 from gura_jax.models import attention
-from gura_jax.models.attention import MIN_BLOCK, blockwise_attention, over_frames, over_tokens
+from gura_jax.models.attention import MIN_BLOCK, blockwise_attention, even_blocks, over_frames, over_tokens
 from gura_jax.models.encoder import frame_mask
 
 BLOCK_BOUND = 1e-6  # relative: the same sums in another order
@@ -98,7 +98,7 @@ def test_over_frames(size: int) -> None:
 
     def function(samples: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         frames = (samples.shape[1] - window) // hop + 1
-        assert 2 * frames <= max(size, 2 * MIN_BLOCK)
+        assert 2 * frames <= 1.5 * max(size, 2 * MIN_BLOCK)  # about the size that was asked for
         index = np.arange(frames)[:, None] * hop + np.arange(window)
         return samples[:, index].sum(axis=-1), jnp.broadcast_to(start, (2,))
 
@@ -107,3 +107,13 @@ def test_over_frames(size: int) -> None:
     np.testing.assert_array_equal(starts, np.tile(np.arange(sums.shape[1]) * sums.shape[2], (2, 1)))
     index = np.arange(num_frames)[:, None] * hop + np.arange(window)
     assert relative(sums.reshape(2, -1)[:, :num_frames], audio[:, index].sum(axis=-1)) <= BLOCK_BOUND
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 64])
+def test_even_blocks(size: int) -> None:
+    """They hold everything, none is empty, and they are about as large as they were asked to be."""
+    for total in range(1, 400):
+        blocks, each = even_blocks(total, size)
+        assert (blocks - 1) * each < total <= blocks * each
+        assert each <= max(1, 1.5 * size)
+        assert blocks == 1 or each >= size // 2

@@ -12,6 +12,7 @@ from gura_jax.backend import Platform
 QUERIES_AT_ONCE, KEYS_AT_ONCE = 1024, 512  # of a head whose scores do not fit; they do in a core's own cache
 FEW_QUERIES = 128  # a block of fewer, to have all keys at once, is slower than blocks of keys
 MASKED_SCORE = -1e30  # of attention to what is past a clip's end: its exponential is zero
+BLOCK_COST = 1 / 16  # of a block, beyond what is in it: reading the weights again
 MIN_BLOCK = 8  # frames: neighbouring blocks of frames share samples, which fewer would compute too often
 
 
@@ -108,6 +109,15 @@ def over_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array, tokens
     return jax.lax.fori_loop(0, blocks, block, out)[:, :T]
 
 
+def even_blocks(total: int, size: int) -> tuple[int, int]:
+    """Number and size of blocks of about ``size`` that hold ``total``, with few blocks and little room left over."""
+    largest = max(1, size * 3 // 2)
+    if total <= largest:
+        return 1, total
+    best = min(range(max(1, size // 2), largest + 1), key=lambda s: (-(-total // s) * (s + size * BLOCK_COST), -s))
+    return -(-total // best), best
+
+
 def over_frames(
     function: Callable[[jax.Array, jax.Array], Any], audio: jax.Array, num_frames: int, window: int, hop: int, size: int
 ) -> Any:
@@ -118,14 +128,13 @@ def over_frames(
         audio: [B, N].
         num_frames: how many there are.
         window, hop: of a frame, in samples.
-        size: frames in a block, those of all clips together; a clip has at least :data:`MIN_BLOCK`.
+        size: frames in a block, about, those of all clips together; at least :data:`MIN_BLOCK` of a clip.
 
     Returns:
         What the function returned, each array [B, n, ...].
     """
     B = len(audio)
-    n = -(-num_frames // max(MIN_BLOCK, size // B))
-    frames = -(-num_frames // n)  # of a block
+    n, frames = even_blocks(num_frames, max(MIN_BLOCK, size // B))
     samples = (frames - 1) * hop + window
     missing = max(0, (n - 1) * frames * hop + samples - audio.shape[1])
     audio = jnp.pad(audio, ((0, 0), (0, missing)))

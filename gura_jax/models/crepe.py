@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from gura_jax.convert.crepe import KEYS
 from gura_jax.errors import SystemConfigError
+from gura_jax.models.attention import even_blocks
 from gura_jax.models.encoder import Family, FrameGrid, ModuleEncoder, Options, Output, Params, Preset
 
 SAMPLE_RATE = 16_000  # Hz
@@ -301,8 +302,7 @@ class CrepeEncoder(ModuleEncoder):
     def _over_frames(self, network: Callable[[jax.Array], Any], audio: jax.Array) -> Any:
         """A network from frames [F, 1024] to arrays [F, ...], over blocks of the frames of all clips: [B, T, ...]."""
         B, T = len(audio), self.grid.count(audio.shape[1])
-        blocks = -(-T // max(1, self.options.platform.crepe_frames // B))
-        size = -(-T // blocks)
+        blocks, size = even_blocks(T, max(1, self.options.platform.crepe_frames // B))
         end = (blocks * size - 1) * self.hop + WINDOW  # of the last frame of the last block
         before = WINDOW // 2
         padded = jnp.pad(audio, ((0, 0), (before, max(0, end - before - audio.shape[1]))))
