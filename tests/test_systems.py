@@ -500,7 +500,7 @@ def test_weights_for_an_object_are_refused(tmp_path: Path) -> None:
         (lambda frames, counts: Output(frames[:, 1:], counts), "expected [2, 13, 8] float32, found [2, 12, 8]"),
         (lambda frames, counts: Output(frames.astype("float16"), counts), "found [2, 13, 8] float16"),
         (lambda frames, counts: Output(frames, counts.astype("float32")), "counts: expected [2] int32"),
-        (lambda frames, counts: Output(frames, int(counts[0])), "that JAX can trace"),
+        (lambda frames, counts: Output(frames, counts + int(counts[0])), "that JAX can trace"),
     ],
 )
 def test_an_object_whose_results_are_not_as_it_says(result: Any, words: str) -> None:
