@@ -3,16 +3,16 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import gura_jax
-from gura_jax.checkpoint import Manifest, array_sha256
+from gura_jax.checkpoint import Manifest, arrays_sha256
 from gura_jax.convert.keys import COMBINE, KeyTable, Transform
 from gura_jax.errors import ConversionError, SystemConfigError, expected
-from gura_jax.models.families import ENCODERS, FAMILIES, abstract_params, config_from_source, find_family
+from gura_jax.models.families import ENCODERS, FAMILIES, abstract_params, config_from_source, find_family, find_preset
 
 try:
     from gura_jax.convert.sources import Format, Source, open_source, read_hub_config
@@ -54,8 +54,8 @@ def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
         architecture=config,
         source=source.description,
         source_sha256=dict(source.sha256),
-        converter_version=gura_jax.__version__,
-        arrays_sha256={name: array_sha256(params[name]) for name in sorted(params)},
+        converter_version=version("gura-jax"),
+        arrays_sha256=arrays_sha256(params),
     )
     return Converted(params, manifest)
 
@@ -85,7 +85,7 @@ def _target(source: Source, name: str | None) -> tuple[Any, KeyTable]:
     try:
         if name is not None and name not in ENCODERS:
             raise SystemConfigError(f"architecture {expected(name, ENCODERS)}")
-        named = None if name is None else ENCODERS[name].config
+        named = None if name is None else find_preset(name).config
         config = named if source.config is None else config_from_source(source.config)
         if config is None:
             readable = ", ".join(n for n, preset in ENCODERS.items() if _tables(source, preset.config))

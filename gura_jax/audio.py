@@ -191,6 +191,11 @@ def resampled_length(samples: int | np.ndarray, source_rate: int, target_rate: i
     return -(-samples * target_rate // source_rate)
 
 
+def samples_before(samples: int, source_rate: int, target_rate: int) -> int:
+    """Return the length of the shortest clip at ``source_rate`` that :func:`resampled_length` makes this long."""
+    return (samples - 1) * source_rate // target_rate + 1 if samples > 0 else 0
+
+
 def resample(clip: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
     """Resample a clip with soxr's HQ.
 
@@ -213,14 +218,19 @@ def resample(clip: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray
     return np.pad(out[:length], (0, max(0, length - len(out))))
 
 
+def is_rate(value: Any) -> bool:
+    """Whether a value is a rate that audio can be resampled from or to: an integer, :data:`MIN_RATE` to MAX_RATE."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and bool(MIN_RATE <= value <= MAX_RATE)
+
+
 def check_rate(sample_rate: int) -> int:
     """Check a rate that audio is to be resampled from or to.
 
     Raises:
-        AudioError: not an integer, or outside :data:`MIN_RATE` to :data:`MAX_RATE`.
+        AudioError: :func:`is_rate` says no.
     """
-    whole = isinstance(sample_rate, (int, np.integer)) and not isinstance(sample_rate, bool)
-    if not whole or not MIN_RATE <= sample_rate <= MAX_RATE:
+    if not is_rate(sample_rate):
         raise AudioError(
             f"sample rate: expected a whole number of Hz from {MIN_RATE} to {MAX_RATE}, found {sample_rate!r}"
         )

@@ -20,7 +20,7 @@ from gura_jax.audio import MAX_SECONDS
 from gura_jax.errors import CheckpointError, DownloadError, GuraError, InputError, SystemConfigError
 from gura_jax.loading import load_model, outline
 from gura_jax.model import Model
-from gura_jax.models.families import ENCODERS, import_families
+from gura_jax.models.families import ENCODERS, find_preset, import_families
 from gura_jax.parallel import cache_compilations
 from gura_jax.systems import SYSTEMS, System, find_system
 
@@ -108,10 +108,9 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         )
         print(f"{row['name']:26} {row['sample_rate']:5} {row['frame_size']:5} {row['scene_size']:5}  {members}")
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
-    for name, entry in ENCODERS.items():
-        state = (
-            "converted" if _have(name) else f"run: gura-jax convert {name}" if entry.source else "no published weights"
-        )
+    for name in ENCODERS:
+        source = find_preset(name).source
+        state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "no published weights"
         print(f"  {name:16} {state}")
 
 
@@ -195,7 +194,7 @@ def convert(
 def _conversions(source: str) -> Iterator[tuple[str, str]]:
     """(checkpoint name, what to convert) of each encoder that an argument stands for."""
     if source in ENCODERS:
-        spec = ENCODERS[source].source
+        spec = find_preset(source).source
         if spec is None:
             raise CheckpointError(f"there are no published weights of {source}")
         yield source, spec
@@ -206,7 +205,7 @@ def _conversions(source: str) -> Iterator[tuple[str, str]]:
             else:
                 print(f"note: member {member.name} is a Python object: nothing to convert", file=sys.stderr)
     else:
-        registered = [name for name, entry in ENCODERS.items() if entry.source == source]
+        registered = [name for name in ENCODERS if find_preset(name).source == source]
         path = Path(source)
         own = (path.resolve().name if path.is_dir() else path.stem) if path.exists() else source.replace("/", "--")
         yield (registered[0] if registered else own.replace(":", "-")), source
@@ -218,7 +217,7 @@ def _convert_one(spec: str, name: str, architecture: str | None) -> Any:
     converted = convert(spec, architecture=architecture)
     if name in ENCODERS:
         checkpoint.check_architecture(
-            name, ENCODERS[name].config, converted.manifest.architecture, converted.manifest.source
+            name, find_preset(name).config, converted.manifest.architecture, converted.manifest.source
         )
     return converted
 

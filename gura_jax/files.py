@@ -199,6 +199,11 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: expected JSON, found: {error}") from None
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of a file or folder in its own folder, and no path."""
+    return name not in ("", ".", "..") and os.path.basename(name) == name and "\0" not in name
+
+
 def plain_name(name: str, where: Path) -> str:
     """Return a name from an untrusted file, if it is no path.
 
@@ -209,7 +214,7 @@ def plain_name(name: str, where: Path) -> str:
     Raises:
         InputError: it could lead to another folder.
     """
-    if name in ("", ".", "..") or os.path.basename(name) != name or "\0" in name:
+    if not is_plain_name(name):
         raise InputError(f"{where}: expected the name of a file in its folder, found {name!r}")
     return name
 

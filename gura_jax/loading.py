@@ -14,16 +14,14 @@ from gura_jax.errors import CheckpointError, InputError, SystemConfigError, expe
 from gura_jax.files import is_folder, read_json
 from gura_jax.fusion import FusedMember, Fusion
 from gura_jax.model import Model
+from gura_jax.models.checks import check_encoder, check_traced, initial_params
 from gura_jax.models.encoder import DTypeName, Options
 from gura_jax.models.families import (
     ENCODERS,
     build_encoder,
-    check_encoder,
-    check_traced,
     config_from_source,
     find_family,
     find_preset,
-    initial_params,
 )
 from gura_jax.models.layers import Layers
 from gura_jax.systems import HUB_ID, Member, System, find_system
@@ -92,13 +90,11 @@ def load_model(
     chosen = member_weights(described, weights)
     mesh = parallel.make_mesh(devices)
     row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
-    members, params, sources = [], {}, {}
-    for member in described.members:
-        built = _build(member, size, dtype, row)
-        members.append(built)
-        loaded = _load_weights(member, built, chosen[member.name], seed, parallel.replicated(mesh))
+    fusion = _build_system(described, size, dtype, row)
+    params, sources = {}, {}
+    for member, built in zip(described.members, fusion.members, strict=True):
+        loaded = _load_weights(member, built, chosen[member.name], size, seed, parallel.replicated(mesh))
         params[member.name], sources[member.name] = loaded.params, loaded.source
-    fusion = Fusion(tuple(members), described.combination, described.feature_size, described.scene_groups)
     compilation = parallel.Compilation(mesh, parallel_by, precision)
     return Model(described, fusion, params, sources, compilation, dtype, row)
 
@@ -112,8 +108,7 @@ def outline(system: str | Path | System, *, size: Size | None = None, platform: 
     described = find_system(system)
     mesh = parallel.make_mesh()
     row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
-    members = tuple(_build(member, size, "float32", row) for member in described.members)
-    fusion = Fusion(members, described.combination, described.feature_size, described.scene_groups)
+    fusion = _build_system(described, size, "float32", row)
     return Model(described, fusion, {}, {}, parallel.Compilation(mesh), "float32", row)
 
 
@@ -140,6 +135,12 @@ def member_weights(system: System, weights: Weights) -> dict[str, str]:
             f"weights: expected 'pretrained', 'random' or a mapping from member to path, found {weights!r}"
         )
     return {m.name: str(chosen.get(m.name, m.weights or "pretrained")) for m in system.members}
+
+
+def _build_system(system: System, size: Size | None, dtype: DTypeName, platform: Platform) -> Fusion:
+    """A system's encoders and how they are combined, without weights."""
+    members = tuple(_build(member, size, dtype, platform) for member in system.members)
+    return Fusion(members, system.combination, system.feature_size, system.scene_groups)
 
 
 def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platform) -> FusedMember:
@@ -174,7 +175,12 @@ class _Loaded(NamedTuple):
 
 
 def _load_weights(
-    member: Member, built: FusedMember, weights: str, seed: int, sharding: jax.sharding.Sharding
+    member: Member,
+    built: FusedMember,
+    weights: str,
+    size: Size | None,
+    seed: int,
+    sharding: jax.sharding.Sharding,
 ) -> _Loaded:
     encoder = built.encoder
     # By name, so that a member has the same random weights in every system.
@@ -188,7 +194,7 @@ def _load_weights(
     if weights == "random":
         params = jax.device_put(encoder.init(key), sharding)
         return _Loaded(encoder.prepare(params), {"source": "random", "seed": seed})
-    if built.config != find_encoder(member.encoder).config:
+    if size == "tiny" and built.config != find_encoder(member.encoder).config:
         raise SystemConfigError(
             f"member {member.name!r}: size='tiny' has random weights only: pass weights='random' "
             "(--weights random on the command line)"
@@ -218,7 +224,7 @@ def find_weights(member: Member, weights: str) -> Path | str:
     Raises:
         CheckpointError: there are none.
     """
-    home = find_encoder(str(member.encoder)).home
+    home = find_home(str(member.encoder))
     if weights != "pretrained" and os.path.isfile(weights):
         return Path(weights)
     if weights == "pretrained" and isinstance(home, str):
@@ -245,27 +251,40 @@ class Found(NamedTuple):
     config: Any
 
 
+def find_home(encoder: str) -> Path | str:
+    """Find where the weights of a registered encoder are or would be, or of one in a folder or on the hub (its id).
+
+    Raises:
+        SystemConfigError: there is none.
+    """
+    if encoder in ENCODERS:
+        return checkpoint.checkpoint_folder() / encoder
+    folder = checkpoint.find_folder(encoder)
+    if is_folder(folder):
+        return folder
+    if HUB_ID.fullmatch(encoder):
+        folder = checkpoint.checkpoint_folder() / encoder.replace("/", "--")  # as gura-jax convert names it
+        return folder if is_folder(folder) else encoder
+    raise SystemConfigError(
+        f"encoder {expected(encoder, ENCODERS)} (or the path of a folder, a checkpoint's name in "
+        f"{checkpoint.checkpoint_folder()}, or a hub id)"
+    )
+
+
 def find_encoder(encoder: str) -> Found:
-    """Find a registered encoder, or one in a folder or on the hub.
+    """Find a registered encoder, or one in a folder or on the hub, and read its config.
 
     Raises:
         SystemConfigError: there is none, or its config is not supported.
         ConversionError: it is on the hub, and cannot be downloaded.
     """
+    folder = find_home(encoder)
     if encoder in ENCODERS:
-        return Found(checkpoint.checkpoint_folder() / encoder, find_preset(encoder).config)
-    folder = checkpoint.find_folder(encoder)
-    if not is_folder(folder) and HUB_ID.fullmatch(encoder):
-        folder = checkpoint.checkpoint_folder() / encoder.replace("/", "--")  # as gura-jax convert names it
-        if not is_folder(folder):
-            from gura_jax.convert import read_config
+        return Found(folder, find_preset(encoder).config)
+    if isinstance(folder, str):
+        from gura_jax.convert import read_config
 
-            return Found(encoder, read_config(encoder))
-    if not is_folder(folder):
-        raise SystemConfigError(
-            f"encoder {expected(encoder, ENCODERS)} (or the path of a folder, a checkpoint's name in "
-            f"{checkpoint.checkpoint_folder()}, or a hub id)"
-        )
+        return Found(folder, read_config(folder))
     if not is_hugging_face(folder):
         return Found(folder, checkpoint.read_manifest(folder).architecture)
     path = folder / "config.json"

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gura_jax import batching, checkpoint, files, parallel
-from gura_jax.audio import check_audio, min_samples, resampled_length
+from gura_jax.audio import check_audio, min_samples, resampled_length, samples_before
 from gura_jax.backend import Platform
 from gura_jax.errors import AudioError, CheckpointError, StoreError, SystemConfigError, expected
 from gura_jax.fusion import COMBINATIONS, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
@@ -24,7 +24,6 @@ from gura_jax.models.families import build_encoder
 from gura_jax.systems import System
 
 BATCH_SIZE = 16  # clips
-NAMED = 8  # arrays that a message names
 PITCH = "pitch activation"  # the part of CREPE's that pitch_activation gives
 PITCH_HOP = 160  # samples: 10 ms, CREPE's own
 
@@ -90,12 +89,13 @@ class Model:
         self.rates = fusion.rates
         self.sample_rate = static.system.sample_rate or self.rates[0]
         encoders = [e for m in fusion.members for e in (m.encoder, m.scene_encoder)]
-        windows = [_samples_for(e.grid.window, e.sample_rate, self.sample_rate) for e in encoders]
+        windows = [samples_before(e.grid.window, self.sample_rate, e.sample_rate) for e in encoders]
         self.min_samples = max(min_samples(self.sample_rate), *windows)
-        how, first = COMBINATIONS[fusion.combination], fusion.members[0].scene_encoder
+        first = fusion.members[0].scene_encoder
+        self._fixed_frames = COMBINATIONS[fusion.combination].fixed_frames(len(fusion.members))
         # With a fixed number of frames, every clip has enough for the groups.
-        groups = 0 if how.frames is not None else fusion.scene_groups - 1
-        enough = _samples_for(first.grid.window + groups * first.grid.hop, first.sample_rate, self.sample_rate)
+        groups = 0 if self._fixed_frames is not None else fusion.scene_groups - 1
+        enough = samples_before(first.grid.window + groups * first.grid.hop, self.sample_rate, first.sample_rate)
         self.min_scene_samples = max(self.min_samples, enough)
         frame_sizes = [m.encoder.feature_size for m in fusion.members]
         scene_sizes = [m.encoder.pooled_size if m.scene == "pooled" else m.encoder.feature_size for m in fusion.members]
@@ -237,7 +237,8 @@ class Model:
                 for b, n in enumerate(samples)
             ]
 
-        return self._batches(audio, compute, batch_size, self.min_scene_samples if scenes else self.min_samples)
+        shortest = self.min_scene_samples if scenes else self.min_samples
+        return self._batches(audio, compute, batch_size, shortest, self.rates)
 
     def timestamp_embeddings(self, audio: Audio, *, batch_size: int = BATCH_SIZE) -> tuple[Any, Any]:
         """Frames and their times.
@@ -309,7 +310,7 @@ class Model:
 
     def timestamps(self, samples: int) -> np.ndarray:
         """Times [T] of a clip's frames, in milliseconds: the centre of what each frame's convolutions see."""
-        fixed = COMBINATIONS[self.fusion.combination].fixed_frames(len(self.fusion.members))
+        fixed = self._fixed_frames
         if fixed is not None:  # spread evenly
             return (np.arange(fixed) + 0.5) * (samples / fixed) * (1000 / self.sample_rate)
         first = self.fusion.members[0].encoder
@@ -317,9 +318,8 @@ class Model:
 
     def num_frames(self, samples: int) -> int:
         """T, the number of a clip's frames."""
-        fixed = COMBINATIONS[self.fusion.combination].fixed_frames(len(self.fusion.members))
-        if fixed is not None:
-            return fixed
+        if self._fixed_frames is not None:
+            return self._fixed_frames
         first = self.fusion.members[0].encoder
         return first.grid.count(resampled_length(samples, self.sample_rate, first.sample_rate))
 
@@ -359,7 +359,7 @@ class Model:
                 "config can be written (gura_jax.register)"
             )
         for name in (m.name for m in self.fusion.members):
-            if name in (os.curdir, os.pardir, checkpoint.SAVED_SYSTEM) or os.path.basename(name) != name:
+            if name == checkpoint.SAVED_SYSTEM or not files.is_plain_name(name):
                 raise SystemConfigError(f"member {name!r}: expected the name of a folder to save it in, found another")
         folder = Path(path)
         files.recover_folder(folder)
@@ -378,7 +378,7 @@ class Model:
                 for member in self.fusion.members:
                     params = restored.pop(member.name)
                     checkpoint.save(temporary / member.name, params, self._manifest(member, params))
-                files.write_file(temporary, checkpoint.SAVED_SYSTEM, files.json_bytes(self._description()))
+                files.write_json(temporary, checkpoint.SAVED_SYSTEM, self._description())
         except (OSError, StoreError) as error:
             raise CheckpointError(f"cannot write the model {folder}: {error}") from None
 
@@ -427,12 +427,11 @@ class Model:
         call = self._compiled((name, encoder, parts), function)
 
         def compute(batch: batching.Padded, samples: Sequence[int]) -> list[list[np.ndarray]]:
-            audio, lengths = ({rate: x[rate]} for x in batch)
-            out = jax.device_get(call(self._inputs(), audio, lengths))
+            out = jax.device_get(call(self._inputs(), *batch))
             return [[value[b, : counts[b]] for value, counts in out] for b in range(len(samples))]
 
-        shortest = _samples_for(encoder.grid.window, rate, self.sample_rate)
-        return self._batches(audio, compute, batch_size, shortest)
+        shortest = samples_before(encoder.grid.window, self.sample_rate, rate)
+        return self._batches(audio, compute, batch_size, shortest, (rate,))
 
     def _batches(
         self,
@@ -440,8 +439,9 @@ class Model:
         compute: Callable[[batching.Padded, Sequence[int]], list[Any]],
         batch_size: int,
         min_samples: int,
+        rates: Sequence[int],
     ) -> list[Any]:
-        """Check the clips, compute them in batches of like length, and put the results back in order."""
+        """Check the clips, compute them in batches of like length at these rates, and put the results in order."""
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SystemConfigError(f"batch_size: expected a positive number of clips, found {batch_size!r}")
         clips = self.check(audio, min_samples)
@@ -454,7 +454,7 @@ class Model:
             sample_rate=self.sample_rate,
         ):
             chosen = [clips[i] for i in packed.clips]
-            batch = self.pad(chosen, packed.rows, packed.samples)
+            batch = batching.pad(chosen, packed.rows, packed.samples, sample_rate=self.sample_rate, rates=rates)
             for i, result in zip(packed.clips, compute(batch, [len(clip) for clip in chosen]), strict=True):
                 results[i] = result
         return results
@@ -487,13 +487,6 @@ def _check_weights(member: FusedMember, params: Mapping[str, Any]) -> None:
                 f"member {member.name!r}: {name}: expected finite weights, found NaN or infinite values: save a model "
                 "from before they came up"
             )
-
-
-def _samples_for(samples: int, rate: int, sample_rate: int) -> int:
-    """The shortest clip at ``sample_rate`` that has so many samples at ``rate``."""
-    if samples <= 0:
-        return 0
-    return (samples - 1) * sample_rate // rate + 1
 
 
 def _like(audio: Audio, results: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gura_jax import checkpoint
-from gura_jax.audio import MAX_RATE, MIN_RATE
+from gura_jax.audio import MAX_RATE, MIN_RATE, is_rate
 from gura_jax.errors import SystemConfigError, expected
 from gura_jax.files import is_folder, recover_folder
 from gura_jax.fusion import COMBINATIONS, SceneOf
@@ -107,7 +107,7 @@ class System:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SystemConfigError(f"system {self.name!r}: {field}: expected a positive integer, found {value!r}")
-        if self.sample_rate is not None and not MIN_RATE <= self.sample_rate <= MAX_RATE:
+        if self.sample_rate is not None and not is_rate(self.sample_rate):
             raise SystemConfigError(
                 f"system {self.name!r}: sample_rate: expected from {MIN_RATE} to {MAX_RATE} Hz, found "
                 f"{self.sample_rate}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import refusals
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -77,13 +79,7 @@ def assert_same(found: Arrays, wanted: Arrays) -> None:
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def refusal(action: Callable[[], Any]) -> str:
-    """The message; anything but a CheckpointError fails the test."""
-    with pytest.raises(CheckpointError) as caught:
-        action()
-    message = str(caught.value)
-    assert "Traceback" not in message
-    return message
+refusal = functools.partial(refusals.refusal, CheckpointError)
 
 
 def names(folder: Path) -> list[str]:

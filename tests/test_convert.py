@@ -1,6 +1,7 @@
 """gura_jax.convert: every form of the same weights to the same arrays, and one error for all that is wrong."""
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import refusals
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -394,11 +396,7 @@ def test_other_float_widths_come_out_as_float32(tmp_path: Path, dtype: torch.dty
 # Faults: all of them, in one error, and nothing written
 
 
-def refusal(path: Path | str, **options: Any) -> str:
-    """The message; anything but a ConversionError fails the test."""
-    with pytest.raises(ConversionError) as caught:
-        convert(path, **options)
-    return str(caught.value)
+refusal = functools.partial(refusals.refusal, ConversionError, convert)
 
 
 Q = "encoder.layers.1.attention.q_proj.weight"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from toy import ALONE, RATE, ToyModel, contents, embedded, opened, toy_model, write_clips
+from toy import ALONE, RATE, ToyModel, contents, embedded, interrupt, opened, toy_model, write_clips
 
 from gura_jax import EmbeddingStore, Member, System, checkpoint, load_model
 from gura_jax.audio import load_audio
@@ -574,16 +574,7 @@ def test_a_small_disk_and_one_that_cannot_be_written(clips: Path, tmp_path: Path
 
 def test_an_interruption_keeps_what_is_finished(clips: Path, whole: Path, tmp_path: Path) -> None:
     run = opened(clips, tmp_path / "out", SMALL)
-    batches = 0
-
-    def report(done: Any) -> None:
-        nonlocal batches
-        batches += 1
-        if batches == 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(run.embed_shards(run.shards, report))
+    interrupt(run, batches=6)
     finished = commit.shard_numbers(tmp_path / "out")
     assert 0 < len(finished) < len(run.shards)
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".tmp"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from reference import relative
+from refusals import refusal, refuses
 
 from gura_jax import (
     AudioError,
@@ -59,13 +60,6 @@ def clips(*lengths: int) -> tuple[np.ndarray, ...]:
 # Loading
 
 
-def refusal(error: type[Exception], system: Any, **options: Any) -> str:
-    with pytest.raises(error) as caught:
-        load_model(system, **options)
-    assert type(caught.value) is error
-    return str(caught.value)
-
-
 @pytest.fixture
 def no_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GURA_JAX_CHECKPOINTS", str(tmp_path / "none"))
@@ -73,7 +67,7 @@ def no_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_unknown_system() -> None:
-    message = refusal(SystemConfigError, "fusion_cat_xcw")
+    message = refusal(SystemConfigError, load_model, "fusion_cat_xcw")
     assert "'fusion_cat_xcw'" in message
     assert "did you mean" in message
     assert "fusion_cat_xwc" in message
@@ -81,65 +75,65 @@ def test_unknown_system() -> None:
 
 @pytest.mark.parametrize(("system", "missing"), [("crepe", "crepe-full"), ("fusion_cat_xwc", "hubert-xlarge")])
 def test_missing_pretrained_weights(no_checkpoints: Path, system: str, missing: str) -> None:
-    message = refusal(CheckpointError, system)
+    message = refusal(CheckpointError, load_model, system)
     assert f"gura-jax convert {missing}" in message
     assert str(no_checkpoints / missing) in message
     assert "weights='random'" in message
 
 
 def test_weights_that_nobody_published(no_checkpoints: Path) -> None:
-    message = refusal(CheckpointError, System("s", (Member("crepe-small"),)))
+    message = refusal(CheckpointError, load_model, System("s", (Member("crepe-small"),)))
     assert "crepe-small" in message
     assert "gura-jax convert" not in message
 
 
 @pytest.mark.parametrize("weights", ["pretrained", {}, {"hubert-xlarge": "some/path"}])
 def test_tiny_has_random_weights_only(no_checkpoints: Path, weights: Any) -> None:
-    message = refusal(SystemConfigError, "fusion_cat_xwc", size="tiny", weights=weights)
+    message = refusal(SystemConfigError, load_model, "fusion_cat_xwc", size="tiny", weights=weights)
     assert "size='tiny'" in message
     assert "weights='random'" in message
 
 
 @pytest.mark.parametrize("size", ["small", "Tiny", 1, True, ""])
 def test_unknown_size(size: Any) -> None:
-    message = refusal(SystemConfigError, "crepe", weights="random", size=size)
+    message = refusal(SystemConfigError, load_model, "crepe", weights="random", size=size)
     assert "size" in message
     assert repr(size) in message
 
 
 def test_weights_of_an_unknown_member() -> None:
-    message = refusal(SystemConfigError, "fusion_cat_xwc", weights={"hubert-xlage": "a"})
+    message = refusal(SystemConfigError, load_model, "fusion_cat_xwc", weights={"hubert-xlage": "a"})
     assert "'hubert-xlage'" in message
     assert "hubert-xlarge" in message
 
 
 @pytest.mark.parametrize("weights", ["radnom", "some/path", None, 5, ["random"], Path("a")])
 def test_weights_that_are_none(weights: Any) -> None:
-    message = refusal(SystemConfigError, CREPE, weights=weights)
+    message = refusal(SystemConfigError, load_model, CREPE, weights=weights)
     assert "weights" in message
     assert repr(weights) in message
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none", str(tmp_path / "none")):
-        message = refusal(CheckpointError, CREPE, weights={"pitch": path})
+        message = refusal(CheckpointError, load_model, CREPE, weights={"pitch": path})
         assert str(tmp_path / "none") in message
         assert "'pitch'" in message
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint.MANIFEST in refusal(CheckpointError, CREPE, weights={"pitch": tmp_path})
+    assert checkpoint.MANIFEST in refusal(CheckpointError, load_model, CREPE, weights={"pitch": tmp_path})
 
 
 def test_an_unknown_way_to_use_devices() -> None:
     """When the model is loaded, and not with its first batch."""
     way: Any = "xmap"
-    message = refusal(SystemConfigError, CREPE, weights="random", parallel_by=way)
+    message = refusal(SystemConfigError, load_model, CREPE, weights="random", parallel_by=way)
     assert "'xmap'" in message
 
 
 def test_no_devices() -> None:
-    assert "devices" in refusal(SystemConfigError, CREPE, weights="random", devices=[])
+    assert "devices" in refusal(SystemConfigError, load_model, CREPE, weights="random", devices=[])
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +174,14 @@ def test_a_members_own_weights_come_before_what_is_asked_for(crepe_checkpoint: P
 
 
 def test_a_checkpoint_of_another_architecture(crepe_checkpoint: Path) -> None:
-    message = refusal(CheckpointError, System("s", (Member("crepe-full"),)), weights={"crepe-full": crepe_checkpoint})
+    message = refusal(
+        CheckpointError, load_model, System("s", (Member("crepe-full"),)), weights={"crepe-full": crepe_checkpoint}
+    )
     assert "capacity: expected full, found tiny" in message
     assert str(crepe_checkpoint) in message
-    message = refusal(CheckpointError, System("s", (Member("hubert-base"),)), weights={"hubert-base": crepe_checkpoint})
+    message = refusal(
+        CheckpointError, load_model, System("s", (Member("hubert-base"),)), weights={"hubert-base": crepe_checkpoint}
+    )
     assert "model_type: expected hubert, found crepe" in message
 
 
@@ -217,14 +215,16 @@ def test_a_hugging_face_folder(hugging_face: Path) -> None:
 
 
 def test_hugging_face_folders_that_are_wrong(hugging_face: Path, tmp_path: Path) -> None:
-    message = refusal(CheckpointError, System("s", (Member("hubert-base"),)), weights={"hubert-base": hugging_face})
+    message = refusal(
+        CheckpointError, load_model, System("s", (Member("hubert-base"),)), weights={"hubert-base": hugging_face}
+    )
     assert "hidden_size: expected 768, found 16" in message
     (tmp_path / "config.json").write_text("{")
-    assert "config.json" in refusal(SystemConfigError, System("s", (Member(str(tmp_path)),)))
+    assert "config.json" in refusal(SystemConfigError, load_model, System("s", (Member(str(tmp_path)),)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert "bert" in refusal(SystemConfigError, System("s", (Member(str(tmp_path)),)))
+    assert "bert" in refusal(SystemConfigError, load_model, System("s", (Member(str(tmp_path)),)))
     (tmp_path / "config.json").write_text((hugging_face / "config.json").read_text())
-    assert "no weights" in refusal(ConversionError, System("s", (Member(str(tmp_path)),)))
+    assert "no weights" in refusal(ConversionError, load_model, System("s", (Member(str(tmp_path)),)))
 
 
 def test_repr_marks_random_weights() -> None:
@@ -250,14 +250,10 @@ def test_members_of_one_kind_have_weights_of_their_own() -> None:
 
 
 def refused(audio: Any, system: System = CREPE, *, scenes_only: bool = False) -> str:
-    if not scenes_only:
-        with pytest.raises(AudioError):
-            model(system).timestamp_embeddings(audio)
-    with pytest.raises(AudioError):
-        model(system).scene_embeddings(audio)
-    with pytest.raises(AudioError) as caught:
-        model(system).embed(audio)
-    return str(caught.value)
+    calls = model(system).embed, model(system).scene_embeddings, model(system).timestamp_embeddings
+    messages = {refusal(AudioError, call, audio) for call in (calls[:2] if scenes_only else calls)}
+    assert len(messages) == 1
+    return messages.pop()
 
 
 GOOD = np.zeros(400, np.float32)
@@ -340,7 +336,7 @@ def test_groups_of_frames_interleaved_in_time() -> None:
     """Every clip has 1024 frames of each member."""
     assert model(FIVE_IN_TIME).min_scene_samples == 400
     assert np.isfinite(model(FIVE_IN_TIME).scene_embeddings([clips(400)[0]])).all()
-    with pytest.raises(SystemConfigError, match="2048 frames"):
+    with refuses(SystemConfigError, "2048 frames"):
         dataclasses.replace(FIVE_IN_TIME, scene_groups=2049)
 
 
@@ -547,25 +543,24 @@ def test_states_as_numpy_has_them() -> None:
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
 def test_wrong_batch_size(batch_size: Any) -> None:
-    with pytest.raises(SystemConfigError, match="batch_size: expected a positive number"):
+    with refuses(SystemConfigError, "batch_size: expected a positive number"):
         model(FUSED).embed(clips(1600), batch_size=batch_size)
 
 
 @pytest.mark.parametrize("states", [(), (4,), (-5,), (0, 4), (1.0,), ("0",), "all", (None,), 2])
 def test_wrong_hidden_states(states: Any) -> None:
-    with pytest.raises(SystemConfigError, match=r"states: expected integers from 0 to 3") as caught:
+    with refuses(SystemConfigError, "states: expected integers from 0 to 3", repr(states)):
         model(FUSED).hidden_states(clips(1600), states=states)
-    assert repr(states) in str(caught.value)
 
 
 def test_hidden_states_of_no_member() -> None:
-    with pytest.raises(SystemConfigError, match=r"'speach'.*speech"):
+    with refuses(SystemConfigError, "'speach'", "speech"):
         model(FUSED).hidden_states(clips(1600), member="speach")
-    with pytest.raises(SystemConfigError, match=r"pitch"):
+    with refuses(SystemConfigError, "pitch"):
         model(FUSED).hidden_states(clips(1600), member="pitch")
-    with pytest.raises(SystemConfigError, match=r"'pitch'.*hidden states"):
+    with refuses(SystemConfigError, "'pitch'", "hidden states"):
         model(CREPE).hidden_states(clips(1600))
-    with pytest.raises(SystemConfigError, match=r"'only'.*CREPE"):
+    with refuses(SystemConfigError, "'only'", "CREPE"):
         model(SPEECH_ONLY).pitch_activation(clips(1600))
 
 
@@ -584,9 +579,8 @@ def test_pitch_activation() -> None:
 
 @pytest.mark.parametrize("hop", [0, -160, 1.5, "160", None])
 def test_wrong_hops(hop: Any) -> None:
-    with pytest.raises(SystemConfigError, match="hop") as caught:
+    with refuses(SystemConfigError, "hop", repr(hop)):
         model(CREPE).pitch_activation(clips(1600), hop=hop)
-    assert repr(hop) in str(caught.value)
 
 
 def test_silence_and_faint_audio_are_finite() -> None:

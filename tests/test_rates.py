@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from toy import Toy, contents, embedded, opened, toy_model, write_clips
+from reference import relative
+from toy import Toy, contents, embedded, interrupt, opened, toy_model, write_clips
 
 from gura_jax import EmbeddingStore, Member, Model, System, load_model
 from gura_jax.audio import load_audio, resample, resampled_length
@@ -47,10 +48,6 @@ def whole(model: Model, clips: Path, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def distance(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
-
-
 def test_a_models_rate_is_its_members_highest(model: Model) -> None:
     assert (model.sample_rate, model.rates) == (HIGH, (HIGH, LOW))
     assert model.min_scene_samples == 600
@@ -66,20 +63,20 @@ def test_each_member_gets_audio_at_its_own_rate(model: Model, clips: Path, whole
         assert clip.meta["duration"] == len(audio) / HIGH
         out = Toy(HIGH)({}, audio[None], np.array([len(audio)]))
         assert clip.frames is not None
-        assert distance(clip.frames[:, :3], out.frames[0]) < BOUND
+        assert relative(clip.frames[:, :3], out.frames[0]) < BOUND
         low = resample(audio, HIGH, LOW)
         assert len(low) == resampled_length(len(audio), HIGH, LOW)
         out = Toy(LOW)({}, low[None], np.array([len(low)]))
         if out.counts[0] == len(clip.frames):  # else the frames of this member are resampled
-            assert distance(clip.frames[:, 3:], out.frames[0]) < BOUND
+            assert relative(clip.frames[:, 3:], out.frames[0]) < BOUND
 
 
 def test_a_file_and_its_array_give_the_same(model: Model, whole: Path) -> None:
     stored = list(EmbeddingStore(whole))
     arrays = [load_audio(clip.meta["path"], sample_rate=model.sample_rate) for clip in stored]
     for clip, own in zip(stored, model.embed(arrays), strict=True):
-        assert distance(clip.frames, own.frames) < BOUND
-        assert distance(clip.scene, own.scene) < BOUND
+        assert relative(clip.frames, own.frames) < BOUND
+        assert relative(clip.scene, own.scene) < BOUND
         np.testing.assert_allclose(np.asarray(clip.times), np.asarray(own.times))
 
 
@@ -88,22 +85,13 @@ def test_a_clip_does_not_depend_on_its_batch(model: Model, clips: Path, whole: P
     embedded(clips, tmp_path / "out", Settings(timestamps=True, batch_seconds=60), model=model)
     for clip in EmbeddingStore(tmp_path / "out"):
         before = EmbeddingStore(whole)[clip.meta["id"]]
-        assert distance(clip.frames, before.frames) < BOUND
-        assert distance(clip.scene, before.scene) < BOUND
+        assert relative(clip.frames, before.frames) < BOUND
+        assert relative(clip.scene, before.scene) < BOUND
 
 
 def test_interrupted_and_resumed(model: Model, clips: Path, whole: Path, tmp_path: Path) -> None:
     run = opened(clips, tmp_path / "out", SMALL, model=model)
-    batches = 0
-
-    def report(done: Any) -> None:
-        nonlocal batches
-        batches += 1
-        if batches == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(run.embed_shards(run.shards, report))
+    interrupt(run, batches=3)
     assert 0 < len(commit.shard_numbers(tmp_path / "out")) < len(run.shards)
     embedded(clips, tmp_path / "out", SMALL, model=model)
     assert contents(tmp_path / "out") == contents(whole)
@@ -126,7 +114,7 @@ def test_memory_that_does_not_suffice(clips: Path, whole: Path, tmp_path: Path, 
     assert {failure.id for failure in summary.failed} == {f"{rate}/clip-002.wav" for rate in (44_100, HIGH, LOW)}
     assert "no memory for a clip of 1.3 s" in summary.failed[0].reason
     for clip in EmbeddingStore(tmp_path / "out"):
-        assert distance(clip.scene, EmbeddingStore(whole)[clip.meta["id"]].scene) < BOUND
+        assert relative(clip.scene, EmbeddingStore(whole)[clip.meta["id"]].scene) < BOUND
 
 
 @pytest.mark.parametrize("rate", [HIGH, 22_050, 48_000])
@@ -180,7 +168,7 @@ def test_a_rate_above_all_members(tmp_path: Path) -> None:
     (clip,) = EmbeddingStore(tmp_path / "out")
     audio = resample(load_audio(clip.meta["path"], sample_rate=48_000), 48_000, LOW)
     assert (clip.meta["num_samples"], clip.meta["duration"]) == (24_000, 0.5)
-    assert distance(clip.frames, Toy(LOW)({}, audio[None], np.array([len(audio)])).frames[0]) < BOUND
+    assert relative(clip.frames, Toy(LOW)({}, audio[None], np.array([len(audio)])).frames[0]) < BOUND
     assert json.loads((tmp_path / "out" / "run.json").read_text())["system"]["sample_rate"] == 48_000
     other = load_model(dataclasses.replace(system, sample_rate=None))
     with pytest.raises(StoreError, match=r"system\.sample_rate: 48000 then, None now"):

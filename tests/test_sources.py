@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import refusals
 import torch
 import transformers
 from hub_server import COMMIT, HubServer, serve
@@ -28,7 +30,7 @@ from gura_jax import ENCODERS
 from gura_jax.convert import fairseq, read_config, sources
 from gura_jax.convert.conversion import formats
 from gura_jax.convert.sources import Source
-from gura_jax.errors import ConversionError
+from gura_jax.errors import ConversionError, DownloadError
 
 State = dict[str, torch.Tensor]
 
@@ -70,11 +72,8 @@ def assert_holds(source: Source, state: State) -> None:
         np.testing.assert_array_equal(arrays[key], tensor.numpy())
 
 
-def refusal(spec: str | Path) -> str:
-    """The message; anything but a ConversionError fails the test."""
-    with pytest.raises(ConversionError) as caught:
-        open_source(spec)
-    return str(caught.value)
+refusal = functools.partial(refusals.refusal, ConversionError, open_source)
+no_download = functools.partial(refusals.refusal, DownloadError, open_source)
 
 
 def small_state() -> State:
@@ -736,7 +735,8 @@ def test_hub_without_what_is_needed(hub: HubServer) -> None:
 def test_hub_that_refuses(hub: HubServer, status: int, words: str) -> None:
     if status != 404:
         hub.denied["owner/other"] = status
-    message = refusal("owner/other")
+    refuse = no_download if status >= 500 else refusal
+    message = refuse("owner/other")
     assert words in message
     assert hub.endpoint in message
 
@@ -745,7 +745,7 @@ def test_hub_that_is_down(hub: HubServer) -> None:
     torch.save(small_state(), repo_of(hub) / "pytorch_model.bin")
     hub.shutdown()
     hub.server_close()
-    message = refusal("owner/name")
+    message = no_download("owner/name")
     assert f"cannot download owner/name from {hub.endpoint}" in message
     assert f"{hub.endpoint}/owner/name/tree/main" in message
     assert "gura-jax convert FOLDER --name NAME" in message
@@ -769,7 +769,7 @@ def test_hub_connection_that_breaks(hub: HubServer, monkeypatch: pytest.MonkeyPa
     torch.save(small_state(), repo_of(hub) / "pytorch_model.bin")
     hub.cut["pytorch_model.bin"] = 1000
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)  # between its attempts
-    message = refusal("owner/name")
+    message = no_download("owner/name")
     assert "cannot download owner/name" in message
     assert "only a part" in message
     hub.cut.clear()

@@ -78,17 +78,9 @@ def test_a_shard_without_clips_and_one_without_frames(tmp_path: Path) -> None:
     assert check_shard(tmp_path, 1, "r") is not None
 
 
-def test_the_record_is_named_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    replace = os.replace
-
-    def record(source: Path, target: Path) -> None:
-        order.append(target.name)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", record)
+def test_the_record_is_named_last(tmp_path: Path, renamed: list[str]) -> None:
     write(tmp_path)
-    assert order == ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet", "shard-00000.json"]
+    assert renamed == ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet", "shard-00000.json"]
 
 
 @pytest.mark.parametrize("kind", ["scene-00000.npy", "frames-00000.npy", "meta-00000.parquet", "shard-00000.json"])

@@ -1,6 +1,7 @@
 """gura_jax/systems.py: the table of systems, and systems of a user's own."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -44,11 +46,7 @@ def sizes(system: str | System, size: Any = None) -> tuple[int, int]:
     return model.timestamp_embedding_size, model.scene_embedding_size
 
 
-def refusal(system: Any, **options: Any) -> str:
-    """The message of load_model; anything but a SystemConfigError fails the test."""
-    with pytest.raises(SystemConfigError) as caught:
-        load_model(system, **options)
-    return str(caught.value)
+refusal = functools.partial(refusals.refusal, SystemConfigError, load_model)
 
 
 # The table
@@ -115,7 +113,7 @@ def test_lists_are_as_good_as_tuples() -> None:
 
 def test_duplicate_names() -> None:
     pair = (Member("hubert-base"), Member("hubert-base", "mean"))
-    with pytest.raises(SystemConfigError, match=r"'mine'.*'hubert-base'.*name"):
+    with refusals.refuses(SystemConfigError, "'mine'", "'hubert-base'", "name"):
         System("mine", pair)
     named = System("mine", (pair[0], dataclasses.replace(pair[1], name="averaged")))
     assert sizes(named) == (1536, 1536)
@@ -137,15 +135,13 @@ def test_duplicate_names() -> None:
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(SystemConfigError) as caught:
+    with refusals.refuses(SystemConfigError, "mine", *words):
         System(**({"name": "mine", "members": (Member("hubert-base"),)} | fields))
-    for word in ["mine", *words]:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("members", [("hubert-base",), (None,), Member("hubert-base"), 5])
 def test_members_that_are_none(members: Any) -> None:
-    with pytest.raises(SystemConfigError, match="mine"):
+    with refusals.refuses(SystemConfigError, "mine"):
         System("mine", members)
 
 

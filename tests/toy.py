@@ -87,6 +87,23 @@ def embedded(
     return work(opened(inputs, out, settings, **options), worker)
 
 
+def interrupt(run: Run, batches: int) -> None:
+    """Embed a run's shards, and interrupt it as Ctrl-C does once so many batches are done."""
+    done = 0
+
+    def report(_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == batches:
+            raise KeyboardInterrupt
+
+    try:
+        list(run.embed_shards(run.shards, report))
+    except KeyboardInterrupt:
+        return
+    raise AssertionError(f"the run ended with {done} batches, before it was interrupted")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a store, and its content; not files that were set aside."""
     return {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gura_jax import checkpoint
-from gura_jax.audio import PEAK_LIMIT, check_audio, resample, resampled_length
+from gura_jax.audio import PEAK_LIMIT, check_audio, resample, resampled_length, samples_before
 from gura_jax.batching import Batch, bucket_length, pack
 from gura_jax.errors import AudioError, CheckpointError, SystemConfigError, expected
 from gura_jax.files import is_folder
@@ -231,7 +231,7 @@ def _check(
 def _refuse(audio: np.ndarray, model: HearModel, min_samples: int) -> NoReturn:
     """Raise an AudioError that says why audio cannot be embedded; ``min_samples`` is at the model's own rate."""
     clips = check_audio(audio, sample_rate=model.sample_rate)
-    shortest = (min_samples - 1) * model.sample_rate // model.model.sample_rate + 1
+    shortest = samples_before(min_samples, model.sample_rate, model.model.sample_rate)
     raise AudioError(
         f"audio[0]: expected at least {shortest} samples ({1000 * shortest / model.sample_rate:g} ms) for "
         f"{model.model.system.name}, found {len(clips[0])}"
