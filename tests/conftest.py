@@ -29,9 +29,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _memory_is_given_back() -> Iterator[None]:
-    """After each file; else the C library keeps freed memory in pieces, and a process grows to several gigabytes."""
+def _memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each file: its cached models, compiled programs, and what the C library would keep in pieces."""
     yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

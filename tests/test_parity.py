@@ -68,13 +68,7 @@ def failures(found: list[Row]) -> list[str]:
 
 
 # Every kind of encoder, layer choice and combination; the others are made of the same parts, and take minutes.
-DEFAULT = (
-    "hubert_base",
-    "fusion_wav2vec2",
-    "avg_xwc_base",
-    "fusion_cat_xwc",
-    "crepe",
-)
+DEFAULT = ("hubert_base", "fusion_wav2vec2", "fusion_cat_xwc", "crepe")
 
 
 @pytest.mark.usefixtures("shared")
