@@ -1,7 +1,9 @@
 """Attention and other work on long clips, in blocks of time that keep the batch an axis."""
 
+import contextlib
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,60 +38,162 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, platfor
 def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int) -> jax.Array:
     """:func:`attention` of some heads, queries and keys at a time, all clips together: never [T, T] of all heads.
 
-    Where a head's scores do not fit, its softmax runs over blocks of keys (Milakov and Gimelshein, 2018).
+    Where a head's scores do not fit, its softmax runs over blocks of keys (Milakov and Gimelshein, 2018). The gradient
+    computes the scores again, block by block (Dao et al., 2022), so its memory too grows with T, not with its square.
 
     Args:
         q, k, v, mask: as of :func:`attention`.
         score_bytes: scores held at once.
     """
-    B, T, H, K = q.shape
-    q = q * np.asarray(K**-0.5, q.dtype)
-    limit = score_bytes // 4  # float32 scores at once
-    keys = T
-    size = min(T, limit // (B * T))  # queries
-    if size < min(T, FEW_QUERIES):
-        keys = min(T, KEYS_AT_ONCE)
-        size = min(T, QUERIES_AT_ONCE, max(1, limit // (B * keys)))
-    blocks = -(-T // size)
-    size = -(-T // blocks)
-    heads = max(h for h in range(1, H + 1) if H % h == 0 and h <= max(1, limit // (B * size * keys)))
+    q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
+    # The gradient is traced later, perhaps where another precision is the default.
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return _attention(q, k, v, mask, score_bytes, precision)
 
-    def cut(x: jax.Array, size: int) -> jax.Array:
+
+class _Blocks(NamedTuple):
+    """Sizes that attention is computed in."""
+
+    queries: int
+    keys: int
+    heads: int
+
+    @classmethod
+    def of(cls, B: int, T: int, H: int, score_bytes: int) -> "_Blocks":
+        limit = score_bytes // 4  # float32 scores at once
+        keys = T
+        size = min(T, limit // (B * T))
+        if size < min(T, FEW_QUERIES):
+            keys = min(T, KEYS_AT_ONCE)
+            size = min(T, QUERIES_AT_ONCE, max(1, limit // (B * keys)))
+        size = -(-T // -(-T // size))
+        return cls(
+            size, keys, max(h for h in range(1, H + 1) if H % h == 0 and h <= max(1, limit // (B * size * keys)))
+        )
+
+    def cut(self, x: jax.Array, size: int) -> jax.Array:
         """[B, T, H, K] -> [H / heads, T / size, B, heads, size, K]."""
+        B, T, H, K = x.shape
         x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
-        x = x.reshape(B, -1, size, H // heads, heads, K)
-        return x.transpose(3, 1, 0, 4, 2, 5)
+        return x.reshape(B, -1, size, H // self.heads, self.heads, K).transpose(3, 1, 0, 4, 2, 5)
 
-    queries, k, v = cut(q, size), cut(k, keys), cut(v, keys)
-    mask = jnp.pad(mask, ((0, 0), (0, -T % keys))).reshape(B, -1, keys).swapaxes(0, 1)  # [T / keys, B, keys]
+    def cut_mask(self, mask: jax.Array) -> jax.Array:
+        """[B, T] -> [T / keys, B, keys]."""
+        B, T = mask.shape
+        return jnp.pad(mask, ((0, 0), (0, -T % self.keys))).reshape(B, -1, self.keys).swapaxes(0, 1)
+
+
+def _join(x: jax.Array, T: int) -> jax.Array:
+    """[H / heads, n, B, heads, size, K] -> [B, T, H, K]."""
+    groups, n, B, heads, size, K = x.shape
+    return x.transpose(2, 1, 4, 0, 3, 5).reshape(B, n * size, groups * heads, K)[:, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int, precision: str | None
+) -> jax.Array:
+    """Attention of scaled queries."""
+    B, T, H, _ = q.shape
+    cut = _Blocks.of(B, T, H, score_bytes)
+    queries, k, v, mask = cut.cut(q, cut.queries), cut.cut(k, cut.keys), cut.cut(v, cut.keys), cut.cut_mask(mask)
+    groups, blocks = queries.shape[:2]
 
     def block(i: jax.Array, out: jax.Array) -> jax.Array:
         group, part = i // blocks, i % blocks
-        attended = _attend(out[group, part], k[group], v[group], mask)
+        attended, _ = _attend(out[group, part], k[group], v[group], mask)
         return jax.lax.dynamic_update_slice(out, attended[None, None], (group, part, *(jnp.zeros_like(i),) * 4))
 
     # Each block of results takes its queries' place: an array of zeros to fill, as lax.map has, would be made
     # for every layer at the very start.
-    out = jax.lax.fori_loop(0, H // heads * blocks, block, queries)
-    return out.transpose(2, 1, 4, 0, 3, 5).reshape(B, blocks * size, H, K)[:, :T]
+    return _join(jax.lax.fori_loop(0, groups * blocks, block, queries), T)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled queries [B, h, Q, K] over n blocks of keys and values [n, B, h, T, K], mask [n, B, T]: [B, h, Q, K]."""
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention of some scaled queries over n blocks of keys.
+
+    Args:
+        q: [B, h, Q, K].
+        k, v: [n, B, h, T, K].
+        mask: [n, B, T].
+
+    Returns:
+        [B, h, Q, K], and the logarithm [B, h, Q] of the sum of the exponentials of each query's scores.
+    """
 
     def block(carry: tuple[jax.Array, jax.Array, jax.Array], x: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         highest, total, out = carry
         k, v, mask = x
-        scores = jnp.einsum("bhqk,bhtk->bhqt", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+        scores = _scores(q, k, mask)
         new = jnp.maximum(highest, scores.max(axis=-1))
         weights, scale = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
         products = jnp.einsum("bhqt,bhtk->bhqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (new, total * scale + weights.sum(axis=-1), out * scale[..., None] + products), None
 
     start = jnp.full(q.shape[:3], MASKED_SCORE, jnp.float32), jnp.zeros(q.shape[:3], jnp.float32)
-    (_, total, out), _ = jax.lax.scan(block, (*start, jnp.zeros(q.shape, jnp.float32)), (k, v, mask))
-    return (out / total[..., None]).astype(v.dtype)
+    (highest, total, out), _ = jax.lax.scan(block, (*start, jnp.zeros(q.shape, jnp.float32)), (k, v, mask))
+    return (out / total[..., None]).astype(v.dtype), highest + jnp.log(total)
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, h, Q, K], [B, h, T, K], [B, T] -> [B, h, Q, T] float32."""
+    scores = jnp.einsum("bhqk,bhtk->bhqt", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
+
+
+def _attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int, precision: str | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out: Any = _attention(q, k, v, mask, score_bytes, precision)
+    return out, (q, k, v, mask, out)
+
+
+def _attention_backward(
+    score_bytes: int, precision: str | None, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Gradients by the scaled queries, the keys and the values: a block of queries by a block of keys at a time."""
+    q, k, v, mask, out = saved
+    B, T, H, _ = q.shape
+    cut = _Blocks.of(B, T, H, score_bytes)
+    mask = cut.cut_mask(mask)
+    # What each score's gradient has in common along the keys: [B, T, H, 1].
+    common = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    queries = cut.cut(q, cut.queries), cut.cut(gradient, cut.queries), cut.cut(common, cut.queries)
+
+    def group(x: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        queries, k, v = x  # of some heads: [n, B, h, size, K]
+        sums = jax.lax.map(lambda q: _attend(q, k, v, mask)[1], queries[0])  # [n, B, h, Q]
+
+        def keys(by_q: jax.Array, x: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+            k, v, mask = x  # [B, h, T, K], [B, T]
+
+            def some_queries(carry: tuple[jax.Array, jax.Array], x: tuple[jax.Array, ...]) -> Any:
+                by_k, by_v = carry
+                q, gradient, common, sums = x
+                weights = jnp.exp(_scores(q, k, mask) - sums[..., None])  # [B, h, Q, T]
+                by_v += _product("bhqt,bhqk->bhtk", weights.astype(v.dtype), gradient)
+                by_scores = weights * (_product("bhqk,bhtk->bhqt", gradient, v) - common)
+                by_scores = by_scores.astype(k.dtype)
+                by_k += _product("bhqt,bhqk->bhtk", by_scores, q)
+                return (by_k, by_v), _product("bhqt,bhtk->bhqk", by_scores, k)
+
+            start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+            by_keys, by_queries = jax.lax.scan(some_queries, start, (*queries, sums))
+            return by_q + by_queries, by_keys
+
+        by_q, (by_k, by_v) = jax.lax.scan(keys, jnp.zeros(queries[0].shape, jnp.float32), (k, v, mask))
+        return by_q, by_k, by_v
+
+    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+        by_q, by_k, by_v = jax.lax.map(group, (queries, cut.cut(k, cut.keys), cut.cut(v, cut.keys)))
+    return _join(by_q, T).astype(q.dtype), _join(by_k, T).astype(k.dtype), _join(by_v, T).astype(v.dtype), None
+
+
+def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def over_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array, tokens: int) -> jax.Array:
