@@ -17,6 +17,7 @@ class Platform:
             64 times as many.
         scores: bytes of attention scores held at once.
         tokens: in a block of a feed-forward layer.
+        scan_layers: transformer blocks are stacked and scanned, not unrolled.
         fused_attention: cuDNN's attention for bfloat16.
         spectral_crepe: CREPE's convolutions as products in the frequency domain; else directly.
         crepe_frames: in one pass of CREPE.
@@ -31,6 +32,7 @@ class Platform:
     frames: int
     scores: int
     tokens: int
+    scan_layers: bool
     fused_attention: bool
     spectral_crepe: bool
     crepe_frames: int
@@ -40,12 +42,14 @@ class Platform:
     batches_in_flight: int
 
 
-# A CPU is faster with what fits into its caches (benchmarks/README.md), an accelerator with what fills it.
+# A CPU is faster with what fits into its caches (benchmarks/README.md). An accelerator is full with far less than a
+# batch: blocks larger than these only hold more, by its compiler's own figures (docs/accelerators.md).
 _CPU = Platform(
     name="cpu",
     frames=64,
     scores=16 << 20,
     tokens=2048,
+    scan_layers=False,  # each step would copy its block's weights: 14 % of a batch of 200 frames
     fused_attention=False,
     spectral_crepe=True,
     crepe_frames=64,
@@ -56,12 +60,13 @@ _CPU = Platform(
 )
 _GPU = Platform(
     name="gpu",
-    frames=16 * 1024,
-    scores=1 << 30,
-    tokens=1 << 16,
+    frames=1024,
+    scores=1 << 28,
+    tokens=1 << 14,
+    scan_layers=True,  # compiles one block, and holds one block's temporaries
     fused_attention=True,
     spectral_crepe=False,
-    crepe_frames=1024,
+    crepe_frames=512,
     batch_seconds=320,
     share_batch=False,
     overhead_seconds=16,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.encoder import Encoder, Options, Output, frame_mask, masked_mean
+from gura_jax.models.encoder import Encoder, Noise, Options, Output, frame_mask, masked_mean
 
 
 def resample_features(x: jax.Array, size: int) -> jax.Array:
@@ -199,6 +199,12 @@ class FusedMember(NamedTuple):
     config: Any = None  # of its family; None for a member that is an object
     options: Options = Options()
 
+    @property
+    def scene_stride(self) -> int | None:
+        """How many timestamp frames there are for each frame that scenes average; None: they lie elsewhere."""
+        (hop, *others), (scene_hop, *scene_others) = self.encoder.grid, self.scene_encoder.grid
+        return None if others != scene_others or scene_hop % hop else scene_hop // hop
+
 
 class Fusion(NamedTuple):
     """A system, ready to be called."""
@@ -231,6 +237,7 @@ def fuse(
     params: Mapping[str, Any],
     audio: Mapping[int, jax.Array],
     lengths: Mapping[int, jax.Array],
+    noise: Noise | None = None,
 ) -> Embeddings:
     """Embed a padded batch: the one function that is compiled. Pure, and differentiable.
 
@@ -240,26 +247,39 @@ def fuse(
         params: weights of each member, by its name.
         audio: [B, N] float32 by sample rate; samples past a clip's length are ignored.
         lengths: [B] int32 by sample rate, samples in each clip.
+        noise: in training; each member has its own.
     """
     audio = {rate: jnp.where(frame_mask(lengths[rate], x.shape[1]), x, 0.0) for rate, x in audio.items()}
 
     def run(encoders: Mapping[str, Encoder]) -> dict[str, Output]:
-        return {
-            name: encoder(params[name], audio[encoder.sample_rate], lengths[encoder.sample_rate])
-            for name, encoder in encoders.items()
-        }
+        outputs = {}
+        for i, (name, encoder) in enumerate(encoders.items()):
+            batch = params[name], audio[encoder.sample_rate], lengths[encoder.sample_rate]
+            if noise is None:
+                outputs[name] = encoder(*batch)
+            else:
+                own = noise._replace(key=jax.random.fold_in(noise.key, i))
+                outputs[name] = encoder.disturbed(*batch, own)
+        return outputs
 
     def combined(outputs: Mapping[str, Output]) -> tuple[jax.Array, jax.Array]:
         members = [(outputs[m.name].frames, outputs[m.name].counts) for m in fusion.members]
         return combine(members, fusion.combination, fusion.feature_size)
 
     frames = counts = scenes = None
-    own = {m.name: m.scene_encoder for m in fusion.members if m.scene == "frames" and m.scene_encoder is not m.encoder}
+    own = {m.name: m for m in fusion.members if m.scene == "frames" and m.scene_encoder is not m.encoder}
     outputs = run({m.name: m.encoder for m in fusion.members if "frames" in wanted or m.name not in own})
     if "frames" in wanted:
         frames, counts = combined(outputs)
     if "scenes" in wanted:
-        averaged = outputs | run(own)
+        averaged = dict(outputs)
+        for name, member in own.items():  # of the timestamp frames every few, where they are computed
+            stride = member.scene_stride if name in outputs else None
+            if stride is None:
+                averaged |= run({name: member.scene_encoder})
+            else:
+                count = member.scene_encoder.grid.count(lengths[member.encoder.sample_rate])
+                averaged[name] = Output(outputs[name].frames[:, ::stride], count)
         if any(m.scene == "pooled" for m in fusion.members):
             scenes = _combine_clips(fusion, averaged)
         else:

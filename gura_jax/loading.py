@@ -1,5 +1,6 @@
 """``load_model``: from a system's description to encoders and weights on the devices."""
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from gura_jax.files import is_folder, read_json
 from gura_jax.fusion import FusedMember, Fusion
 from gura_jax.model import Model
 from gura_jax.models.checks import check_encoder, check_traced, initial_params
-from gura_jax.models.encoder import DTypeName, Options
+from gura_jax.models.encoder import DTypeName, Options, Remat
 from gura_jax.models.families import (
     ENCODERS,
     build_encoder,
@@ -44,6 +45,7 @@ def load_model(
     dtype: DTypeName = "float32",
     precision: parallel.Precision = "highest",
     platform: str | None = None,
+    remat: Remat | None = None,
 ) -> Model:
     """Load a system.
 
@@ -63,6 +65,8 @@ def load_model(
             CPU CREPE stays in float32.
         precision: of float32 products: ``"highest"``, or ``"default"``, which is TF32 on a GPU and bfloat16 on a TPU.
         platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``: whose sizes and forms to compute by; by default the devices'.
+        remat: ``"layers"``: a gradient computes what lies within a layer or a block of frames again, instead of
+            keeping it.
 
     Raises:
         SystemConfigError: an unknown system, member, encoder or platform.
@@ -82,6 +86,7 @@ def load_model(
     for option, value, choices in (
         ("dtype", dtype, get_args(DTypeName)),
         ("precision", precision, get_args(parallel.Precision)),
+        ("remat", remat, (None, *get_args(Remat))),
     ):
         if value not in choices:
             raise SystemConfigError(f"{option}: {expected(value, choices)}")
@@ -90,7 +95,7 @@ def load_model(
     chosen = member_weights(described, weights)
     mesh = parallel.make_mesh(devices)
     row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
-    fusion = _build_system(described, size, dtype, row)
+    fusion = _build_system(described, size, dtype, row, remat)
     params, sources = {}, {}
     for member, built in zip(described.members, fusion.members, strict=True):
         loaded = _load_weights(member, built, chosen[member.name], size, seed, parallel.replicated(mesh))
@@ -99,17 +104,25 @@ def load_model(
     return Model(described, fusion, params, sources, compilation, dtype, row)
 
 
-def outline(system: str | Path | System, *, size: Size | None = None, platform: str | None = None) -> Model:
-    """A model without weights, for its sizes alone: nothing is loaded, and it embeds nothing.
+def outline(
+    system: str | Path | System,
+    *,
+    size: Size | None = None,
+    platform: str | None = None,
+    dtype: DTypeName = "float32",
+    devices: Sequence[Any] | None = None,
+    remat: Remat | None = None,
+) -> Model:
+    """A model without weights, for its sizes and for compiling: nothing is loaded, and it embeds nothing.
 
     Raises:
         SystemConfigError: an unknown system, member, encoder or platform.
     """
     described = find_system(system)
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(devices)
     row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
-    fusion = _build_system(described, size, "float32", row)
-    return Model(described, fusion, {}, {}, parallel.Compilation(mesh), "float32", row)
+    fusion = _build_system(described, size, dtype, row, remat)
+    return Model(described, fusion, {}, {}, parallel.Compilation(mesh), dtype, row)
 
 
 def member_weights(system: System, weights: Weights) -> dict[str, str]:
@@ -137,23 +150,25 @@ def member_weights(system: System, weights: Weights) -> dict[str, str]:
     return {m.name: str(chosen.get(m.name, m.weights or "pretrained")) for m in system.members}
 
 
-def _build_system(system: System, size: Size | None, dtype: DTypeName, platform: Platform) -> Fusion:
+def _build_system(
+    system: System, size: Size | None, dtype: DTypeName, platform: Platform, remat: Remat | None = None
+) -> Fusion:
     """A system's encoders and how they are combined, without weights."""
-    members = tuple(_build(member, size, dtype, platform) for member in system.members)
+    members = tuple(_build(member, size, dtype, platform, remat) for member in system.members)
     return Fusion(members, system.combination, system.feature_size, system.scene_groups)
 
 
-def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platform) -> FusedMember:
+def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platform, remat: Remat | None) -> FusedMember:
     """A member's encoders, without weights."""
     where = f"member {member.name!r}"
-    options = Options(member.layers, dtype, platform=platform)
+    options = Options(member.layers, dtype, platform=platform, remat=remat)
     if isinstance(member.encoder, str):
         config = find_encoder(member.encoder).config
         config = config.tiny() if size == "tiny" else config
         encoder = scenes = build_encoder(config, options)
         scene_hop = find_family(config.model_type).scene_hop
         if scene_hop is not None and member.scene == "frames":
-            scenes = build_encoder(config, Options(member.layers, dtype, scene_hop, platform))
+            scenes = build_encoder(config, dataclasses.replace(options, hop=scene_hop))
     else:
         if isinstance(member.encoder, type):
             raise SystemConfigError(

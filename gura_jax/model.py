@@ -19,7 +19,7 @@ from gura_jax.audio import check_audio, min_samples, resampled_length, samples_b
 from gura_jax.backend import Platform
 from gura_jax.errors import AudioError, CheckpointError, StoreError, SystemConfigError, expected
 from gura_jax.fusion import COMBINATIONS, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
-from gura_jax.models.encoder import DTypeName, Encoder
+from gura_jax.models.encoder import DTypeName, Encoder, Noise
 from gura_jax.models.families import build_encoder
 from gura_jax.systems import System
 
@@ -182,9 +182,15 @@ class Model:
         call = self._compiled(key, functools.partial(fuse, self.fusion, key))
         return call(self._inputs(), *self._by_rate(audio, lengths))
 
-    def fuse(self, params: Mapping[str, Any], audio: Any, lengths: Any) -> Embeddings:
-        """The same as a pure function of the weights, not compiled: for gradients, ``jax.vmap`` and the like."""
-        return fuse(self.fusion, frozenset({"frames", "scenes"}), params, *self._by_rate(audio, lengths))
+    def fuse(self, params: Mapping[str, Any], audio: Any, lengths: Any, noise: Noise | None = None) -> Embeddings:
+        """The same as a pure function of the weights, not compiled: for gradients, ``jax.vmap`` and the like.
+
+        Args:
+            params: as ``params`` of the model.
+            audio, lengths: as in a call.
+            noise: dropout and masks, in training.
+        """
+        return fuse(self.fusion, frozenset({"frames", "scenes"}), params, *self._by_rate(audio, lengths), noise)
 
     def pad(self, clips: Sequence[np.ndarray | None], rows: int, samples: int) -> batching.Padded:
         """Clips at ``sample_rate`` in one batch for :meth:`__call__`: see :func:`gura_jax.batching.pad`."""

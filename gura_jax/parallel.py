@@ -50,6 +50,36 @@ class Compilation(NamedTuple):
     precision: Precision = PRECISION
 
 
+def batch_program(function: BatchFunction, compilation: Compilation) -> Any:
+    """Build the program of a function over batches that the devices divide, as ``jax.jit`` or ``jax.pmap`` gives it.
+
+    Args:
+        function: see :data:`BatchFunction`.
+        compilation: devices from :func:`make_mesh`; with ``"pmap"`` the batch has a leading axis over the devices.
+
+    Returns:
+        To be called, or lowered and compiled.
+    """
+    mesh, parallel, precision = compilation
+    batch = PartitionSpec("data")
+
+    def precise(params: Any, audio: ByRate, lengths: ByRate) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(params, audio, lengths)
+
+    if parallel == "pmap":
+        return jax.pmap(precise, in_axes=(None, 0, 0), devices=list(mesh.devices.flat))
+    return jax.jit(
+        jax.shard_map(
+            precise,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), batch, batch),
+            out_specs=batch,
+            check_vma=False,  # each shard is by itself; a user's encoder need not say so to jax.lax.scan
+        )
+    )
+
+
 def compile_batch(function: BatchFunction, compilation: Compilation) -> BatchFunction:
     """Compile a function over batches that are sharded across the mesh.
 
@@ -61,32 +91,10 @@ def compile_batch(function: BatchFunction, compilation: Compilation) -> BatchFun
         function: see :data:`BatchFunction`.
         compilation: devices from :func:`make_mesh`; ``"jit"``, or ``"pmap"`` for the older interface.
     """
-    mesh, parallel, precision = compilation
+    mesh, parallel, _ = compilation
+    program = batch_program(function, compilation)
     shapes: set[tuple[tuple[int, ...], ...]] = set()
     devices = mesh.devices.size
-    batch = PartitionSpec("data")
-
-    def precise(params: Any, audio: ByRate, lengths: ByRate) -> Any:
-        with jax.default_matmul_precision(precision):
-            return function(params, audio, lengths)
-
-    if parallel == "pmap":
-        mapped = jax.pmap(precise, in_axes=(None, 0, 0), devices=list(mesh.devices.flat))
-
-        def call(params: Any, audio: ByRate, lengths: ByRate) -> Any:
-            split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (audio, lengths))
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mapped(params, *split))
-
-    else:
-        call = jax.jit(
-            jax.shard_map(
-                precise,
-                mesh=mesh,
-                in_specs=(PartitionSpec(), batch, batch),
-                out_specs=batch,
-                check_vma=False,  # each shard is by itself; a user's encoder need not say so to jax.lax.scan
-            )
-        )
 
     def run(params: Any, audio: ByRate, lengths: ByRate) -> Any:
         size = len(next(iter(audio.values())))
@@ -96,9 +104,11 @@ def compile_batch(function: BatchFunction, compilation: Compilation) -> BatchFun
             shapes.add(shape)
             rate, (rows, samples) = next(iter(audio)), shape[0]
             logger.info("shape %d: compiling for %d clips of %.2f s", len(shapes), rows, samples / rate)
-        if parallel == "jit":
-            audio, lengths = jax.device_put((audio, lengths), NamedSharding(mesh, batch))
-        out = call(params, audio, lengths)
+        if parallel == "pmap":
+            split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (audio, lengths))
+            out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), program(params, *split))
+        else:
+            out = program(params, *jax.device_put((audio, lengths), NamedSharding(mesh, PartitionSpec("data"))))
         return jax.tree.map(lambda x: x[:size], out) if size % devices else out
 
     return run

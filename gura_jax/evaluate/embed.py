@@ -206,6 +206,9 @@ class LayerMeans(Encoder):
     def derive(self, params: Any) -> Params:
         return self.encoder.derive(params)
 
+    def depths(self, params: Any) -> Any:
+        return self.encoder.depths(params)
+
     def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Output:
         names = [f"state {i}" for i in range(self.num_states)]
         states = {name: (x, counts) for name, x, counts in self.encoder.states(params, audio, lengths) if name in names}

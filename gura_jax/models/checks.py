@@ -155,13 +155,15 @@ def _check_outputs(encoder: Encoder, where: str) -> None:
     rng = np.random.default_rng(0)
     clips = [(0.1 * rng.standard_normal(n)).astype(np.float32) for n in lengths]
     initial = initial_params(encoder, jax.random.key(0), where)
-    params = encoder.prepare(initial)
+    params = encoder.prepare(dict(initial))
     check_traced(encoder, params, where)
     for method, found in (("abstract_params", encoder.abstract_params()), ("restore", encoder.restore(params))):
         if not isinstance(found, Mapping) or {k: tuple(v.shape) for k, v in found.items()} != {
             k: tuple(v.shape) for k, v in initial.items()
         }:
             raise SystemConfigError(f"{where}: {method}: expected the names and shapes of init's weights, found others")
+    if set(encoder.depths(params)) != set(params):
+        raise SystemConfigError(f"{where}: depths: expected the names of the weights that are held, found others")
     if not isinstance(encoder.derive(params), Mapping):
         raise SystemConfigError(f"{where}: derive: expected arrays by name, found {encoder.derive(params)!r}")
 

@@ -312,6 +312,7 @@ class CrepeEncoder(ModuleEncoder):
             out = network(frames.reshape(B * size, WINDOW))
             return jax.tree.map(lambda x: x.reshape(B, size, *x.shape[1:]), out)
 
+        block = self.options.rematerialise(block)
         out = jax.lax.map(block, size * jnp.arange(blocks, dtype=jnp.int32))
         # [blocks, B, F, ...] -> [B, T, ...]
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, blocks * size, *x.shape[3:])[:, :T], out)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.core import Tracer
 
 from gura_jax.backend import PLATFORMS, Platform
 from gura_jax.models.layers import Layers
@@ -22,6 +23,9 @@ Params = Mapping[str, jax.Array]
 DType = np.dtype
 DTypeName = Literal["float32", "bfloat16"]
 """Of convolutions and matrix products; norms, softmax and sums are always float32."""
+
+Remat = Literal["layers"]
+"""What a gradient computes again: see :class:`Options`."""
 
 SUM_BLOCK = 256  # frames; sums of a block and of the blocks of a ten-minute clip are then about equally long
 
@@ -51,6 +55,21 @@ class Output(NamedTuple):
     frames: jax.Array  # [B, T, D] float32, finite everywhere; any value past a clip's count
     counts: jax.Array  # [B] int32, frames of each clip
     pooled: jax.Array | None = None  # [B, P] float32, where the architecture has an embedding of the whole clip
+
+
+class Noise(NamedTuple):
+    """What disturbs an encoder in training.
+
+    SpecAugment (Park et al., 2019) as in wav2vec 2.0 (Baevski et al., 2020, Appendix B) masks spans of a clip's frames
+    and features, here with zeros; dropout follows the attention and the feed-forward layer of each block.
+    """
+
+    key: jax.Array
+    dropout: float = 0.0  # share of the values
+    mask_time: float = 0.0  # share of the frames, but for overlaps
+    mask_time_length: int = 10  # frames of a span
+    mask_features: float = 0.0  # share of the features, but for overlaps
+    mask_features_length: int = 64
 
 
 class Encoder(Protocol):
@@ -90,6 +109,10 @@ class Encoder(Protocol):
         """
         ...
 
+    def disturbed(self, params: Any, audio: jax.Array, lengths: jax.Array, noise: Noise) -> Output:
+        """Embed a padded batch with noise, in training; an encoder that has no place for noise ignores it."""
+        return self(params, audio, lengths)
+
     def states(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Iterator[tuple[str, jax.Array, jax.Array]]:
         """Every named part of the computation: (name, value [B, T, ...], counts [B]).
 
@@ -103,12 +126,22 @@ class Encoder(Protocol):
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def prepare(self, params: Any) -> Any:
-        """The weights as they are held on the devices, from a checkpoint's; done once."""
+        """The weights as they are held on the devices, from a checkpoint's; done once.
+
+        It may take the arrays out of ``params``, so that there are never two copies of all of them.
+        """
         return params
 
     def restore(self, params: Any) -> Any:
         """A checkpoint's weights from those that are held: the inverse of :meth:`prepare`."""
         return params
+
+    def depths(self, params: Any) -> Mapping[str, np.ndarray]:
+        """Each held weight's depth: i of the i-th transformer block, from 1; 0 of what comes before.
+
+        Integers that broadcast against the weight, as [L, 1, 1] against the stacked kernels [L, D, D'] of all blocks.
+        """
+        return {name: np.zeros((), np.int32) for name in params}
 
     def derive(self, params: Any) -> Params:
         """Arrays computed from the weights once, instead of in every call; a call without them computes them itself."""
@@ -124,12 +157,20 @@ class Options:
         dtype: of convolutions and matrix products.
         hop: samples between frames, in families with a choice; None: the family's default.
         platform: where it will run.
+        remat: what the gradient computes again instead of keeping it: ``"layers"``, within each transformer block and
+            each block of frames; None: nothing.
     """
 
     layers: Layers = "last"
     dtype: DTypeName = "float32"
     hop: int | None = None
     platform: Platform = PLATFORMS["cpu"]
+    remat: Remat | None = None
+
+    @property
+    def rematerialise(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Applied to the function of a block."""
+        return (lambda function: function) if self.remat is None else jax.checkpoint
 
     @property
     def compute_dtype(self) -> DType:
@@ -179,6 +220,7 @@ class Family:
             :class:`gura_jax.convert.references.Reference`.
         presets: its published encoders, by name.
         scene_hop: samples between the frames that are averaged into scenes, where these are not the timestamp frames.
+            A frame must depend on its place alone, not on the hop.
     """
 
     name: str
@@ -225,7 +267,14 @@ def _functional_of(encoder: "ModuleEncoder") -> Functional:
 
 
 class ModuleEncoder(Encoder):
-    """Base of encoders whose network is an NNX module, ``module(rngs)``; a family's encoder adds sizes and the call."""
+    """Base of encoders whose network is an NNX module, ``module(rngs)``; a family's encoder adds sizes and the call.
+
+    Attributes:
+        blocks: dotted path of the list of transformer blocks, all of one shape; empty: there is none. Where the
+            layers are scanned (by the platform, or with ``remat``), their weights are held stacked, ``encoder.layers.attention.q_proj.kernel [L, D, D]``.
+    """
+
+    blocks: str = ""
 
     def __init__(self, config: Any, options: Options) -> None:
         self.config, self.options = config, options
@@ -245,7 +294,7 @@ class ModuleEncoder(Encoder):
 
     def network(self, params: Params) -> Any:
         """The network with these weights, inside a compiled function."""
-        return _functional_of(self).merge(params)
+        return _functional_of(self).merge(self._unstacked(params))
 
     def init(self, key: jax.Array) -> dict[str, jax.Array]:
         """Random weights."""
@@ -257,16 +306,87 @@ class ModuleEncoder(Encoder):
         """Shape and dtype of every weight in a checkpoint."""
         return _functional_of(self).abstract
 
-    def prepare(self, params: Params) -> Params:
-        """Weights of convolutions and matrix products in ``options.dtype``; the small ones stay as they are."""
-        if self.options.dtype == "float32":
-            return params
-        dtype = self.options.compute_dtype
-        return {name: array.astype(dtype) if name.endswith(".kernel") else array for name, array in params.items()}
+    def prepare(self, params: Any) -> Params:
+        """Weights of convolutions and matrix products in ``options.dtype``, the small ones as they are; stacked."""
+        taken: dict[str, Any] = {}
+        for name in list(params):
+            array = params.pop(name)
+            cast = name.endswith(".kernel") and array.dtype != self.options.compute_dtype
+            taken[name] = array.astype(self.options.compute_dtype) if cast else array
+        if not self._stacks:
+            return taken
+        held: dict[str, Any] = {name: taken.pop(name) for name in list(taken) if self._place(name) is None}
+        while taken:
+            _, name = self._place(next(iter(taken))) or (0, "")
+            rows = [taken.pop(self._name(i, name)) for i in range(self._count)]
+            held[f"{self.blocks}.{name}"] = jnp.stack(rows)
+        return held
 
     def restore(self, params: Params) -> Params:
-        """All weights in float32, which holds bfloat16 exactly."""
-        return {name: array.astype(jnp.float32) for name, array in params.items()}
+        """All weights in float32, which holds bfloat16 exactly; stacked ones as views of arrays on the host."""
+        rows = self._unstacked(params, on_host=True)
+        return {name: array.astype(np.float32, copy=False) for name, array in rows.items()}
+
+    def depths(self, params: Params) -> Mapping[str, np.ndarray]:
+        """Depths by the block that a weight is of."""
+        depths = {}
+        for name in params:
+            place = self._place(name)
+            if self._stacks and name.startswith(f"{self.blocks}."):
+                depths[name] = np.arange(1, self._count + 1, dtype=np.int32).reshape(
+                    -1, *(1,) * (params[name].ndim - 1)
+                )
+            else:
+                depths[name] = np.asarray(0 if place is None else place[0] + 1, np.int32)
+        return depths
+
+    def block_arguments(self, params: Params, others: Any) -> Any:
+        """(weights, others) of each block: a list of them; or stacked, where layers are scanned.
+
+        Args:
+            params: the encoder's held weights.
+            others: a pytree of arrays with a leading axis over the blocks.
+        """
+        inside = f"{self.blocks}."
+        if self._stacks:
+            return {k.removeprefix(inside): v for k, v in params.items() if k.startswith(inside)}, others
+        blocks: list[dict[str, Any]] = [{} for _ in range(self._count)]
+        for name in self.abstract_params():
+            if place := self._place(name):
+                blocks[place[0]][place[1]] = params[name]
+        return [(own, jax.tree.map(lambda x, i=i: x[i], others)) for i, own in enumerate(blocks)]
+
+    @property
+    def _stacks(self) -> bool:
+        # Unrolled, XLA may compute all blocks again at once.
+        return bool(self.blocks) and (self.options.platform.scan_layers or self.options.remat is not None)
+
+    @property
+    def _count(self) -> int:
+        """Number of the blocks."""
+        places = map(self._place, self.abstract_params())
+        return 1 + max((place[0] for place in places if place is not None), default=-1)
+
+    def _place(self, name: str) -> tuple[int, str] | None:
+        """The index of the block that a weight of a checkpoint is of, and its name within; None: of no block."""
+        index, _, rest = name.removeprefix(f"{self.blocks}.").partition(".")
+        return (int(index), rest) if name.startswith(f"{self.blocks}.") and index.isdigit() else None
+
+    def _name(self, index: int, rest: str) -> str:
+        return f"{self.blocks}.{index}.{rest}"
+
+    def _unstacked(self, params: Params, *, on_host: bool = False) -> dict[str, Any]:
+        """The weights by the names of a checkpoint."""
+        if not self._stacks:
+            return dict(params)
+        out: dict[str, Any] = {}
+        for name, array in params.items():
+            if not name.startswith(f"{self.blocks}."):
+                out[name] = array
+                continue
+            rows = np.asarray(array) if on_host and not isinstance(array, Tracer) else array
+            out |= {self._name(i, name.removeprefix(f"{self.blocks}.")): rows[i] for i in range(len(rows))}
+        return out
 
 
 def frame_mask(counts: jax.Array, num_frames: int) -> jax.Array:

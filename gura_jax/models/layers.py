@@ -1,6 +1,6 @@
 """The choice of an encoder's hidden states, and their weighted sum."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -65,6 +65,55 @@ def weighted_sum(states: Iterable[jax.Array], weights: np.ndarray) -> jax.Array:
             total = term if total is None else _add_now(total, term)
     assert total is not None
     return total
+
+
+def sum_of_states(
+    block: Callable[[Any, jax.Array], jax.Array],
+    x: jax.Array,
+    blocks: Any,
+    weights: np.ndarray,
+    finish: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Weighted sum of a transformer's hidden states, of which one is held at a time.
+
+    Args:
+        block: (arguments of a block, state [B, T, D]) -> the next state.
+        x: the first state.
+        blocks: the arguments of each block, as a list; or stacked on a leading axis, and then scanned over.
+        weights: [L + 1], of the states; blocks past the last one that is not zero are not computed.
+        finish: applied to the last state, where it has a weight.
+
+    Returns:
+        [B, T, D].
+    """
+    L = len(weights) - 1
+    if isinstance(blocks, list):
+
+        def states() -> Iterator[jax.Array]:
+            state = x
+            yield state
+            for i, arguments in enumerate(blocks, 1):
+                state = block(arguments, state)
+                yield finish(state) if i == L else state
+
+        return weighted_sum(states(), weights)
+    last = int(np.flatnonzero(weights)[-1])
+    inner = np.where(np.arange(L + 1) < L, weights, np.float32(0))  # the last state is finished first
+
+    def step(carry: tuple[jax.Array, jax.Array | None], of_block: tuple[Any, jax.Array]) -> Any:
+        state, total = carry
+        arguments, weight = of_block
+        state = block(arguments, state)
+        return (state, None if total is None else total + weight * state), None
+
+    start = x, x * inner[0] if inner.any() else None
+    some = blocks if last == L else jax.tree.map(lambda a: a[:last], blocks)
+    (x, total), _ = jax.lax.scan(step, start, (some, jnp.asarray(inner[1 : last + 1])))
+    if not weights[L]:
+        assert total is not None  # of the states that have a weight
+        return total
+    x = finish(x) if weights[L] == 1.0 else finish(x) * weights[L]
+    return x if total is None else total + x
 
 
 def _add_now(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ results never depend on the padding: group norm takes its statistics over each c
 Papers: wav2vec 2.0 (Baevski et al., 2020), HuBERT (Hsu et al., 2021).
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +19,18 @@ from gura_jax.models.attention import attention, over_frames, over_tokens
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
+    Functional,
     ModuleEncoder,
+    Noise,
     Options,
     Output,
     Params,
     Preset,
     frame_mask,
+    functional,
     masked_mean,
 )
-from gura_jax.models.layers import layer_weights, weighted_sum
+from gura_jax.models.layers import layer_weights, sum_of_states
 from gura_jax.models.wav2vec2_config import ACTIVATIONS, Wav2Vec2Config
 
 SAMPLE_RATE = 16_000  # Hz, of all published weights
@@ -101,6 +105,7 @@ class FeatureExtractor(nnx.Module):
 
     def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
         self.window, self.hop, self.block = config.window, config.hop, options.platform.frames
+        self.rematerialise = options.rematerialise
         self.layers = nnx.List(ConvLayer(config, i, options, rngs=rngs) for i in range(len(config.conv_dim)))
 
     def __call__(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,6 +119,7 @@ class FeatureExtractor(nnx.Module):
                 x = layer(x, statistics)
             return x
 
+        layers = self.rematerialise(layers)
         x = over_frames(layers, audio, num_frames, self.window, self.hop, self.block)  # [B, n, F, C]
         x = x.reshape(len(audio), -1, x.shape[-1])[:, :num_frames]
         return x, (lengths - self.window) // self.hop + 1
@@ -134,6 +140,7 @@ class FeatureExtractor(nnx.Module):
             return mask.sum(axis=1, dtype=x.dtype), mean, squares.sum(axis=1)
 
         size = self.block * self.hop // first.stride  # of as many samples as a block of the last layer's frames
+        moments = self.rematerialise(moments)
         count, mean, squares = over_frames(moments, audio, num_frames, first.kernel, first.stride, size)
         total = count.sum(axis=1)[:, None]  # [B, 1], of [B, n]
         overall = (count[:, :, None] * mean).sum(axis=1) / total
@@ -239,6 +246,24 @@ class FeedForward(nnx.Module):
         return over_tokens(some, x, self.tokens)
 
 
+class Dropout(NamedTuple):
+    """Sets a share of the values to zero, and scales the others up."""
+
+    key: jax.Array
+    share: jax.Array  # []
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kept = jax.random.bernoulli(self.key, 1.0 - self.share, x.shape)
+        return jnp.where(kept, x / (1.0 - self.share), 0.0)
+
+
+def _dropouts(dropout: Dropout | None, number: int) -> list[Callable[[jax.Array], jax.Array]]:
+    """Independent ones, or functions that change nothing."""
+    if dropout is None:
+        return [lambda x: x] * number
+    return [Dropout(key, dropout.share) for key in jax.random.split(dropout.key, number)]
+
+
 class EncoderLayer(nnx.Module):
     """A transformer block; layer norm after each part (post-norm) or before it (``do_stable_layer_norm``)."""
 
@@ -249,33 +274,40 @@ class EncoderLayer(nnx.Module):
         self.feed_forward = FeedForward(config, options, rngs=rngs)
         self.final_layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        drop = _dropouts(dropout, 2)
         if self.pre_norm:
-            x = x + self.attention(self.layer_norm(x), mask)
-            return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.layer_norm(x + self.attention(x, mask))
-        return self.final_layer_norm(x + self.feed_forward(x))
+            x = x + drop[0](self.attention(self.layer_norm(x), mask))
+            return x + drop[1](self.feed_forward(self.final_layer_norm(x)))
+        x = self.layer_norm(x + drop[0](self.attention(x, mask)))
+        return self.final_layer_norm(x + drop[1](self.feed_forward(x)))
 
 
 class Transformer(nnx.Module):
     """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
 
-    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Wav2Vec2Config, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
         self.pos_conv_embed = ConvolutionalPositionalEmbedding(config, options, rngs=rngs)
         self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.layers = nnx.List(EncoderLayer(config, options, rngs=rngs) for _ in range(config.num_hidden_layers))
+        self.layers = nnx.List(EncoderLayer(config, options, rngs=rngs) for _ in range(num_blocks))
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
+    def start(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """The first state, from the projected frames."""
         x = jnp.where(mask[:, :, None], x, 0.0)
         x = x + self.pos_conv_embed(x, mask)
-        if not self.pre_norm:
-            x = self.layer_norm(x)
+        return x if self.pre_norm else self.layer_norm(x)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """The last state, from the last block's output."""
+        return self.layer_norm(x) if self.pre_norm else x
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
+        x = self.start(x, mask)
         yield x
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers, 1):
             x = layer(x, mask)
-            last = i == len(self.layers) - 1
-            yield self.layer_norm(x) if self.pre_norm and last else x
+            yield self.finish(x) if i == len(self.layers) else x
 
 
 class Wav2Vec2(nnx.Module):
@@ -284,31 +316,41 @@ class Wav2Vec2(nnx.Module):
     ``dtype`` is that of convolutions and matrix products; norms, softmax, residual sums and hidden states are float32.
     """
 
-    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Wav2Vec2Config, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.feature_extractor = FeatureExtractor(config, options, rngs=rngs)
         self.feature_projection = FeatureProjection(config, options, rngs=rngs)
-        self.encoder = Transformer(config, options, rngs=rngs)
+        self.encoder = Transformer(config, options, num_blocks, rngs=rngs)
 
-    def __call__(self, audio: jax.Array, lengths: jax.Array) -> tuple[Iterator[jax.Array], jax.Array]:
-        """Hidden states, one by one, so that a caller that sums them holds one at a time.
+    def project(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Frames that the transformer takes.
 
         Args:
             audio: [B, N] float32 at 16 kHz.
             lengths: [B] int32, samples in each clip.
 
         Returns:
-            An iterator over L + 1 states [B, T, D]: the transformer's input (after the positional
-            convolution, and the layer norm of post-norm models), then each block's output, in pre-norm models
-            the last after the final layer norm (reference: transformers 4); and counts [B] int32.
+            frames [B, T, D], counts [B] int32 and the mask [B, T] of the frames within each clip.
         """
         x, counts = self.feature_extractor(audio, lengths)
-        return self.encoder(self.feature_projection(x), frame_mask(counts, x.shape[1])), counts
+        return self.feature_projection(x), counts, frame_mask(counts, x.shape[1])
+
+
+def mask_spans(key: jax.Array, shape: tuple[int, int], share: float, length: int) -> jax.Array:
+    """[B, N] True within random spans: each place begins one with a probability of share / length."""
+    begins = jax.random.bernoulli(key, min(1.0, share / length), shape).astype(jnp.int32)
+    begun = jnp.cumsum(begins, axis=1)
+    return begun > jnp.pad(begun, ((0, 0), (length, 0)))[:, : shape[1]]  # within the last so many places
 
 
 class Wav2Vec2Encoder(ModuleEncoder):
-    """HuBERT or wav2vec 2.0 as a member: its chosen layers, combined."""
+    """HuBERT or wav2vec 2.0 as a member: its chosen layers, combined.
+
+    Hidden states are the transformer's input (after the positional convolution, and the layer norm of post-norm
+    models), then each block's output, in pre-norm models the last after the final layer norm (as in transformers 4).
+    """
 
     config: Wav2Vec2Config
+    blocks = "encoder.layers"
 
     def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
         super().__init__(config, options)
@@ -328,30 +370,64 @@ class Wav2Vec2Encoder(ModuleEncoder):
 
     def module(self, rngs: nnx.Rngs) -> Wav2Vec2:
         """The network with fresh weights."""
-        return Wav2Vec2(self.config, self.options, rngs=rngs)
+        return Wav2Vec2(self.config, self.options, self.config.num_hidden_layers, rngs=rngs)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
         """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
-        states, counts = self.network(params)(audio, lengths)
+        return self._embed(params, audio, lengths, None)
+
+    def disturbed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise) -> Output:
+        """The same with masked spans of the projected frames, and dropout in the blocks."""
+        return self._embed(params, audio, lengths, noise)
+
+    def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
+        network = _without_blocks(self).merge(params)
+        x, counts, mask = network.project(audio, lengths)
+        dropouts = None
+        if noise is not None:
+            B, T, D = x.shape
+            by_time, by_feature, by_block = jax.random.split(noise.key, 3)
+            frames = mask_spans(by_time, (B, T), noise.mask_time, noise.mask_time_length)
+            features = mask_spans(by_feature, (B, D), noise.mask_features, noise.mask_features_length)
+            x = jnp.where(frames[:, :, None] | features[:, None, :], 0.0, x)
+            if noise.dropout:
+                keys = jax.random.split(by_block, self.config.num_hidden_layers)
+                dropouts = Dropout(keys, jnp.full(len(keys), noise.dropout, jnp.float32))
+
+        def block(arguments: tuple[Params, Dropout | None], x: jax.Array) -> jax.Array:
+            own, dropout = arguments
+            return _block(self).merge(own)(x, mask, dropout)
+
         weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
-        return Output(weighted_sum(states, weights), counts)
+        x, blocks = network.encoder.start(x, mask), self.block_arguments(params, dropouts)
+        frames = sum_of_states(self.options.rematerialise(block), x, blocks, weights, network.encoder.finish)
+        return Output(frames, counts)
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array
     ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
         """Each convolution's output (whole, not in blocks), the projection, the positional embedding, the states."""
-        network = self.network(params)
+        network: Wav2Vec2 = self.network(params)
         statistics = network.feature_extractor.statistics(audio, lengths)
         x, counts = audio[:, :, None], lengths
         for i, layer in enumerate(network.feature_extractor.layers):
             x, counts = layer(x, statistics), (counts - layer.kernel) // layer.stride + 1
             yield f"convolution {i}", x, counts
-        x, counts = network.feature_extractor(audio, lengths)
-        x, mask = network.feature_projection(x), frame_mask(counts, x.shape[1])
+        x, counts, mask = network.project(audio, lengths)
         yield "projection", x, counts
         yield "positional", network.encoder.pos_conv_embed(x, mask), counts
         for i, state in enumerate(network.encoder(x, mask)):
             yield f"state {i}", state, counts
+
+
+@functools.cache
+def _without_blocks(encoder: Wav2Vec2Encoder) -> Functional:
+    return functional(lambda rngs: Wav2Vec2(encoder.config, encoder.options, 0, rngs=rngs))
+
+
+@functools.cache
+def _block(encoder: Wav2Vec2Encoder) -> Functional:
+    return functional(lambda rngs: EncoderLayer(encoder.config, encoder.options, rngs=rngs))
 
 
 _LARGE: dict[str, Any] = {
