@@ -278,7 +278,7 @@ def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Sha
     Args:
         path: the checkpoint's folder.
         abstract: the arrays that the encoder expects.
-        sharding: where they go, over this process's devices.
+        sharding: where they go; each process reads its own part.
 
     Raises:
         CheckpointError: arrays missing, of other shapes, or damaged; a sharding that does not fit an array.
@@ -304,11 +304,28 @@ def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Sha
     except Exception as error:  # whatever Orbax and TensorStore say of a damaged folder
         shapes = _other_shapes(path, abstract) if "shape" in str(error) else ""
         raise CheckpointError(f"{path} {shapes or f'cannot be read: {_reason(error)}'}; {advice}") from None
-    found = arrays_sha256(arrays)
-    damaged = [name for name in arrays if found[name] != manifest.arrays_sha256[name]]
+    damaged = _damaged(arrays, manifest.arrays_sha256)
     if damaged:
         raise CheckpointError(f"{path} is damaged: {', '.join(damaged[:8])} differ from the manifest; {advice}")
     return arrays
+
+
+def _damaged(arrays: Mapping[str, jax.Array], wanted: Mapping[str, str]) -> list[str]:
+    """Names of the arrays whose hashes are others; of arrays over several processes, each hashes its share."""
+    if all(array.is_fully_addressable or array.is_fully_replicated for array in arrays.values()):
+        found = arrays_sha256(arrays)
+        return [name for name in arrays if found[name] != wanted[name]]
+    from jax.experimental import multihost_utils
+
+    wrong = np.zeros(len(arrays), bool)
+    for i, (name, array) in enumerate(sorted(arrays.items())):
+        assert isinstance(array.sharding, jax.sharding.NamedSharding)  # as _shardings has seen
+        everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+        whole = jax.device_put(array, everywhere)  # one at a time, so that there is room
+        if i % jax.process_count() == jax.process_index():
+            wrong[i] = arrays_sha256({name: whole})[name] != wanted[name]
+    wrong = multihost_utils.process_allgather(wrong).any(axis=0)
+    return [name for name, bad in zip(sorted(arrays), wrong, strict=True) if bad]
 
 
 def _other_shapes(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> str:
@@ -336,9 +353,11 @@ def _shardings(
             )
     if missing := [name for name in abstract if name not in shardings]:
         raise CheckpointError(f"{path}: expected a sharding for every array, found none for {', '.join(missing[:8])}")
-    elsewhere = [s for s in shardings.values() if not (s.is_fully_addressable or s.is_fully_replicated)]
-    if elsewhere:  # no process would have the whole of an array to hash
-        raise CheckpointError(f"{path}: expected shardings over this process's devices, found {_spec(elsewhere[0])}")
+    spread = [s for s in shardings.values() if not (s.is_fully_addressable or s.is_fully_replicated)]
+    if other := [s for s in spread if not isinstance(s, jax.sharding.NamedSharding)]:
+        raise CheckpointError(
+            f"{path}: expected a NamedSharding for what lies on several processes' devices, found {_spec(other[0])}"
+        )
     faults = []
     for name, array in abstract.items():
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
 from gura_jax import checkpoint, parallel
 from gura_jax.backend import Platform, find_platform, platform_of
@@ -42,6 +43,8 @@ def load_model(
     seed: int = 0,
     parallel_by: parallel.Parallel = "jit",
     devices: Sequence[Any] | None = None,
+    mesh: Mesh | None = None,
+    shard: parallel.Shard | None = None,
     dtype: DTypeName = "float32",
     precision: parallel.Precision = "highest",
     platform: str | None = None,
@@ -61,6 +64,10 @@ def load_model(
         seed: of random weights; of each member also by its name.
         parallel_by: ``"jit"`` or ``"pmap"``, over ``devices``.
         devices: by default all local ones.
+        mesh: instead of ``devices``: batches are divided along its axis ``data``; it may be that of several processes,
+            of which each then gives rows of its own.
+        shard: how weights are divided: ``"fsdp"`` along ``data``, ``"tensor"`` along the mesh's axis ``model``; None:
+            each device has a copy.
         dtype: of convolutions and matrix products; norms, softmax and sums, and what comes out, are float32. On a
             CPU CREPE stays in float32.
         precision: of float32 products: ``"highest"``, or ``"default"``, which is TF32 on a GPU and bfloat16 on a TPU.
@@ -86,21 +93,27 @@ def load_model(
     for option, value, choices in (
         ("dtype", dtype, get_args(DTypeName)),
         ("precision", precision, get_args(parallel.Precision)),
-        ("remat", remat, (None, *get_args(Remat))),
+        ("remat", remat, get_args(Remat)),
+        ("shard", shard, get_args(parallel.Shard)),
     ):
-        if value not in choices:
+        unset = value is None and option in ("remat", "shard")
+        if not unset and value not in choices:
             raise SystemConfigError(f"{option}: {expected(value, choices)}")
     if size not in (None, "tiny"):
         raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
     chosen = member_weights(described, weights)
-    mesh = parallel.make_mesh(devices)
+    if mesh is not None and devices is not None:
+        raise SystemConfigError("devices, mesh: expected one of them, found both")
+    mesh = parallel.check_mesh(parallel.make_mesh(devices) if mesh is None else mesh, parallel_by, shard)
     row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
     fusion = _build_system(described, size, dtype, row, remat)
     params, sources = {}, {}
     for member, built in zip(described.members, fusion.members, strict=True):
-        loaded = _load_weights(member, built, chosen[member.name], size, seed, parallel.replicated(mesh))
+        abstract = built.encoder.abstract_params()
+        shardings = parallel.weight_shardings(built.encoder, abstract, mesh, shard)
+        loaded = _load_weights(member, built, chosen[member.name], size, seed, shardings)
         params[member.name], sources[member.name] = loaded.params, loaded.source
-    compilation = parallel.Compilation(mesh, parallel_by, precision)
+    compilation = parallel.Compilation(mesh, parallel_by, precision, shard)
     return Model(described, fusion, params, sources, compilation, dtype, row)
 
 
@@ -195,7 +208,7 @@ def _load_weights(
     weights: str,
     size: Size | None,
     seed: int,
-    sharding: jax.sharding.Sharding,
+    shardings: dict[str, NamedSharding],
 ) -> _Loaded:
     encoder = built.encoder
     # By name, so that a member has the same random weights in every system.
@@ -203,11 +216,11 @@ def _load_weights(
     if not isinstance(member.encoder, str):
         if weights not in ("pretrained", "random"):
             raise SystemConfigError(f"member {member.name!r} brings its own weights: {weights} is of no use to it")
-        params = encoder.prepare(jax.device_put(initial_params(encoder, key, f"member {member.name!r}"), sharding))
+        params = encoder.prepare(_place(initial_params(encoder, key, f"member {member.name!r}"), shardings))
         check_traced(encoder, params, f"member {member.name!r}")
         return _Loaded(params, {"source": f"given as {type(member.encoder).__qualname__}"})
     if weights == "random":
-        params = jax.device_put(encoder.init(key), sharding)
+        params = _place(encoder.init(key), shardings)
         return _Loaded(encoder.prepare(params), {"source": "random", "seed": seed})
     if size == "tiny" and built.config != find_encoder(member.encoder).config:
         raise SystemConfigError(
@@ -220,13 +233,18 @@ def _load_weights(
 
         arrays, manifest = convert(where)
         checkpoint.check_architecture(member.name, built.config, manifest.architecture, str(where))
-        # One by one, so that there are never two copies of all of them.
-        params = {name: jax.device_put(arrays.pop(name), sharding) for name in list(arrays)}
+        params = _place(arrays, shardings)
     else:
         manifest = checkpoint.read_manifest(where)
         checkpoint.check_architecture(member.name, built.config, manifest.architecture, str(where))
-        params = checkpoint.load(where, encoder.abstract_params(), sharding)
+        params = checkpoint.load(where, encoder.abstract_params(), shardings)
     return _Loaded(encoder.prepare(params), {"source": manifest.source, "fingerprint": manifest.fingerprint})
+
+
+def _place(params: Any, shardings: Mapping[str, NamedSharding]) -> dict[str, Any]:
+    """Put weights on their devices, one by one, so that there are never two copies of all of them."""
+    params = dict(params)
+    return {name: jax.device_put(params.pop(name), shardings[name]) for name in list(params)}
 
 
 def find_weights(member: Member, weights: str) -> Path | str:

@@ -135,13 +135,13 @@ class Model:
                 raise SystemConfigError(f"params: {name}: expected {list(own.shape)}, found {list(np.shape(new))}")
         mesh = self.compilation.mesh
 
-        def placed(leaf: Any) -> Any:
+        def placed(leaf: Any, own: Any) -> Any:
             there = isinstance(leaf, jax.Array) and (
                 isinstance(leaf, Tracer) or leaf.sharding.device_set == set(mesh.devices.flat)
             )
-            return leaf if there else jax.device_put(leaf, parallel.replicated(mesh))
+            return leaf if there else jax.device_put(leaf, own.sharding)
 
-        return self.tree_unflatten(self._static, (jax.tree.map(placed, params),))
+        return self.tree_unflatten(self._static, (jax.tree.map(placed, params, self.params),))
 
     @property
     def weights(self) -> Mapping[str, Mapping[str, Any]]:
@@ -367,6 +367,8 @@ class Model:
         for name in (m.name for m in self.fusion.members):
             if name == checkpoint.SAVED_SYSTEM or not files.is_plain_name(name):
                 raise SystemConfigError(f"member {name!r}: expected the name of a folder to save it in, found another")
+        if parallel.is_several_processes(self.compilation.mesh):
+            raise SystemConfigError("a model on the devices of several processes: expected one process to save it from")
         folder = Path(path)
         files.recover_folder(folder)
         if folder.exists() and not overwrite:
@@ -455,7 +457,7 @@ class Model:
         for packed in batching.pack(
             [len(clip) for clip in clips],
             batch_size,
-            self.compilation.mesh.size,
+            self.compilation.batch_devices,
             platform=self.platform,
             sample_rate=self.sample_rate,
         ):

@@ -236,12 +236,14 @@ def test_a_sharding_that_is_none(tmp_path: Path, sharding: Any) -> None:
 
 
 def test_devices_of_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process has such an array whole: its hash could not be checked."""
+    """A mesh says how the processes put an array together, to hash it; see test_sharding.py for real ones."""
     params = shaped()
     save(tmp_path / "mine", params, manifest(params))
-    monkeypatch.setattr(NamedSharding, "is_fully_addressable", False)
-    message = refusal(lambda: load(tmp_path / "mine", outlines(params), SHARDINGS["axis 0"]))
-    assert "expected shardings over this process's devices, found PartitionSpec('x',) over {'x': 8}" in message
+    for name in ("is_fully_addressable", "is_fully_replicated"):
+        monkeypatch.setattr(jax.sharding.SingleDeviceSharding, name, False)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    message = refusal(lambda: load(tmp_path / "mine", outlines(params), sharding))
+    assert "expected a NamedSharding for what lies on several processes' devices, found SingleDevice" in message
 
 
 @pytest.mark.parametrize("how", SHARDINGS)

@@ -117,7 +117,7 @@ def batch_seconds(model: Model, settings: Settings) -> float:
     """Return the seconds of audio that are computed at once, on all devices together."""
     if settings.batch_seconds is not None:
         return settings.batch_seconds
-    devices = 1 if model.platform.share_batch else model.compilation.mesh.size
+    devices = 1 if model.platform.share_batch else model.compilation.batch_devices
     return float(model.platform.batch_seconds * devices)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gura_jax.convert.crepe import KEYS
 from gura_jax.errors import SystemConfigError
@@ -101,9 +102,12 @@ def spectrum(kernel: jax.Array, positions: int, shape: LayerShape) -> jax.Array:
         parts = [jnp.tensordot(matrix, kernel, 1, precision="highest") for matrix in matrices]
         return jnp.concatenate(parts, axis=-1)
     kernel = jnp.asarray(kernel)
-    host = np.asarray(kernel.addressable_data(0), np.float64)  # replicated
+    whole = kernel.sharding
+    if isinstance(whole, NamedSharding):  # perhaps divided, along an axis that the spectrum does not share
+        whole = NamedSharding(whole.mesh, PartitionSpec())
+    host = np.asarray(jax.device_put(kernel, whole).addressable_data(0), np.float64)
     filters = [np.tensordot(f(angle), host, 1).astype(np.float32) for f in (np.cos, np.sin)]
-    return jax.device_put(np.concatenate(filters, axis=-1), kernel.sharding)
+    return jax.device_put(np.concatenate(filters, axis=-1), whole)
 
 
 class ConvLayer(nnx.Module):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gura_jax.backend import PLATFORMS, Platform
 from gura_jax.models.layers import Layers
@@ -86,6 +88,8 @@ class Encoder(Protocol):
         num_states: hidden states that ``layers`` may choose from; 0: there is no choice.
         pooled_size: P, the size of ``Output.pooled``; 0: it has none.
         parts: the names that :meth:`states` yields, in order.
+        partition: pattern of weights' names -> the axis, counted from the end, that several devices share when each
+            computes a part of a layer; others have a copy of what no pattern matches.
     """
 
     sample_rate: int
@@ -94,6 +98,7 @@ class Encoder(Protocol):
     num_states: int = 0
     pooled_size: int = 0
     parts: tuple[str, ...] = ("frames",)
+    partition: Mapping[str, int] = MappingProxyType({})
 
     def init(self, key: jax.Array) -> Params:
         """Random weights, as a checkpoint holds them."""
@@ -271,7 +276,8 @@ class ModuleEncoder(Encoder):
 
     Attributes:
         blocks: dotted path of the list of transformer blocks, all of one shape; empty: there is none. Where the
-            layers are scanned (by the platform, or with ``remat``), their weights are held stacked, ``encoder.layers.attention.q_proj.kernel [L, D, D]``.
+            layers are scanned (by the platform, or with ``remat``), their weights are held stacked:
+            ``encoder.layers.attention.q_proj.kernel`` [L, D, D].
     """
 
     blocks: str = ""
@@ -319,7 +325,7 @@ class ModuleEncoder(Encoder):
         while taken:
             _, name = self._place(next(iter(taken))) or (0, "")
             rows = [taken.pop(self._name(i, name)) for i in range(self._count)]
-            held[f"{self.blocks}.{name}"] = jnp.stack(rows)
+            held[f"{self.blocks}.{name}"] = _stack(rows)
         return held
 
     def restore(self, params: Params) -> Params:
@@ -332,7 +338,7 @@ class ModuleEncoder(Encoder):
         depths = {}
         for name in params:
             place = self._place(name)
-            if self._stacks and name.startswith(f"{self.blocks}."):
+            if self._stacks and place is None and name.startswith(f"{self.blocks}."):
                 depths[name] = np.arange(1, self._count + 1, dtype=np.int32).reshape(
                     -1, *(1,) * (params[name].ndim - 1)
                 )
@@ -387,6 +393,15 @@ class ModuleEncoder(Encoder):
             rows = np.asarray(array) if on_host and not isinstance(array, Tracer) else array
             out |= {self._name(i, name.removeprefix(f"{self.blocks}.")): rows[i] for i in range(len(rows))}
         return out
+
+
+def _stack(rows: list[Any]) -> Any:
+    """Stack arrays on a new axis, on the devices that have them, and in the same parts."""
+    sharding = None if isinstance(rows[0], Tracer) else getattr(rows[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return jnp.stack(rows)
+    stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jax.jit(jnp.stack, out_shardings=stacked)(rows)
 
 
 def frame_mask(counts: jax.Array, num_frames: int) -> jax.Array:

@@ -7,6 +7,7 @@ Papers: wav2vec 2.0 (Baevski et al., 2020), HuBERT (Hsu et al., 2021).
 
 import functools
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -351,6 +352,15 @@ class Wav2Vec2Encoder(ModuleEncoder):
 
     config: Wav2Vec2Config
     blocks = "encoder.layers"
+    # Heads and inner features are divided; the products that bring them together again are summed over the devices.
+    partition = MappingProxyType(
+        {
+            r"encoder\.layers\..*[qkv]_proj\.(kernel|bias)": -1,
+            r"encoder\.layers\..*out_proj\.kernel": -2,
+            r"encoder\.layers\..*intermediate_dense\.(kernel|bias)": -1,
+            r"encoder\.layers\..*output_dense\.kernel": -2,
+        }
+    )
 
     def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
         super().__init__(config, options)
