@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: install demo evaluate-demo test test-full test-hear test-page bench bench-long bench-collection bench-evaluate check format clean
+.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page bench bench-gpu bench-long bench-collection bench-evaluate check format clean
 
 install: .venv/installed
 
@@ -15,7 +15,17 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[convert,evaluate,plot,ray,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tpu "$$($(BIN)/python -c "$$LIBTPU")" || \
+		echo "no libtpu for this machine: what it compiles for TPUs is not tested"
 	touch $@
+
+# The TPU's compiler that this JAX asks for (200 MB), beside the packages: among them JAX would look for a TPU at every
+# start, and say at length that it finds none.
+define LIBTPU
+from importlib.metadata import requires
+print(next(line.split(";")[0].strip() for line in requires("jax") if line.startswith("libtpu")))
+endef
+export LIBTPU
 
 demo: install
 	$(BIN)/python examples/demo.py
@@ -43,6 +53,20 @@ test-page: install
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || $(call debian,chromium chromium-driver)
 	$(BIN)/python -m pytest -m page
 
+# Every system at full size by the compilers of accelerators, which need not be here: see docs/accelerators.md.
+test-tpu: install
+	$(BIN)/python -m pytest -m tpu
+
+test-gpu: .venv-gpu/installed
+	.venv-gpu/bin/python -m pytest -m gpu tests/test_compiling.py
+
+# In an environment of its own, as the wheels for CUDA take five gigabytes.
+.venv-gpu/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable '.[cuda]' 'pytest>=9.0'
+	touch $@
+
 # HEAR's own validator and evaluation kit on every system, in an environment of their own: twenty minutes on two cores.
 test-hear: .venv-hear/installed
 	.venv-hear/bin/python tests/hear/run.py
@@ -58,16 +82,21 @@ test-hear: .venv-hear/installed
 	touch $@
 
 # Beside PyTorch, with the same weights: an hour or so, 12 GB of memory, 18 GB of disk. Nothing else should run.
-bench: install benchmarks/.flax/installed
+bench: install benchmarks/.flax/installed benchmarks/.peers/installed
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu
-	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu-peers --systems fusion_wav2vec2 crepe-tiny \
-		--workloads 4x4 --peers compile bfloat16 flax --flax-path benchmarks/.flax
+	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu-peers --systems fusion_wav2vec2 hubert-base crepe-tiny \
+		--workloads 4x4 --peers compile bfloat16 onnx openvino openvino-bfloat16 flax
 	$(BIN)/python benchmarks/choices.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/gura-jax convert crepe-full
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/hear_stream.py --out benchmarks/results/cpu-hear.md
+
+# On one GPU beside PyTorch, in eight minutes: needs jax, flax, torch, transformers and numpy in $(PYTHON), nothing else.
+bench-gpu:
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
+	$(PYTHON) benchmarks/gpu.py
 
 # Ten minutes of audio through fusion_cat_xwc, whole: about half an hour on two cores.
 bench-long: install
@@ -85,6 +114,11 @@ bench-evaluate: install .venv-hear/installed
 	$(BIN)/python tests/hear/tasks.py benchmarks/.tasks
 	$(BIN)/python benchmarks/evaluate.py --kit .venv-hear/bin/python --tasks benchmarks/.tasks --seeds 5
 
+# Other runtimes, apart from what is installed: none of them is a dependency.
+benchmarks/.peers/installed: benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target benchmarks/.peers --requirement benchmarks/peers.txt
+	touch $@
+
 # The last transformers with Flax models, beside the one that is installed.
 benchmarks/.flax/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --target benchmarks/.flax \
@@ -101,4 +135,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-hear demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-gpu .venv-hear demo build dist *.egg-info .pytest_cache .ruff_cache

@@ -25,6 +25,8 @@ import work
 from run import machine
 from torch_recipe import random_weights
 
+from gura_jax import ENCODERS
+
 HERE = Path(__file__).parent
 SYSTEMS = ("crepe-tiny", "crepe", "hubert-base")
 SHORTEST, LONGEST = 0.5, 30.0  # seconds
@@ -78,7 +80,7 @@ def recipe(system: str, weights: Path, folder: Path, shapes: list[str]) -> Calla
 
     torch.set_num_threads(os.cpu_count() or 1)
     case = work.CASES[system]
-    found = Recipe(case, {str(m.encoder): weights / str(m.encoder) for m in case.members}, "eager")
+    found = Recipe.load(case, {m.name: weights / str(m.encoder) for m in case.members}, "eager")
     return lambda clip: found.timestamp_embeddings([clip])[0]
 
 
@@ -111,7 +113,7 @@ def measure(system: str, weights: Path, clips: int) -> str:
     """A row of the table."""
     (member,) = work.CASES[system].members
     if not (weights / str(member.encoder)).exists():
-        random_weights(str(member.encoder), weights / str(member.encoder))
+        random_weights(ENCODERS[str(member.encoder)].config, weights / str(member.encoder))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names = ("gura_jax", "pytorch")

@@ -32,14 +32,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=HERE / ".weights")
     arguments = parser.parse_args()
     weights = folders(arguments.weights, arguments.system)
-    for encoder, path in weights.items():
-        if not path.exists():
-            random_weights(encoder, path)
     system = work.CASES[arguments.system]
+    for config, path in zip(work.configs(system), weights.values(), strict=True):
+        if not path.exists():
+            random_weights(config, path)
     about = machine()
     print(f"{about['date']}; {about['machine']}; jax {about['versions']['jax']}; {system.name}, float32")
-    names = {member.name: str(weights[str(member.encoder)]) for member in system.members}
-    model = load_model(system, weights=names)
+    model = load_model(system, weights=weights)
     print(
         f"loaded: {resident() / 2**30:.2f} GiB\n\n| seconds | time, s | peak, GiB | frames |\n|---|---|---|---|",
         flush=True,
@@ -56,7 +55,7 @@ def main() -> None:
         clip = work.voice(arguments.plain, 0)
         frames = model.timestamp_embeddings([clip])[0][0]
         PLATFORMS[model.platform.name] = dataclasses.replace(model.platform, **EVERYTHING)
-        plain = load_model(system, weights=names).timestamp_embeddings([clip])[0][0]
+        plain = load_model(system, weights=weights).timestamp_embeddings([clip])[0][0]
         distance = np.linalg.norm(frames - plain) / np.linalg.norm(plain)
         print(f"\n{arguments.plain:g} s, in blocks and at once: relative distance {distance:.1e}")
 

@@ -1,9 +1,9 @@
-"""Embedding speed and memory: gura_jax beside PyTorch (and transformers' Flax), with the same weights.
+"""Embedding speed and memory: gura_jax beside PyTorch and other runtimes, with the same weights.
 
 python benchmarks/run.py [--systems ...] [--workloads ...] [--peers ...] [--rounds 3] [--out benchmarks/results/NAME]
 
 Each contender has a process of its own and all cores; two at a time, they take turns in one run. Writes NAME.json
-and NAME.md. Needs jax, flax, torch, transformers and numpy alone.
+and NAME.md. Needs jax, flax, torch, transformers and numpy alone, but for the peers that have packages of their own.
 """
 
 import argparse
@@ -17,37 +17,33 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import work
+from peers import HERE, MATRIX, PEERS, Peer
 from torch_recipe import random_weights
 
-HERE = Path(__file__).parent
-PEERS = ("eager", "compile", "bfloat16", "flax")
-PRODUCTS = 5  # matrix products a round; the fastest of all is the machine's rate
-SAME = {"bfloat16": 0.2}  # relative distance of the frames, over which two contenders did not do the same work
-SAME_FLOAT32 = 1e-4
+import gura_jax
+
+PRODUCTS = 5  # matrix products a round of a contender; the fastest of the run is the machine's rate
 
 
 class Contender:
     """A worker process; see worker.py."""
 
-    def __init__(self, peer: str, system: str, weights: Path, flax_path: Path | None) -> None:
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        if peer == "flax":
-            environment["PYTHONPATH"] = str(flax_path)
+    def __init__(self, name: str, system: str, weights: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "worker.py", peer, system, weights],
+            [sys.executable, HERE / "worker.py", name, system, weights],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("VERBOSE") else subprocess.DEVNULL,
+            stderr=_output(),
             text=True,
-            env=environment,
+            env=_environment(PEERS.get(name)),
         )
-        self.peer = peer
+        self.name = name
         self.loaded = self._answer()
 
     def ask(self, *words: object) -> dict[str, float]:
@@ -59,16 +55,30 @@ class Contender:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.peer} stopped with exit code {self.process.wait()}: set VERBOSE=1 to see why")
+            raise RuntimeError(f"{self.name} stopped with exit code {self.process.wait()}: set VERBOSE=1 to see why")
         return json.loads(line)
 
 
+def _output() -> int | None:
+    """Where what contenders print goes."""
+    return None if os.environ.get("VERBOSE") else subprocess.DEVNULL
+
+
+def _environment(peer: Peer | None) -> dict[str, str]:
+    """For a process of ours (None), or of a peer's with its own packages."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    if peer is not None and peer.package is not None:
+        paths = [str(peer.package.folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
 @contextlib.contextmanager
-def contenders(peers: list[str], system: str, weights: Path, flax_path: Path | None) -> Iterator[list[Contender]]:
+def contenders(names: Sequence[str], system: str, weights: Path) -> Iterator[list[Contender]]:
     started: list[Contender] = []
     try:
-        for peer in peers:
-            started.append(Contender(peer, system, weights, flax_path))
+        for name in names:
+            started.append(Contender(name, system, weights))
         yield started
     finally:
         for contender in started:
@@ -79,29 +89,25 @@ def contenders(peers: list[str], system: str, weights: Path, flax_path: Path | N
 def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row a workload: both contenders' times, in turns."""
     ours, rounds = arguments.ours, arguments.rounds
-    with (
-        contenders([ours, peer], system, arguments.weights, arguments.flax_path) as pair,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        rate = 0.0
+    with contenders([ours, peer], system, arguments.weights) as pair, tempfile.TemporaryDirectory() as folder:
         for workload in workloads:
-            outputs, first, times, peaks = [], [], [[], []], [0.0, 0.0]
+            outputs, first, times, peaks, products = [], [], [[], []], [0.0, 0.0], []
             for i, contender in enumerate(pair):  # compiles; and shows that both compute the same
                 path = Path(folder) / f"{i}.npz"
                 first.append(contender.ask(workload, path)["seconds"])
                 outputs.append(np.load(path))
             distance = max(_distance(outputs[0][k], outputs[1][k]) for k in outputs[0].files)
-            if not distance <= SAME.get(peer, SAME_FLOAT32):
+            if not distance <= PEERS[peer].same:
                 raise RuntimeError(f"{system} {workload}: {ours} and {peer} differ by {distance:.1e}")
             for _ in range(rounds):
                 for i, contender in enumerate(pair):
                     answer = contender.ask(workload)
                     times[i].append(answer["seconds"])
                     peaks[i] = max(peaks[i], answer["peak_bytes"])
-                    fastest = min(contender.ask("product")["seconds"] for _ in range(PRODUCTS))
-                    rate = max(rate, 2 * 2048**3 / fastest / 1e9)
+                    products += [contender.ask("product")["seconds"] for _ in range(PRODUCTS)]
             medians = [statistics.median(each) for each in times]
-            audio, flops = sum(work.WORKLOADS[workload]), work.flops(work.CASES[system], workload)
+            seconds = work.WORKLOADS[workload]
+            gflop = work.flops(work.configs(work.CASES[system]), seconds) / 1e9
             yield {
                 "system": system,
                 "workload": workload,
@@ -110,11 +116,11 @@ def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Na
                 "seconds": times[0],
                 "peer_seconds": times[1],
                 "ratio": statistics.median(b / a for a, b in zip(*times, strict=True)),
-                "audio_seconds_per_second": audio / medians[0],
-                "gflop": flops / 1e9,
-                "gflop_per_second": flops / medians[0] / 1e9,
-                "product_gflop_per_second": rate,
-                "share_of_product_rate": flops / medians[0] / 1e9 / rate,
+                "audio_seconds_per_second": sum(seconds) / medians[0],
+                "gflop": gflop,
+                "gflop_per_second": gflop / medians[0],
+                "peer_gflop_per_second": gflop / medians[1],
+                "product_gflop_per_second": 2 * MATRIX**3 / 1e9 / min(products),
                 "compile_seconds": first[0] - medians[0],
                 "peer_first_seconds": first[1],
                 "peak_bytes": peaks[0],
@@ -124,6 +130,8 @@ def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Na
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    if a.shape != b.shape:
+        return np.inf
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
@@ -136,12 +144,23 @@ HEADINGS = (
     "ratio",
     "audio s / s",
     "GFLOP/s",
-    "of matrix product",
+    "of product",
+    "its share",
     "compile, s",
     "peak, GB",
     "its peak, GB",
     "distance",
 )
+
+
+def with_shares(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with each side's rate as a share of the fastest float32 product of them all."""
+    rows = list(rows)
+    fastest = max(row["product_gflop_per_second"] for row in rows)
+    return [
+        row | {f"{whose}share_of_product": row[f"{whose}gflop_per_second"] / fastest for whose in ("", "peer_")}
+        for row in map(dict, rows)
+    ]
 
 
 def markdown_row(row: Mapping[str, Any]) -> str:
@@ -155,7 +174,8 @@ def markdown_row(row: Mapping[str, Any]) -> str:
         f"**{row['ratio']:.2f}**",
         f"{row['audio_seconds_per_second']:.1f}",
         f"{row['gflop_per_second']:.0f}",
-        f"{100 * row['share_of_product_rate']:.0f} %",
+        f"{100 * row['share_of_product']:.0f} %",
+        f"{100 * row['peer_share_of_product']:.0f} %",
         f"{row['compile_seconds']:.1f}",
         f"{row['peak_bytes'] / 1e9:.2f}",
         f"{row['peer_peak_bytes'] / 1e9:.2f}",
@@ -172,13 +192,29 @@ def machine() -> dict[str, Any]:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    packages = ("gura-jax", "jax", "flax", "torch", "transformers", "numpy")
+    packages = ("jax", "flax", "torch", "transformers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores of {cpu}, {jax.devices()[0].device_kind} for JAX",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"gura-jax": gura_jax.__version__} | versions,
     }
+
+
+def prepare(systems: Iterable[str], peers: Iterable[str], weights: Path) -> None:
+    """Write what is missing of random weights, and of what peers read in a format of their own."""
+    for system in systems:
+        for member in work.CASES[system].members:
+            if not (weights / str(member.encoder)).exists():
+                random_weights(gura_jax.ENCODERS[str(member.encoder)].config, weights / str(member.encoder))
+        for peer in map(PEERS.__getitem__, peers):
+            if peer.export is None:
+                continue
+            command = [sys.executable, HERE / "export.py", peer.export, system, weights]
+            code = subprocess.call(command, env=_environment(peer), stdout=_output(), stderr=_output())
+            if code:
+                raise RuntimeError(f"exporting {system} ended with exit code {code}: set VERBOSE=1 to see why")
 
 
 def main() -> None:
@@ -188,16 +224,19 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["eager"])
     parser.add_argument("--ours", default="gura_jax", help="gura_jax[:dtype=bfloat16][:precision=default]")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--flax-path", type=Path, help="folder with transformers 4, for the peer flax")
     parser.add_argument("--weights", type=Path, default=HERE / ".weights", help="where random weights are kept (7 GB)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu", help="NAME of NAME.json and NAME.md")
     arguments = parser.parse_args()
 
-    for encoder in dict.fromkeys(str(m.encoder) for name in arguments.systems for m in work.CASES[name].members):
-        if not (arguments.weights / encoder).exists():
-            random_weights(encoder, arguments.weights / encoder)
-    about = machine()
+    packages = {name: package for name in arguments.peers if (package := PEERS[name].package) is not None}
+    for name, package in packages.items():
+        if package.version is None:
+            target = package.folder.relative_to(HERE.parent) / "installed"
+            parser.error(f"--peers {name}: expected the package {package.name}, found none: run make {target}")
+    about = machine() | {"peers": {name: f"{package.name} {package.version}" for name, package in packages.items()}}
+    prepare(arguments.systems, arguments.peers, arguments.weights)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    versions += "".join(f"; {name}: {version}" for name, version in about["peers"].items())
     lines = [
         f"{about['date']}; {about['machine']}; Python {about['python']}; {versions}. Random weights, "
         f"the same for both; float32 unless named; medians of {arguments.rounds} rounds in turns.",
@@ -206,18 +245,19 @@ def main() -> None:
         "|" + "---|" * len(HEADINGS),
     ]
     print("\n".join(lines), flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for system in arguments.systems:
         for peer in arguments.peers:
-            if peer == "flax" and system != "fusion_wav2vec2":  # transformers' Flax has no HuBERT
+            known = PEERS[peer].systems
+            if known is not None and system not in known:
                 continue
             for row in compare(system, peer, arguments.workloads, arguments):
-                rows.append(row)
-                lines.append(markdown_row(row))
-                print(lines[-1], flush=True)
+                rows = with_shares([*rows, row])  # a faster product changes all of them
+                table = [markdown_row(row) for row in rows]
+                print(table[-1], flush=True)
                 arguments.out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-                arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+                arguments.out.with_suffix(".md").write_text("\n".join([*lines, *table]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What is measured: systems, clips, and the arithmetic that they take, counted from shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from gura_jax import ENCODERS, SYSTEMS, Member, System
+from gura_jax import SYSTEMS, Member, System
 from gura_jax.audio import HEAR_RATE as SAMPLE_RATE
+from gura_jax.loading import find_encoder
 from gura_jax.models.crepe import CAPACITY_MULTIPLIER, EMBEDDING_LAYERS, HOP, LAYERS, POSITIONS, WINDOW, CrepeConfig
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
@@ -50,13 +52,20 @@ def voice(seconds: float, seed: int) -> np.ndarray:
     return (0.15 * np.sin(2 * np.pi * 1.5 * t) ** 2 * tone + 0.02 * noise).astype(np.float32)
 
 
-def flops(system: System, workload: str) -> float:
-    """Floating-point operations of the convolutions and matrix products, as the layers define them."""
-    return sum(
-        _flops(ENCODERS[str(member.encoder)].config, int(seconds * SAMPLE_RATE))
-        for member in system.members
-        for seconds in WORKLOADS[workload]
-    )
+def configs(system: System) -> list[Any]:
+    """Of the system's encoders."""
+    return [find_encoder(str(member.encoder)).config for member in system.members]
+
+
+def flops(configs: Iterable[Any], clips: Iterable[float]) -> float:
+    """Floating-point operations of the convolutions and matrix products, as the layers define them.
+
+    Args:
+        configs: of the encoders that all clips go through.
+        clips: seconds of each.
+    """
+    lengths = [int(seconds * SAMPLE_RATE) for seconds in clips]
+    return sum(_flops(config, samples) for config in configs for samples in lengths)
 
 
 def _flops(config: CrepeConfig | Wav2Vec2Config, samples: int) -> float:

@@ -5,46 +5,49 @@ python benchmarks/worker.py PEER SYSTEM WEIGHTS_FOLDER
 
 import contextlib
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import work
+from peers import PEERS, Loaded, with_gura_jax
 
-FLAX_MODEL = "FlaxWav2Vec2Model"  # of transformers 4 alone
-MATRIX = 2048  # of the square matrix product whose rate is the machine's
-
-Embed = Callable[[Sequence[np.ndarray]], Any]
+from gura_jax import System
 
 
 def main() -> None:
     # What libraries print must not come between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
-    peer, system, folder = sys.argv[1:]
+    contender, system, folder = sys.argv[1:]
     start = time.perf_counter()
-    embed, product = load(peer, work.CASES[system], folders(Path(folder), system))
+    loaded = load(contender, work.CASES[system], folders(Path(folder), system))
     print(json.dumps({"load_seconds": time.perf_counter() - start, "peak_bytes": peak()}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(embed, product, *line.split())), file=answers, flush=True)
+        print(json.dumps(answer(loaded, *line.split())), file=answers, flush=True)
 
 
 def folders(root: Path, system: str) -> dict[str, Path]:
-    """Where the PyTorch weights of each encoder of a system are."""
-    return {str(m.encoder): root / str(m.encoder) for m in work.CASES[system].members}
+    """Where the PyTorch weights of each member of a system are."""
+    return {m.name: root / str(m.encoder) for m in work.CASES[system].members}
 
 
-def answer(embed: Embed, product: Callable[[], object], command: str, path: str = "") -> dict[str, float]:
+def load(contender: str, system: System, weights: Mapping[str, Path]) -> Loaded:
+    """A peer by its name, or ours by ``gura_jax[:OPTION=VALUE ...]``."""
+    if contender in PEERS:
+        return PEERS[contender].load(system, weights)
+    return with_gura_jax(system, weights, **dict(option.split("=") for option in contender.split(":")[1:]))
+
+
+def answer(loaded: Loaded, command: str, path: str = "") -> dict[str, float]:
     if command == "product":
-        return {"seconds": timed(product)}
+        return {"seconds": timed(loaded.product)}
     audio = work.clips(command)
     reset_peak()
     start = time.perf_counter()
-    frames = embed(audio)
+    frames = loaded.embed(audio)
     seconds = time.perf_counter() - start
     if path:
         np.savez(path, *[np.asarray(x) for x in frames])
@@ -69,64 +72,6 @@ def peak() -> int:
 def reset_peak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def load(peer: str, system: Any, weights: Mapping[str, Path]) -> tuple[Embed, Callable[[], object]]:
-    """A contender's function from clips to frames, and its matrix product."""
-    if peer == "gura_jax" or peer.startswith("gura_jax:"):
-        return load_gura_jax(system, weights, dict(o.split("=") for o in peer.split(":")[1:]))
-    if peer == "flax":
-        return load_flax(weights)
-    return load_torch(peer, system, weights)
-
-
-def load_gura_jax(system: Any, weights: Mapping[str, Path], options: Mapping[str, Any]) -> tuple[Embed, Any]:
-    from gura_jax import load_model
-
-    names = {m.name: weights[str(m.encoder)] for m in system.members}
-    model = load_model(system, weights=names, **options)
-    return lambda clips: model.timestamp_embeddings(list(clips))[0], jax_product()
-
-
-def load_torch(mode: str, system: Any, weights: Mapping[str, Path]) -> tuple[Embed, Any]:
-    import torch
-    from torch_recipe import Recipe
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    x = torch.randn(MATRIX, MATRIX)
-    return Recipe(system, weights, mode).timestamp_embeddings, lambda: x @ x
-
-
-def load_flax(weights: Mapping[str, Path]) -> tuple[Embed, Any]:
-    """transformers 4's own Flax wav2vec 2.0, the mean of all hidden states."""
-    import jax
-    import transformers
-
-    import gura_jax.convert.references  # noqa: F401 - mends a torchaudio that fails
-
-    (path,) = weights.values()
-    kind: Any = getattr(transformers, FLAX_MODEL)
-    model = kind.from_pretrained(path, from_pt=True)
-
-    @jax.jit
-    def frames(params: Any, audio: jax.Array) -> Any:
-        states = model(audio, params=params, output_hidden_states=True).hidden_states
-        return sum(states) / len(states)
-
-    def embed(clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        batches = [clips] if len({len(clip) for clip in clips}) == 1 else [[clip] for clip in clips]
-        return [np.asarray(x) for batch in batches for x in frames(model.params, np.stack(batch))]
-
-    return embed, jax_product()
-
-
-def jax_product() -> Callable[[], object]:
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((MATRIX, MATRIX)), jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
-    return lambda: product(x).block_until_ready()
 
 
 if __name__ == "__main__":

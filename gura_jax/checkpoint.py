@@ -149,12 +149,14 @@ def save(
     try:
         with new_folder(path) as temporary:
             cpu = jax.devices("cpu")[0]
-            with _orbax(params.values()) as checkpointer:
+            with _orbax(params.values(), alone=True) as checkpointer:
                 # NumPy arrays as arrays of JAX's: Orbax would copy all of them at once before it writes.
                 tree = {
                     name: _same_buffers(array) if isinstance(array, jax.Array) else jax.device_put(array, cpu)
                     for name, array in params.items()
                 }
+                if jax.process_count() > 1:  # Orbax takes one process's arrays for parts of all processes'
+                    tree = {name: np.asarray(array) for name, array in tree.items()}
                 float32 = jnp.dtype(jnp.float32)
                 cast = {
                     name: ocp.SaveArgs(dtype=float32 if array.dtype == jnp.bfloat16 else None)
@@ -296,7 +298,8 @@ def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Sha
         for name, a in abstract.items()
     }
     try:
-        with _orbax(abstract.values()) as checkpointer:
+        alone = all(s.is_fully_addressable for s in shardings.values())
+        with _orbax(abstract.values(), alone=alone) as checkpointer:
             arrays: dict[str, jax.Array] = checkpointer.restore(
                 (path / "params").resolve(),
                 args=ocp.args.PyTreeRestore(dict(abstract), restore_args=restore_args),
@@ -331,7 +334,7 @@ def _damaged(arrays: Mapping[str, jax.Array], wanted: Mapping[str, str]) -> list
 def _other_shapes(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> str:
     """Which arrays have other shapes on disk than the encoder expects; empty if none, or if that cannot be read."""
     try:
-        with _orbax(abstract.values()) as checkpointer:
+        with _orbax(abstract.values(), alone=True) as checkpointer:
             found = checkpointer.metadata((path / "params").resolve()).item_metadata.tree
         shapes = {name: tuple(found[name].shape) for name in abstract}
     except Exception:  # the folder is damaged
@@ -378,9 +381,16 @@ def _spec(sharding: jax.sharding.Sharding) -> str:
     return str(sharding)
 
 
-def _orbax(arrays: Iterable[np.ndarray | jax.Array | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
+def _orbax(arrays: Iterable[np.ndarray | jax.Array | jax.ShapeDtypeStruct], *, alone: bool) -> "ocp.Checkpointer":
+    """Orbax's checkpointer for these arrays; ``alone``: other processes of ``jax.distributed`` take no part."""
     import orbax.checkpoint as ocp
 
+    options = ocp.options.MultiprocessingOptions()
+    if alone and jax.process_count() > 1:
+        own = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process {own}"
+        )
     largest = max((math.prod(a.shape) * a.dtype.itemsize for a in arrays), default=0)
     memory: Any = max(MEMORY_GB, 2 * largest / 1e9)  # Orbax refuses an array that is larger
     return ocp.Checkpointer(
@@ -390,5 +400,7 @@ def _orbax(arrays: Iterable[np.ndarray | jax.Array | jax.ShapeDtypeStruct]) -> "
             save_concurrent_gb=memory,
             save_device_host_concurrent_gb=memory,
             restore_concurrent_gb=memory,
-        )
+            multiprocessing_options=options,
+        ),
+        multiprocessing_options=options,
     )

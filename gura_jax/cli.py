@@ -48,6 +48,7 @@ WeightsOption = Annotated[
         show_default="pretrained",
     ),
 ]
+TARGETS = "tpu:NAME:TOPOLOGY such as tpu:v5e:2x2, gpu:NAME such as gpu:h100, or cpu; they need not be here"
 SizeOption = Annotated[Literal["tiny"] | None, typer.Option(help="tiny: small speech encoders with random weights.")]
 
 
@@ -275,6 +276,9 @@ def embed(
     precision: Annotated[
         Literal["highest", "default"], typer.Option(help="Of float32 products; default: TF32 or bfloat16 inside.")
     ] = "highest",
+    target: Annotated[
+        str | None, typer.Option(help=f"With --dry-run, plan for these devices, and say their hours: {TARGETS}.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name the batch shapes that are compiled.")] = False,
 ) -> None:
     """Embed a collection: a scene embedding a clip, and frames with --timestamps.
@@ -307,10 +311,13 @@ def embed(
             f"--overwrite and --retry-failed are for one process, found {worker.total} (by {worker.found}): "
             "run it alone, or with --engine ray"
         )
-    sizes = outline(described, size=size)
+    if target is not None and not dry_run:
+        raise InputError("--target plans for devices that need not be here: expected --dry-run with it")
+    program = _program(described, target, size, dtype, timestamps) if target is not None else None
+    sizes = program.model if program is not None else outline(described, size=size)
     clips = read_inputs(inputs, sample_rate=sizes.sample_rate, root=root, allow_outside=allow_outside)
     if dry_run:
-        _print_plan(sizes, clips, settings)
+        _print_plan(sizes, clips, settings, program)
         return
     with _interruptible():
         try:
@@ -352,7 +359,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print_plan(model: Model, clips: Any, settings: Any) -> None:
+def _print_plan(model: Model, clips: Any, settings: Any, program: Any = None) -> None:
     from gura_jax.dataset.table import plan_table, summarise
 
     table = plan_table(model, clips, settings)
@@ -366,8 +373,75 @@ def _print_plan(model: Model, clips: Any, settings: Any) -> None:
         f"shards     {plan.shards}\n"
         f"output     {plan.bytes / 1e6:.1f} MB"
     )
+    if program is not None:
+        from gura_jax.compiling import device_hours
+
+        hours = device_hours(program, table)
+        bound = "an unknown number of" if hours is None else f"at least {hours:.3g}"
+        print(f"device     {bound} hours of {program.target.name}, all its devices together")
     for row in table.filter(table["problem"].is_valid()).select(["path", "problem"]).to_pylist():
         print(f"  {row['path']}: {row['problem']}", file=sys.stderr)
+
+
+def _program(
+    system: System,
+    target: str,
+    size: Literal["tiny"] | None,
+    dtype: Literal["float32", "bfloat16"],
+    timestamps: bool,
+    *,
+    sharded: bool = False,
+    gradient: bool = False,
+) -> Any:
+    """A system's function for devices that need not be here; this process uses none but the CPU."""
+    import jax
+
+    from gura_jax.compiling import Program
+    from gura_jax.targets import parse_target
+
+    jax.config.update("jax_platforms", "cpu")
+    devices = parse_target(target)
+    shard = "fsdp" if sharded else None
+    remat = "layers" if gradient else None
+    model = outline(system, size=size, dtype=dtype, devices=devices.devices(), shard=shard, remat=remat)
+    return Program(model, devices, frozenset({"frames", "scenes"} if timestamps else {"scenes"}), gradient)
+
+
+@app.command(name="compile")
+def compile_for(
+    system: Annotated[str, typer.Argument(help="A name from 'gura-jax systems', or a TOML or YAML file.")],
+    target: Annotated[str, typer.Option(help=f"The devices: {TARGETS}.")],
+    clips: Annotated[int, typer.Option(help="On each device.", min=1)] = 16,
+    seconds: Annotated[float, typer.Option(help="Of each clip.")] = 10.0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of convolutions and matrix products.")
+    ] = "float32",
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Frames too, as embed --timestamps.")] = False,
+    weights: Annotated[
+        Literal["whole", "sharded"], typer.Option(help="A copy on each device, or divided among them (fsdp).")
+    ] = "whole",
+    gradient: Annotated[
+        bool,
+        typer.Option(
+            "--gradient", help="Of the results' mean square by all weights, with recomputation, in their place."
+        ),
+    ] = False,
+    size: SizeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile what embed would run, for devices that need not be here: its memory, work and least time there.
+
+    Exit code 1: it does not fit into their memory.
+    """
+    from gura_jax.compiling import compile_report, describe
+
+    program = _program(
+        find_system(system), target, size, dtype, timestamps, sharded=weights == "sharded", gradient=gradient
+    )
+    report = compile_report(program, clips, seconds)
+    print(json.dumps(report.as_json(), indent=1) if as_json else describe(report))
+    if report.most_clips is not None:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _print_summary(summary: Any, out: Path, worker: Any) -> None:
@@ -584,3 +658,116 @@ def parity(
         )
     if failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def finetune(
+    task: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TASK",
+            help="Folder of a HEAR task; or a manifest (CSV, JSON Lines or Parquet with the columns id and path) whose "
+            "columns say each clip's label and split.",
+        ),
+    ],
+    system: SystemOption,
+    out: Annotated[Path, typer.Option(help="Folder for the model, checkpoints and log; or to go on in.")],
+    train: Annotated[
+        str,
+        typer.Option(
+            help="Beside the head: all; last:N, the last N transformer blocks of each encoder; layer-weights, a "
+            "softmax over its hidden states."
+        ),
+    ] = "all",
+    label: Annotated[str | None, typer.Option(help="A manifest's column of labels: text, integers, or lists.")] = None,
+    split: Annotated[str, typer.Option(help="A manifest's column of train, valid and perhaps test.")] = "split",
+    root: Annotated[
+        Path | None, typer.Option(help="What a manifest's paths are relative to.", show_default="its folder")
+    ] = None,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    epochs: Annotated[int, typer.Option(help="At most; the learning rate decays over them.")] = 30,
+    patience: Annotated[int, typer.Option(help="Epochs without a better validation before it stops.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Clips of a step, on all devices together.")] = 32,
+    accumulate: Annotated[int, typer.Option(help="Parts that a batch is computed in, one after the other.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="The highest, after warm-up.")] = 1e-4,
+    layer_decay: Annotated[float, typer.Option(help="Factor of the learning rate from a block to the one before.")] = 1,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, of kernels.")] = 0.01,
+    dropout: Annotated[float, typer.Option(help="In the transformer blocks.")] = 0.0,
+    mask_time: Annotated[float, typer.Option(help="SpecAugment: share of the frames that is masked.")] = 0.0,
+    mask_features: Annotated[float, typer.Option(help="SpecAugment: share of the features that is masked.")] = 0.0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of convolutions and products; weights stay float32.")
+    ] = "float32",
+    precision: Annotated[
+        Literal["highest", "default"], typer.Option(help="Of float32 products; default: TF32 or bfloat16 inside.")
+    ] = "highest",
+    remat: Annotated[
+        Literal["layers"] | None, typer.Option(help="layers: compute layers again for the gradient, for less memory.")
+    ] = None,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps between checkpoints, beside one an epoch.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the order of the clips, dropout and masks.")] = 0,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="This is one of several processes, of Slurm, Open MPI or a TPU pod.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the fine-tuning that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train a system and a classification head on labelled clips; OUT/model is a system for every other command.
+
+    Run again with the same arguments, it goes on where it stopped, and ends with the same numbers.
+    """
+    import jax
+
+    from gura_jax.finetune.loop import finetune as run
+    from gura_jax.finetune.settings import Settings
+    from gura_jax.finetune.tasks import read_labelled
+
+    if distributed:
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise SystemConfigError(f"--distributed: expected a cluster that JAX knows, found: {error}") from None
+    settings = Settings(
+        train=train,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        layer_decay=layer_decay,
+        warmup=warmup,
+        clip_norm=clip_norm,
+        weight_decay=weight_decay,
+        patience=patience,
+        checkpoint_steps=checkpoint_steps,
+        dropout=dropout,
+        mask_time=mask_time,
+        mask_features=mask_features,
+        dtype=dtype,
+        seed=seed,
+    )
+    labelled = read_labelled(task, label=label, split=split, root=root)
+    model = load_model(system, weights=_parse_weights(weights), size=size, seed=seed, precision=precision, remat=remat)
+    with _interruptible():
+        try:
+            result = run(model, labelled, settings, out, overwrite=overwrite)
+        except KeyboardInterrupt as interruption:
+            print(
+                f"interrupted: the last checkpoint is safe in {out}; run the same command again (without --overwrite) "
+                "to go on",
+                file=sys.stderr,
+            )
+            raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
+    if as_json:
+        print(json.dumps(result._asdict(), indent=1))
+        return
+    print(
+        f"{result.epochs} epochs; the best was {result.best_epoch}, with a validation {result.chosen_by} of "
+        f"{result.valid_score:.4f} -> {out / 'model'}"
+    )
+    for name, value in result.test.items():
+        print(f"  test {name:12} {value:.4f}")
+    for name, layers in result.layer_weights.items():
+        print(f"  layers of {name}: {', '.join(f'{weight:.3f}' for weight in layers)}")

@@ -36,6 +36,14 @@ class InputError(GuraError, ValueError):
     """A manifest, a folder or a path that does not say which clips to embed."""
 
 
+class TrainingError(GuraError):
+    """A training that cannot go on: a loss that is not finite, or devices without memory for it."""
+
+
+class TargetError(GuraError, ValueError):
+    """A device to compile for that is unknown, or whose compiler is missing or of another version."""
+
+
 class StoreError(GuraError):
     """An output folder that cannot be written, or stored embeddings that cannot be read."""
 

@@ -124,6 +124,7 @@ def outline(
     platform: str | None = None,
     dtype: DTypeName = "float32",
     devices: Sequence[Any] | None = None,
+    shard: parallel.Shard | None = None,
     remat: Remat | None = None,
 ) -> Model:
     """A model without weights, for its sizes and for compiling: nothing is loaded, and it embeds nothing.
@@ -135,7 +136,7 @@ def outline(
     mesh = parallel.make_mesh(devices)
     row = platform_of(mesh.devices.flat) if platform is None else find_platform(platform)
     fusion = _build_system(described, size, dtype, row, remat)
-    return Model(described, fusion, {}, {}, parallel.Compilation(mesh), dtype, row)
+    return Model(described, fusion, {}, {}, parallel.Compilation(mesh, shard=shard), dtype, row)
 
 
 def member_weights(system: System, weights: Weights) -> dict[str, str]:

@@ -113,7 +113,7 @@ def weight_shardings(
 def _largest_axis(shape: tuple[int, ...], devices: int, *, stacked: bool) -> int | None:
     """The axis of a large weight that is divided, counted from the end: of its inputs or outputs.
 
-    Not that of the layers; nor the taps of a convolution, which XLA then computes wrongly where a clip has fewer frames.
+    Not that of the layers; nor the taps of a convolution, which XLA then computes wrongly for clips of fewer frames.
     """
     axes = [axis for axis in range(max(-2, -len(shape) + stacked), 0) if shape[axis] % devices == 0]
     size = math.prod(shape[1:] if stacked else shape)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ if CACHE not in os.environ:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+sys.path.append(str(Path(sys.prefix) / "tpu"))  # libtpu, see Makefile
 
 import jax
 

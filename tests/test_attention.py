@@ -47,6 +47,47 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> No
         assert relative(ours, expected) <= BLOCK_BOUND, name
 
 
+def test_gradients_in_blocks_are_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the precision that the call was traced in, whatever the default is when the gradient is."""
+    monkeypatch.setattr(attention, "FEW_QUERIES", 8)
+    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 16)
+    monkeypatch.setattr(attention, "KEYS_AT_ONCE", 10)
+    q, k, v, weights = map(heads, range(4))
+
+    def of(function: Any) -> Any:
+        return precise_jit(jax.grad(lambda q, k, v: (function(q, k, v) * weights).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    expected = of(functools.partial(jax.nn.dot_product_attention, mask=MASK[:, None, None, :]))
+    for score_bytes in (1 << 20, B * T * T * 4, B * 10 * T * 4, 1):
+        found = of(lambda q, k, v, size=score_bytes: blockwise_attention(q, k, v, MASK, size))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative(ours, theirs) <= BLOCK_BOUND, score_bytes
+
+    def loss(q: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return blockwise_attention(q, k, v, MASK, 1).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(q).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0
+
+
+def test_gradients_never_hold_all_scores() -> None:
+    """Their memory grows with the clip, and not with its square."""
+
+    def temporary(frames: int) -> int:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            mask = jnp.ones((1, frames), bool)
+            return jnp.square(attention.attention(q, k, v, mask, PLATFORMS["cpu"])).sum()
+
+        shape = jax.ShapeDtypeStruct((1, frames, HEADS, 16), jnp.float32)
+        memory = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*[shape] * 3).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert temporary(16_000) < 2.5 * temporary(8_000)
+    assert temporary(8_000) < 8_000**2 * 4  # the scores of one head
+
+
 def test_a_clip_of_no_frames_is_finite() -> None:
     """A row that a batch was filled up with: its softmax is over nothing."""
     q, k, v = map(heads, range(3))

@@ -18,6 +18,7 @@ import torch
 from reference import VARIANTS, encoder, padded, precise_jit, relative, speech, torch_encoder, unoptimised_jit
 
 from gura_jax import ENCODERS, Encoder, Member, Model, Options, System, load_model
+from gura_jax.backend import PLATFORMS
 from gura_jax.convert import convert, references
 from gura_jax.convert.keys import KeyTable
 from gura_jax.models.crepe import CREPE, CrepeConfig
@@ -44,6 +45,10 @@ SYSTEM = System(
 
 
 # Of encoders, beside PyTorch's
+
+
+# Layers scanned and computed again, attention by a few queries and keys, and frames in blocks.
+IN_BLOCKS = Options(platform=dataclasses.replace(PLATFORMS["tpu"], scores=64, frames=8, tokens=8), remat="layers")
 
 
 CLIPS = [speech(3300, 1), speech(1500, 2)]
@@ -103,7 +108,9 @@ def assert_gradients(ours: Mapping[str, Any], single: Mapping[str, Any], double:
 def test_gradients_of_a_speech_encoder_are_pytorchs(variant: str) -> None:
     model = encoder(variant)
     config = model.config
-    by_params, by_audio = our_gradient(build_encoder(config, Options()), model.params)
+    plain, in_blocks = (build_encoder(config, options) for options in (Options(), IN_BLOCKS))
+    by_params, by_audio = our_gradient(plain, model.params)
+    stacked, by_audio_in_blocks = our_gradient(in_blocks, in_blocks.prepare(dict(model.params)))
     network = torch_encoder(VARIANTS[variant], seed=list(VARIANTS).index(variant))  # the same once more, to change
     conv = network.encoder.pos_conv_embed.conv
     torch.nn.utils.parametrize.remove_parametrizations(conv, "weight")  # our kernel is the folded one
@@ -114,11 +121,12 @@ def test_gradients_of_a_speech_encoder_are_pytorchs(variant: str) -> None:
         gradients, audio = torch_gradient(reference, config.hop, f"state {config.num_hidden_layers}", by_audio=True)
         named = converted(gradients, FAMILIES[config.model_type].keys["transformers"])
         found.append(named | {f"audio {b}": row for b, row in enumerate(audio)})
-    ours = {**by_params} | {f"audio {b}": by_audio[b, : len(clip)] for b, clip in enumerate(CLIPS)}
     # Softmax is blind to a bias of all keys: its gradient is rounding.
     single, double = ({k: v for k, v in each.items() if not k.endswith("k_proj.bias")} for each in found)
-    assert single.keys() == {name for name in ours if not name.endswith("k_proj.bias")}
-    assert_gradients(ours, single, double)
+    for weights, audio in ((by_params, by_audio), (in_blocks.restore(stacked), by_audio_in_blocks)):
+        ours = {**weights} | {f"audio {b}": audio[b, : len(clip)] for b, clip in enumerate(CLIPS)}
+        assert single.keys() == {name for name in ours if not name.endswith("k_proj.bias")}
+        assert_gradients(ours, single, double)
 
 
 def test_gradients_of_crepe_are_pytorchs() -> None:

@@ -36,7 +36,8 @@ def load(how: str | None = None, system: Any = SYSTEM, **options: Any) -> Model:
     options = {"weights": "random", "size": "tiny"} | options
     if how is None:
         return load_model(system, devices=jax.local_devices()[:1], **options)
-    return load_model(system, mesh=jax.make_mesh(*MESHES[how]), shard=how.split()[0], **options)
+    shard: Any = how.split()[0]
+    return load_model(system, mesh=jax.make_mesh(*MESHES[how]), shard=shard, **options)
 
 
 @pytest.fixture(autouse=True)

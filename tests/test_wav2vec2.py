@@ -31,16 +31,17 @@ from gura_jax.backend import PLATFORMS
 from gura_jax.convert.references import find_reference
 from gura_jax.errors import SystemConfigError
 from gura_jax.models import attention
-from gura_jax.models.encoder import FrameGrid, Options, frame_mask
+from gura_jax.models.encoder import FrameGrid, Noise, Options, frame_mask
 from gura_jax.models.families import FAMILIES
 from gura_jax.models.layers import Layers
-from gura_jax.models.wav2vec2 import Wav2Vec2Encoder
+from gura_jax.models.wav2vec2 import Wav2Vec2Encoder, mask_spans
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 TORCH_PADDING_FAULT = 1e-3  # PyTorch's group norm over padding is off by percents: far above rounding
 SUM_BOUND = 1e-6  # a running sum of a few states against numpy's in float64
 BLOCK_BOUND = 1e-6  # relative, in blocks against at once: the same sums in another order
 GRADIENT_BOUND = 1e-4  # relative, likewise
+SCAN_BOUND = 1e-6  # relative, scanned against unrolled: XLA fuses them in other ways
 BFLOAT16_BOUND = 0.03  # relative; its numbers have 8 bits
 LENGTHS = (8000, 1234, 3300)  # samples: 24, 3 and 10 frames
 PADDED = 8900  # so that even the longest clip has padding
@@ -321,6 +322,91 @@ def test_memory_of_long_clips_grows_linearly() -> None:
     # All scores of one head would be 3.6 GB, and the 17 values of each of 1.9 million frames of the first
     # convolution 123 MB; what there must be is the scores' block, 16 MB, and some arrays [T, 48], 6 MB each.
     assert ten_minutes < 120 * 2**20
+
+
+def test_memory_of_gradients_grows_linearly() -> None:
+    """And with recomputation hardly with the layers."""
+
+    def temporary(seconds: int, layers: int = 3, remat: Any = None) -> int:
+        config = Wav2Vec2Config.from_source({**VARIANTS["hubert base"], "num_hidden_layers": layers})
+        network = Wav2Vec2Encoder(config, Options("mean", remat=remat))
+
+        def loss(*batch: Any) -> jax.Array:
+            return jnp.square(network(*batch).frames).mean()
+
+        params, *batch = abstract(network, 16_000 * seconds)
+        return temporary_bytes(jax.grad(loss), jax.eval_shape(network.prepare, dict(params)), *batch)
+
+    assert temporary(160) < 4.5 * temporary(40)
+    assert temporary(160, remat="layers") < 4.5 * temporary(40, remat="layers") < 0.6 * temporary(160)
+    state = 7_999 * 32 * 4
+    assert temporary(160, 9, "layers") - temporary(160, 3, "layers") < 3 * 6 * state  # the input of each block alone
+
+
+# Layers, scanned
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers"),
+    [
+        *(("hubert base", layers) for layers in ("last", "mean_blocks", (1,), (0.5, 0.0, -1.0, 2.0))),
+        *(("wav2vec2 large", layers) for layers in ("mean", (0, -1))),
+    ],
+)
+def test_scanned_layers_are_unrolled_ones(variant: str, layers: Any) -> None:
+    config = encoder(variant).config
+    params: Any = encoder(variant).params
+    audio, lengths = padded([speech(4000, 1), speech(1500, 2)], 4000)
+    scanned, unrolled = (
+        Wav2Vec2Encoder(config, Options(layers, platform=dataclasses.replace(PLATFORMS["cpu"], scan_layers=scan)))
+        for scan in (True, False)
+    )
+    held = scanned.prepare(dict(params))
+    assert len(held) < len(params) / 1.3
+    ours, expected = (
+        unoptimised_jit(e.__call__)(p, audio, lengths).frames for e, p in ((scanned, held), (unrolled, params))
+    )
+    assert relative(ours, expected) <= SCAN_BOUND
+    assert set(scanned.restore(held)) == set(params)
+    depths = scanned.depths(held)
+    blocks = config.num_hidden_layers
+    assert depths["encoder.layers.attention.q_proj.kernel"].ravel().tolist() == list(range(1, blocks + 1))
+    assert unrolled.depths(params)[f"encoder.layers.{blocks - 1}.attention.q_proj.kernel"] == blocks
+    assert depths["feature_projection.projection.kernel"] == 0
+
+
+# Noise, in training
+
+
+def test_spans_are_masked() -> None:
+    masked = np.asarray(mask_spans(jax.random.key(0), (400, 500), 0.2, 10))
+    assert 0.15 < masked.mean() < 0.2  # spans overlap
+    edges = np.diff(np.pad(masked, ((0, 0), (1, 1))).astype(int), axis=1)
+    begins, ends = (np.argwhere(edges == sign) for sign in (1, -1))
+    inside = ends[:, 1] < masked.shape[1]  # the clip's end cuts a span short
+    assert ((ends - begins)[inside, 1] >= 10).all()
+    assert not np.asarray(mask_spans(jax.random.key(0), (4, 500), 0.0, 10)).any()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_noise_disturbs_what_it_is_asked_to(platform: str) -> None:
+    network = Wav2Vec2Encoder(encoder("hubert base").config, Options(platform=PLATFORMS[platform]))
+    params = network.prepare(dict(encoder("hubert base").params))
+    audio, lengths = padded([speech(4000, 1)], 4000)
+
+    def frames(seed: int, **chosen: Any) -> jax.Array:
+        noise = Noise(jax.random.key(seed), **chosen)
+        call = unoptimised_jit(lambda params, audio, lengths: network.disturbed(params, audio, lengths, noise))
+        return call(params, audio, lengths).frames
+
+    plain = unoptimised_jit(network.__call__)(params, audio, lengths).frames
+    assert relative(frames(0), plain) <= SCAN_BOUND
+    choices: Any = {"dropout": 0.1}, {"mask_time": 0.5}, {"mask_features": 0.9, "mask_features_length": 4}
+    for chosen in choices:
+        first, again, other = (frames(seed, **chosen) for seed in (1, 1, 2))
+        assert relative(first, plain) > 0.01
+        np.testing.assert_array_equal(first, again)
+        assert relative(first, other) > 0.01
 
 
 # Precision

@@ -30,8 +30,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, platfor
         [B, T, H, K].
     """
     if platform.fused_attention and q.dtype == jnp.bfloat16:
-        lengths = mask.sum(axis=1, dtype=jnp.int32)
-        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+        T, lengths = q.shape[1], mask.sum(axis=1, dtype=jnp.int32)
+        # Its gradient takes even T alone.
+        q, k, v = (jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :T]
     return blockwise_attention(q, k, v, mask, platform.scores)
 
 
