@@ -121,6 +121,7 @@ def hangs(sizes, folder):
 GPU_LIMIT = 10  # seconds: many times what the sections before the one that hangs take
 
 
+@pytest.mark.slow
 def test_a_gpu_run_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -253,6 +253,7 @@ def test_killed_and_resumed_it_is_the_same(
         assert whole[name] == resumed[name], name
 
 
+@pytest.mark.slow
 def test_noise_and_seed_change_the_run(tones: Path, whole: Mapping[str, bytes], tmp_path: Path) -> None:
     logs = [whole[store.LOG]]
     for i, settings in enumerate([SETTINGS, dataclasses.replace(NOISY, seed=1)]):

@@ -90,7 +90,9 @@ def _parts(member: Member) -> list[str]:
     return [*(f"convolution {i}" for i in range(7)), "projection", "positional", *(f"state {i}" for i in range(4))]
 
 
-@pytest.mark.parametrize(("capacity", "combination"), [("tiny", "interleave_time"), ("small", "average")])
+@pytest.mark.parametrize(
+    ("capacity", "combination"), [("tiny", "interleave_time"), pytest.param("small", "average", marks=pytest.mark.slow)]
+)
 def test_a_users_system(capacity: str, combination: Any) -> None:
     """Other members, chosen and weighted layers, the paper's reading, scene groups.
 
