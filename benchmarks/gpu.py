@@ -223,6 +223,7 @@ def training(sizes: Sizes, folder: Path) -> Iterator[str]:
     from gura_jax.finetune import optimiser, step
     from gura_jax.finetune.data import Batch
     from gura_jax.finetune.settings import Settings
+    from gura_jax.parallel import place_rows
 
     model = load_model("hubert-base", layers="mean", weights="random", size=sizes.size)
     mesh = model.compilation.mesh
@@ -237,7 +238,7 @@ def training(sizes: Sizes, folder: Path) -> Iterator[str]:
     noise = np.random.default_rng(0).standard_normal((sizes.clips, samples)).astype(np.float32)
     clips = [work.voice(TRAINING_SECONDS, i) if i % CLASSES else 0.1 * noise[i] for i in range(sizes.clips)]
     targets = np.eye(CLASSES, dtype=np.float32)[np.arange(sizes.clips) % CLASSES]
-    batch = step.place(Batch(*model.pad(clips, sizes.clips, samples), targets, np.ones(sizes.clips, np.float32)), mesh)
+    batch = place_rows(Batch(*model.pad(clips, sizes.clips, samples), targets, np.ones(sizes.clips, np.float32)), mesh)
     update = step.compile_step(step.train_step(net, transformation, scales, settings), state)
     begin = time.perf_counter()
     program = update.lower(state, frozen, batch).compile()

@@ -149,7 +149,7 @@ def save(
     try:
         with new_folder(path) as temporary:
             cpu = jax.devices("cpu")[0]
-            with _orbax(params.values(), alone=True) as checkpointer:
+            with orbax_checkpointer(params.values(), alone=True) as checkpointer:
                 # NumPy arrays as arrays of JAX's: Orbax would copy all of them at once before it writes.
                 tree = {
                     name: _same_buffers(array) if isinstance(array, jax.Array) else jax.device_put(array, cpu)
@@ -299,7 +299,7 @@ def load(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct], sharding: Sha
     }
     try:
         alone = all(s.is_fully_addressable for s in shardings.values())
-        with _orbax(abstract.values(), alone=alone) as checkpointer:
+        with orbax_checkpointer(abstract.values(), alone=alone) as checkpointer:
             arrays: dict[str, jax.Array] = checkpointer.restore(
                 (path / "params").resolve(),
                 args=ocp.args.PyTreeRestore(dict(abstract), restore_args=restore_args),
@@ -334,7 +334,7 @@ def _damaged(arrays: Mapping[str, jax.Array], wanted: Mapping[str, str]) -> list
 def _other_shapes(path: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> str:
     """Which arrays have other shapes on disk than the encoder expects; empty if none, or if that cannot be read."""
     try:
-        with _orbax(abstract.values(), alone=True) as checkpointer:
+        with orbax_checkpointer(abstract.values(), alone=True) as checkpointer:
             found = checkpointer.metadata((path / "params").resolve()).item_metadata.tree
         shapes = {name: tuple(found[name].shape) for name in abstract}
     except Exception:  # the folder is damaged
@@ -381,7 +381,9 @@ def _spec(sharding: jax.sharding.Sharding) -> str:
     return str(sharding)
 
 
-def _orbax(arrays: Iterable[np.ndarray | jax.Array | jax.ShapeDtypeStruct], *, alone: bool) -> "ocp.Checkpointer":
+def orbax_checkpointer(
+    arrays: Iterable[np.ndarray | jax.Array | jax.ShapeDtypeStruct], *, alone: bool
+) -> "ocp.Checkpointer":
     """Orbax's checkpointer for these arrays; ``alone``: other processes of ``jax.distributed`` take no part."""
     import orbax.checkpoint as ocp
 

@@ -319,35 +319,27 @@ def embed(
     if dry_run:
         _print_plan(sizes, clips, settings, program)
         return
-    with _interruptible():
-        try:
-            if engine == "ray":
-                summary = ray_engine.work_with_ray(
-                    arguments, clips, out, settings, address=address, overwrite=overwrite, retry_failed=retry_failed
-                )
-            else:
-                model = load_model(**arguments)
-                if model.random_members:
-                    names = ", ".join(model.random_members)
-                    print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
-                run = open_run(model, clips, out, settings, overwrite=overwrite, retry_failed=retry_failed)
-                summary = workers.work(run, worker)
-        except KeyboardInterrupt as interruption:
-            print(
-                f"interrupted: the shards that were finished are safe in {out}; run the same command again (without "
-                "--overwrite) to go on",
-                file=sys.stderr,
+    kept = f"the shards that were finished are safe in {out}; run the same command again (without --overwrite) to go on"
+    with _interruptible(kept):
+        if engine == "ray":
+            summary = ray_engine.work_with_ray(
+                arguments, clips, out, settings, address=address, overwrite=overwrite, retry_failed=retry_failed
             )
-            code = interruption.args[0] if interruption.args else EXIT_INTERRUPTED
-            raise typer.Exit(code) from None
+        else:
+            model = load_model(**arguments)
+            if model.random_members:
+                names = ", ".join(model.random_members)
+                print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
+            run = open_run(model, clips, out, settings, overwrite=overwrite, retry_failed=retry_failed)
+            summary = workers.work(run, worker)
     _print_summary(summary, out, worker)
     if summary.failed:
         raise typer.Exit(EXIT_SOME_INPUTS_FAILED)
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a run as Ctrl-C does."""
+def _interruptible(kept: str) -> Iterator[None]:
+    """End a run at a scheduler's SIGTERM as at Ctrl-C: say what is kept, and exit with a code of its own."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(128 + number)
@@ -355,6 +347,9 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt as interruption:
+        print(f"interrupted: {kept}", file=sys.stderr)
+        raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -500,12 +495,8 @@ def evaluate(
 
     benchmark, chosen = find_protocol(protocol)
     sources = _sources(systems, module or [], weights or [], size, learn_layers)
-    with _interruptible():
-        try:
-            outcome = run.evaluate(tasks, sources, out, benchmark, chosen, seed)
-        except KeyboardInterrupt as interruption:
-            print(f"interrupted: run the same command again to go on in {out}", file=sys.stderr)
-            raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
+    with _interruptible(f"run the same command again to go on in {out}"):
+        outcome = run.evaluate(tasks, sources, out, benchmark, chosen, seed)
     if outcome.rows:
         everything = [row for row in report.read_table(out) if (row.protocol, row.seed) == (protocol, seed)]
         name = f"tables-{protocol}-{seed}"
@@ -750,16 +741,9 @@ def finetune(
     )
     labelled = read_labelled(task, label=label, split=split, root=root)
     model = load_model(system, weights=_parse_weights(weights), size=size, seed=seed, precision=precision, remat=remat)
-    with _interruptible():
-        try:
-            result = run(model, labelled, settings, out, overwrite=overwrite)
-        except KeyboardInterrupt as interruption:
-            print(
-                f"interrupted: the last checkpoint is safe in {out}; run the same command again (without --overwrite) "
-                "to go on",
-                file=sys.stderr,
-            )
-            raise typer.Exit(interruption.args[0] if interruption.args else EXIT_INTERRUPTED) from None
+    kept = f"the last checkpoint is safe in {out}; run the same command again (without --overwrite) to go on"
+    with _interruptible(kept):
+        result = run(model, labelled, settings, out, overwrite=overwrite)
     if as_json:
         print(json.dumps(result._asdict(), indent=1))
         return

@@ -1,6 +1,5 @@
 """``load_model``: from a system's description to encoders and weights on the devices."""
 
-import dataclasses
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,8 @@ from gura_jax.models.checks import check_encoder, check_traced, initial_params
 from gura_jax.models.encoder import DTypeName, Options, Remat
 from gura_jax.models.families import (
     ENCODERS,
-    build_encoder,
+    build_encoders,
     config_from_source,
-    find_family,
     find_preset,
 )
 from gura_jax.models.layers import Layers
@@ -93,12 +91,11 @@ def load_model(
     for option, value, choices in (
         ("dtype", dtype, get_args(DTypeName)),
         ("precision", precision, get_args(parallel.Precision)),
-        ("remat", remat, get_args(Remat)),
-        ("shard", shard, get_args(parallel.Shard)),
+        ("remat", remat, (None, *get_args(Remat))),
+        ("shard", shard, (None, *get_args(parallel.Shard))),
     ):
-        unset = value is None and option in ("remat", "shard")
-        if not unset and value not in choices:
-            raise SystemConfigError(f"{option}: {expected(value, choices)}")
+        if value not in choices:
+            raise SystemConfigError(f"{option}: {expected(value, filter(None, choices))}")
     if size not in (None, "tiny"):
         raise SystemConfigError(f"size: expected 'tiny' or None, found {size!r}")
     chosen = member_weights(described, weights)
@@ -179,10 +176,7 @@ def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platfo
     if isinstance(member.encoder, str):
         config = find_encoder(member.encoder).config
         config = config.tiny() if size == "tiny" else config
-        encoder = scenes = build_encoder(config, options)
-        scene_hop = find_family(config.model_type).scene_hop
-        if scene_hop is not None and member.scene == "frames":
-            scenes = build_encoder(config, dataclasses.replace(options, hop=scene_hop))
+        encoder, scenes = build_encoders(config, options, member.scene)
     else:
         if isinstance(member.encoder, type):
             raise SystemConfigError(

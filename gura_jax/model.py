@@ -139,7 +139,9 @@ class Model:
             there = isinstance(leaf, jax.Array) and (
                 isinstance(leaf, Tracer) or leaf.sharding.device_set == set(mesh.devices.flat)
             )
-            return leaf if there else jax.device_put(leaf, own.sharding)
+            if there:
+                return leaf
+            return jax.device_put(leaf, parallel.replicated(mesh) if isinstance(own, Tracer) else own.sharding)
 
         return self.tree_unflatten(self._static, (jax.tree.map(placed, params, self.params),))
 

@@ -62,9 +62,14 @@ def check_mesh(mesh: Any, parallel: Parallel, shard: Shard | None) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)  # those of jax.make_mesh are explicit: each op would name its sharding
 
 
+def count_processes(mesh: Mesh) -> int:
+    """How many processes of ``jax.distributed`` the devices are of."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def is_several_processes(mesh: Mesh) -> bool:
     """Whether the devices are those of several processes of ``jax.distributed``."""
-    return len({device.process_index for device in mesh.devices.flat}) > 1
+    return count_processes(mesh) > 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -152,8 +157,7 @@ class Compilation(NamedTuple):
     @property
     def batch_devices(self) -> int:
         """What the rows of a process's batch are divided by."""
-        processes = len({device.process_index for device in self.mesh.devices.flat})
-        return max(1, self.mesh.shape["data"] // processes)
+        return max(1, self.mesh.shape["data"] // count_processes(self.mesh))
 
 
 def batch_program(function: BatchFunction, compilation: Compilation) -> Any:
@@ -205,7 +209,6 @@ def compile_batch(function: BatchFunction, compilation: Compilation) -> BatchFun
     shapes: set[tuple[tuple[int, ...], ...]] = set()
     devices = compilation.batch_devices
     several = is_several_processes(mesh)
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
 
     def run(params: Any, audio: ByRate, lengths: ByRate) -> Any:
         size = len(next(iter(audio.values())))
@@ -219,15 +222,18 @@ def compile_batch(function: BatchFunction, compilation: Compilation) -> BatchFun
             split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), (audio, lengths))
             out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), program(params, *split))
         else:
-            out = program(params, *(_global_rows if several else jax.device_put)((audio, lengths), sharding))
+            out = program(params, *place_rows((audio, lengths), mesh))
             out = jax.tree.map(_own_rows, out) if several else out
         return jax.tree.map(lambda x: x[:size], out) if size % devices else out
 
     return run
 
 
-def _global_rows(tree: Any, sharding: NamedSharding) -> Any:
-    """Each process's own rows, as parts of arrays over the devices of all."""
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Put a batch's arrays [B, ...] on the devices, rows divided; of several processes each has rows of its own."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    if not is_several_processes(mesh):
+        return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 

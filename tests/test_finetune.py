@@ -34,6 +34,7 @@ from gura_jax import (
     System,
     cli,
     load_model,
+    parallel,
 )
 from gura_jax.errors import CheckpointError, GuraError, InputError, StoreError, SystemConfigError, TrainingError
 from gura_jax.finetune import data, optimiser, step, store
@@ -45,6 +46,7 @@ from gura_jax.finetune.tasks import read_labelled
 from gura_jax.models.encoder import Noise
 from gura_jax.models.families import ENCODERS, FAMILIES
 from gura_jax.models.layers import layer_weights, weighted_sum
+from gura_jax.parallel import place_rows
 
 RATE, HOP = 16_000, 320
 FREQUENCIES = {"low": 300.0, "mid": 900.0, "high": 2700.0}
@@ -333,7 +335,7 @@ def first_batch(model: Model, tones: Path, settings: Settings) -> tuple[Network,
     planned = data.plan(found.train, found.buckets, settings.batch_size)[-1:]  # not a full one
     (batch,) = data.read(task, model, found.train, planned, settings.batch_size, slice(0, settings.batch_size))
     net = step.network(model, settings, task.embedding, task.prediction)
-    return net, *step.divide(model, net, settings, len(task.labels)), step.place(batch, model.compilation.mesh)
+    return net, *step.divide(model, net, settings, len(task.labels)), place_rows(batch, model.compilation.mesh)
 
 
 @functools.cache
@@ -539,7 +541,7 @@ def test_weights_in_bfloat16(tones: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is named, and what was good before is kept: it goes on from there."""
-    out, plan, number = tmp_path / "run", step.place, 0
+    out, plan, number = tmp_path / "run", place_rows, 0
 
     def damaged(batch: data.Batch, mesh: Any) -> data.Batch:
         nonlocal number
@@ -547,7 +549,7 @@ def test_a_loss_that_is_not_finite(tones: Path, tmp_path: Path, monkeypatch: pyt
         return plan(batch._replace(targets=batch.targets * np.float32("nan")) if number == 8 else batch, mesh)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "place", damaged)  # an epoch is 3 steps, and 2 batches to validate with
+        patch.setattr(parallel, "place_rows", damaged)  # an epoch is 3 steps, and 2 batches to validate with
         with refuses(
             TrainingError,
             "step 6: expected a finite loss, found nan",

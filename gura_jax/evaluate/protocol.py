@@ -14,7 +14,7 @@ from gura_jax.evaluate import metrics, probes
 from gura_jax.evaluate.events import Events, Parameters, find_events, parameter_grid
 from gura_jax.evaluate.metrics import METRICS
 from gura_jax.evaluate.probes import Point, Probes, Rows
-from gura_jax.evaluate.task import Fold, Task, frame_targets
+from gura_jax.evaluate.task import Fold, Task, frame_targets, labelled_events
 
 
 class Protocol(NamedTuple):
@@ -183,12 +183,7 @@ def _load(task: Task, lookup: Lookup) -> _Data:
                 assert times is not None
                 ascending = np.argsort(times, kind="stable")
                 found, times = found[ascending], times[ascending]
-                labelled = sorted(labels, key=lambda event: event.start)
-                events = Events(
-                    np.array([index[event.label] for event in labelled], np.int64),
-                    np.array([event.start for event in labelled], np.float64),
-                    np.array([event.end for event in labelled], np.float64),
-                )
+                events = labelled_events(labels, index)
                 files[split].append(_File(name, total, total + len(found), times, events))
                 targets.append(frame_targets(labels, times, index))
             else:

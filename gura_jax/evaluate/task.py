@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from gura_jax.evaluate.events import Events
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -84,6 +86,21 @@ class Task(abc.ABC):
         Raises:
             InputError: the task has no audio at this rate.
         """
+
+
+def labelled_events(labels: Sequence[Event], index: Mapping[str, int]) -> Events:
+    """One file's labels as events found in it would be.
+
+    Args:
+        labels: of the file, in any order.
+        index: number of each label.
+    """
+    ordered = sorted(labels, key=lambda event: event.start)
+    return Events(
+        np.array([index[event.label] for event in ordered], np.int64),
+        np.array([event.start for event in ordered], np.float64),
+        np.array([event.end for event in ordered], np.float64),
+    )
 
 
 def frame_targets(events: Sequence[Event], times: np.ndarray, index: Mapping[str, int]) -> np.ndarray:

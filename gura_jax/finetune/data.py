@@ -11,7 +11,6 @@ from gura_jax.batching import bucket_lengths
 from gura_jax.dataset.decode import Clip, decode_ahead, probe
 from gura_jax.dataset.table import clip_rows, too_short
 from gura_jax.errors import AudioError, InputError
-from gura_jax.evaluate.events import Events
 from gura_jax.evaluate.task import Fold, Task, frame_targets
 from gura_jax.finetune.tasks import NAMED
 from gura_jax.model import Model
@@ -184,14 +183,3 @@ def read(
 def scene_targets(task: Task, split: Split) -> np.ndarray:
     """Mark the labels of each clip, [n, C]."""
     return np.array([[label in labels for label in task.labels] for labels in split.labels], np.float32)
-
-
-def true_events(task: Task, labels: Sequence[Any]) -> Events:
-    """Return a clip's labels as events found in it would be."""
-    index = {label: i for i, label in enumerate(task.labels)}
-    ordered = sorted(labels, key=lambda event: event.start)
-    return Events(
-        np.array([index[event.label] for event in ordered], np.int64),
-        np.array([event.start for event in ordered], np.float64),
-        np.array([event.end for event in ordered], np.float64),
-    )

@@ -164,7 +164,7 @@ class _Run:
     def batches(self, split: Split, planned: Sequence[Planned]) -> Iterator[Batch]:
         """Read batches and put them on the devices."""
         for batch in data.read(self.task, self.model, split, planned, self.settings.batch_size, self.rows):
-            yield step.place(batch, self.mesh)
+            yield parallel.place_rows(batch, self.mesh)
 
     def predict(self, predict: Any, trained: Weights, frozen: Weights, split: Split) -> tuple[list[np.ndarray], float]:
         """Predict a split; returns probabilities of each clip, [C] or [T, C], and the mean loss."""

@@ -8,8 +8,8 @@ import numpy as np
 from gura_jax.evaluate import metrics
 from gura_jax.evaluate.events import Events, Parameters, find_events, parameter_grid
 from gura_jax.evaluate.metrics import METRICS
-from gura_jax.evaluate.task import Task
-from gura_jax.finetune.data import Split, scene_targets, true_events
+from gura_jax.evaluate.task import Task, labelled_events
+from gura_jax.finetune.data import Split, scene_targets
 from gura_jax.model import Model
 
 
@@ -93,8 +93,9 @@ def _events(
 ) -> tuple[Mapping[str, Events], Mapping[str, Events]]:
     """Find the events of each clip; returns estimated and true ones by clip."""
     estimated, reference = {}, {}
+    index = {label: i for i, label in enumerate(task.labels)}
     for i, (found, labels) in enumerate(zip(probabilities, split.labels, strict=True)):
         times = model.timestamps(int(split.lengths[i]))
         estimated[str(i)] = find_events(found, times, **dict(parameters))
-        reference[str(i)] = true_events(task, labels)
+        reference[str(i)] = labelled_events(labels, index)
     return estimated, reference

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gura_jax.errors import SystemConfigError
 from gura_jax.evaluate.probes import Prediction
@@ -18,7 +18,7 @@ from gura_jax.finetune.settings import Settings
 from gura_jax.fusion import FusedMember, Fusion, fuse
 from gura_jax.model import Model
 from gura_jax.models.encoder import DTypeName, Encoder, Noise, Output, Params, frame_mask
-from gura_jax.models.families import build_encoder, find_family
+from gura_jax.models.families import build_encoders
 from gura_jax.parallel import Precision, replicated
 
 NORM_EPSILON = 1e-5
@@ -131,10 +131,7 @@ def network(model: Model, settings: Settings, embedding: Literal["scene", "event
 def _in_dtype(member: FusedMember, dtype: DTypeName) -> FusedMember:
     """Return a member that computes in this dtype."""
     options = dataclasses.replace(member.options, dtype=dtype)
-    encoder = scene_encoder = build_encoder(member.config, options)
-    if member.scene_encoder is not member.encoder:
-        hop = find_family(member.config.model_type).scene_hop
-        scene_encoder = build_encoder(member.config, dataclasses.replace(options, hop=hop))
+    encoder, scene_encoder = build_encoders(member.config, options, member.scene)
     return member._replace(encoder=encoder, scene_encoder=scene_encoder, options=options)
 
 
@@ -305,12 +302,6 @@ def compile_predict(net: Network, mesh: Mesh) -> Callable[[Weights, Weights, Bat
         return predict(net, merge(trained, frozen), batch)
 
     return jax.jit(function, out_shardings=replicated(mesh))
-
-
-def place(batch: Batch, mesh: Mesh) -> Batch:
-    """Put this process's rows of a batch on its devices, as part of one batch of all processes."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def place_replicated(tree: Any, mesh: Mesh) -> Any:

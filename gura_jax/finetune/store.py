@@ -14,17 +14,15 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from gura_jax import files
+from gura_jax.checkpoint import orbax_checkpointer
 from gura_jax.errors import CheckpointError, StoreError
 from gura_jax.finetune.scores import Best
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
 
 RUN, LOG, CHECKPOINT, MODEL, HEAD, RESULT = "run.json", "log.csv", "checkpoint", "model", "head.npz", "result.json"
 ARRAYS, PROGRESS = "arrays", "progress.json"  # in the checkpoint
@@ -115,7 +113,7 @@ def save(folder: Path, state: Any, progress: Progress) -> None:
     arrays = {name: np.asarray(array) for name, array in _named(state).items()}
     try:
         with files.new_folder(folder / CHECKPOINT) as temporary:
-            with _orbax() as checkpointer:
+            with orbax_checkpointer(arrays.values(), alone=True) as checkpointer:
                 checkpointer.save((temporary / ARRAYS).resolve(), args=ocp.args.PyTreeSave(arrays))
             files.write_json(temporary, PROGRESS, {"step": progress.step, "best": progress.best._asdict()})
     except (OSError, ValueError) as error:  # TensorStore's, as when the disk is full
@@ -147,7 +145,7 @@ def restore(folder: Path, like: Any) -> tuple[Any, Progress] | None:
             Best(best["score"], best["epoch"], tuple((name, value) for name, value in best["postprocessing"])),
         )
         arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in named}
-        with _orbax() as checkpointer:
+        with orbax_checkpointer(named.values(), alone=True) as checkpointer:
             found = checkpointer.restore(
                 (path / ARRAYS).resolve(), args=ocp.args.PyTreeRestore(dict(named), restore_args=arguments)
             )
@@ -189,15 +187,3 @@ def _placed(host: np.ndarray, like: jax.Array) -> jax.Array:
     if (host.shape, host.dtype) != (like.shape, like.dtype):
         raise ValueError(f"expected {like.dtype}{list(like.shape)}, found {host.dtype}{list(host.shape)}")
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
-
-
-def _orbax() -> "ocp.Checkpointer":
-    """A checkpointer for this process alone: the others do not take part."""
-    import orbax.checkpoint as ocp
-
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process {own}"
-    )
-    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)

@@ -1,5 +1,6 @@
 """The tables of encoder families and of named encoders; families from outside the package are registered here."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Mapping
@@ -68,6 +69,24 @@ def build_encoder(config: Any, options: Options) -> Encoder:
         SystemConfigError: a config of no known family, or options that its family does not have.
     """
     return find_family(getattr(config, "model_type", None)).build(config, options)
+
+
+def build_encoders(config: Any, options: Options, scene: str) -> tuple[Encoder, Encoder]:
+    """A member's encoder, and the one whose frames are averaged into scenes; the same where those are its frames.
+
+    Args:
+        config: of a known family.
+        options: of the first one.
+        scene: what the member's scenes are made of, ``"frames"`` or ``"pooled"``.
+
+    Raises:
+        SystemConfigError: see :func:`build_encoder`.
+    """
+    encoder = build_encoder(config, options)
+    hop = find_family(config.model_type).scene_hop
+    if hop is None or scene != "frames":
+        return encoder, encoder
+    return encoder, build_encoder(config, dataclasses.replace(options, hop=hop))
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> Any:
