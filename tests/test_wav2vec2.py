@@ -374,6 +374,8 @@ def test_scanned_layers_are_unrolled_ones(variant: str, layers: Any) -> None:
     assert depths["encoder.layers.attention.q_proj.kernel"].ravel().tolist() == list(range(1, blocks + 1))
     assert unrolled.depths(params)[f"encoder.layers.{blocks - 1}.attention.q_proj.kernel"] == blocks
     assert depths["feature_projection.projection.kernel"] == 0
+    # Of the last block where it comes after it, of the input where it comes before the first.
+    assert depths["encoder.layer_norm.scale"] == (blocks if config.do_stable_layer_norm else 0)
 
 
 # Noise, in training

@@ -6,12 +6,13 @@ Papers: wav2vec 2.0 (Baevski et al., 2020), HuBERT (Hsu et al., 2021).
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gura_jax.convert.wav2vec2 import KEYS
@@ -412,6 +413,14 @@ class Wav2Vec2Encoder(ModuleEncoder):
         x, blocks = network.encoder.start(x, mask), self.block_arguments(params, dropouts)
         frames = sum_of_states(self.options.rematerialise(block), x, blocks, weights, network.encoder.finish)
         return Output(frames, counts)
+
+    def depths(self, params: Params) -> Mapping[str, np.ndarray]:
+        """By the block; the layer norm after the last one is part of it."""
+        depths = dict(super().depths(params))
+        if self.config.do_stable_layer_norm:
+            last = np.asarray(self.config.num_hidden_layers, np.int32)
+            depths |= {name: last for name in depths if name.startswith("encoder.layer_norm.")}
+        return depths
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array
