@@ -53,12 +53,13 @@ test-page: install
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || $(call debian,chromium chromium-driver)
 	$(BIN)/python -m pytest -m page
 
-# Every system at full size by the compilers of accelerators, which need not be here: see docs/accelerators.md.
+# Every system at full size by the compilers of accelerators, which need not be here: see docs/accelerators.md. Prints
+# seconds of compiling, and GB of weights and batch and of temporaries, of each.
 test-tpu: install
-	$(BIN)/python -m pytest -m tpu
+	$(BIN)/python -m pytest -m tpu -rP tests/test_compiling.py
 
 test-gpu: .venv-gpu/installed
-	.venv-gpu/bin/python -m pytest -m gpu tests/test_compiling.py
+	.venv-gpu/bin/python -m pytest -m gpu -rP tests/test_compiling.py
 
 # In an environment of its own, as the wheels for CUDA take five gigabytes.
 .venv-gpu/installed: pyproject.toml

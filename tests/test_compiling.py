@@ -416,6 +416,8 @@ def whole(system: str, target: str) -> tuple[Program, Compiled]:
 
 def check_whole(system: str, target: str) -> None:
     _, found = whole(system, target)
+    arguments, _, temporaries, _ = found.memory
+    print(f"| `{system}` | {found.seconds:.0f} | {arguments / 1e9:.2f} | {temporaries / 1e9:.2f} |")
     assert not found.found.collectives
     assert not found.found.float32_products
     assert found.memory.temporaries < TEMPORARIES[target]
