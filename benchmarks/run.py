@@ -28,7 +28,7 @@ from torch_recipe import random_weights
 
 import gura_jax
 
-PRODUCTS = 5  # matrix products a round of a contender; the fastest of the run is the machine's rate
+PRODUCTS = 5  # matrix products of a contender in a round; the fastest of the round is the machine's rate then
 
 
 class Contender:
@@ -91,7 +91,7 @@ def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Na
     ours, rounds = arguments.ours, arguments.rounds
     with contenders([ours, peer], system, arguments.weights) as pair, tempfile.TemporaryDirectory() as folder:
         for workload in workloads:
-            outputs, first, times, peaks, products = [], [], [[], []], [0.0, 0.0], []
+            outputs, first, times, peaks, rates = [], [], [[], []], [0.0, 0.0], []
             for i, contender in enumerate(pair):  # compiles; and shows that both compute the same
                 path = Path(folder) / f"{i}.npz"
                 first.append(contender.ask(workload, path)["seconds"])
@@ -100,11 +100,13 @@ def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Na
             if not distance <= PEERS[peer].same:
                 raise RuntimeError(f"{system} {workload}: {ours} and {peer} differ by {distance:.1e}")
             for _ in range(rounds):
+                products = []
                 for i, contender in enumerate(pair):
                     answer = contender.ask(workload)
                     times[i].append(answer["seconds"])
                     peaks[i] = max(peaks[i], answer["peak_bytes"])
                     products += [contender.ask("product")["seconds"] for _ in range(PRODUCTS)]
+                rates.append(2 * MATRIX**3 / 1e9 / min(products))
             medians = [statistics.median(each) for each in times]
             seconds = work.WORKLOADS[workload]
             gflop = work.flops(work.configs(work.CASES[system]), seconds) / 1e9
@@ -120,7 +122,9 @@ def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Na
                 "gflop": gflop,
                 "gflop_per_second": gflop / medians[0],
                 "peer_gflop_per_second": gflop / medians[1],
-                "product_gflop_per_second": 2 * MATRIX**3 / 1e9 / min(products),
+                "product_gflop_per_second": rates,
+                "share_of_product": _share(gflop, times[0], rates),
+                "peer_share_of_product": _share(gflop, times[1], rates),
                 "compile_seconds": first[0] - medians[0],
                 "peer_first_seconds": first[1],
                 "peak_bytes": peaks[0],
@@ -133,6 +137,11 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
     if a.shape != b.shape:
         return np.inf
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _share(gflop: float, seconds: Sequence[float], rates: Sequence[float]) -> float:
+    """Of the machine's rate, each round's time beside that round's: a shared machine is not always as fast."""
+    return statistics.median(gflop / time / rate for time, rate in zip(seconds, rates, strict=True))
 
 
 HEADINGS = (
@@ -151,16 +160,6 @@ HEADINGS = (
     "its peak, GB",
     "distance",
 )
-
-
-def with_shares(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with each side's rate as a share of the fastest float32 product of them all."""
-    rows = list(rows)
-    fastest = max(row["product_gflop_per_second"] for row in rows)
-    return [
-        row | {f"{whose}share_of_product": row[f"{whose}gflop_per_second"] / fastest for whose in ("", "peer_")}
-        for row in map(dict, rows)
-    ]
 
 
 def markdown_row(row: Mapping[str, Any]) -> str:
@@ -246,6 +245,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     rows: list[dict[str, Any]] = []
+    table: list[str] = []
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for system in arguments.systems:
         for peer in arguments.peers:
@@ -253,8 +253,8 @@ def main() -> None:
             if known is not None and system not in known:
                 continue
             for row in compare(system, peer, arguments.workloads, arguments):
-                rows = with_shares([*rows, row])  # a faster product changes all of them
-                table = [markdown_row(row) for row in rows]
+                rows.append(row)
+                table.append(markdown_row(row))
                 print(table[-1], flush=True)
                 arguments.out.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
                 arguments.out.with_suffix(".md").write_text("\n".join([*lines, *table]) + "\n")

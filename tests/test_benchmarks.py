@@ -47,17 +47,15 @@ def test_the_suite_runs_without_audio_libraries(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "results" / "name.json").read_text())["rows"]
     assert row["distance"] < 1e-5
     assert len(row["seconds"]) == len(row["peer_seconds"]) == 1
-    assert row["share_of_product"] == row["gflop_per_second"] / row["product_gflop_per_second"]
+    assert row["share_of_product"] == row["gflop_per_second"] / row["product_gflop_per_second"][0]
     assert row["peer_share_of_product"] == pytest.approx(row["share_of_product"] / row["ratio"])
     assert "| crepe-tiny | 16x1 | eager |" in (tmp_path / "results" / "name.md").read_text()
 
 
-def test_shares_are_of_the_fastest_product_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = ((50.0, 40.0, 80.0), (60.0, 90.0, 100.0))
-    names = ("gflop_per_second", "peer_gflop_per_second", "product_gflop_per_second")
-    rows = [dict(zip(names, row, strict=True)) for row in rates]
-    shares = module("run", monkeypatch).with_shares(rows)
-    assert [(row["share_of_product"], row["peer_share_of_product"]) for row in shares] == [(0.5, 0.4), (0.6, 0.9)]
+def test_shares_are_of_the_product_in_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = module("run", monkeypatch)._share
+    assert share(100.0, [1.0, 2.0, 4.0], [200.0, 100.0, 50.0]) == 0.5
+    assert share(100.0, [1.0, 1.0, 4.0], [200.0, 125.0, 25.0]) == 0.8
 
 
 def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +87,7 @@ def test_other_runtimes_compute_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(found["rows"]) == 12
     for row in found["rows"]:
         assert row["distance"] <= peers[row["peer"]].same
-        assert row["share_of_product"] <= row["gflop_per_second"] / row["product_gflop_per_second"]
+        assert row["share_of_product"] == row["gflop_per_second"] / row["product_gflop_per_second"][0]
 
 
 # On a GPU
