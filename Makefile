@@ -86,7 +86,7 @@ test-hear: .venv-hear/installed
 bench: install benchmarks/.flax/installed benchmarks/.peers/installed
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu-peers --systems fusion_wav2vec2 hubert-base crepe-tiny \
-		--workloads 4x4 --peers compile bfloat16 onnx openvino openvino-bfloat16 flax
+		--workloads 4x4 --rounds 7 --peers compile bfloat16 onnx openvino openvino-bfloat16 flax
 	$(BIN)/python benchmarks/choices.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/load.py

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import work
 from run import machine
 
 from gura_jax import ENCODERS, Options
@@ -31,6 +32,7 @@ from gura_jax.parallel import PRECISION
 ROUNDS = 7
 LAYERS = 6  # of a transformer, enough to tell
 RATE = 16_000
+PRODUCT = "2048 x 2048 x 2048"  # the machine's rate
 PLATFORM = platform_of(jax.devices())
 
 
@@ -41,8 +43,8 @@ class Variant(NamedTuple):
     arguments: Sequence[Any]
 
 
-def measure(title: str, variants: Mapping[str, Variant]) -> None:
-    """Print a table of medians, all variants in turns."""
+def measure(title: str, variants: Mapping[str, Variant], gflop: Mapping[str, float] | None = None) -> None:
+    """Print a table of medians, all variants in turns; with their arithmetic, also its rate beside a product's."""
     compiled, times = {}, {name: [] for name in variants}
     for name, (function, arguments) in variants.items():
         start = time.perf_counter()
@@ -55,10 +57,18 @@ def measure(title: str, variants: Mapping[str, Variant]) -> None:
             start = time.perf_counter()
             jax.block_until_ready(compiled[name][0](*arguments))
             times[name].append(time.perf_counter() - start)
-    print(f"\n{title}\n\n| variant | ms | compile, s | temporary, MB |\n|---|---|---|---|")
+    headings = ["variant", "ms", "compile, s", "temporary, MB", *(["GFLOP/s", "of product"] if gflop else [])]
+    print(f"\n{title}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name, (program, seconds) in compiled.items():
         memory = program.memory_analysis().temp_size_in_bytes / 1e6
-        print(f"| {name} | {1000 * statistics.median(times[name]):.0f} | {seconds:.1f} | {memory:.0f} |", flush=True)
+        row = f"| {name} | {1000 * statistics.median(times[name]):.0f} | {seconds:.1f} | {memory:.0f} |"
+        if gflop:
+            share = statistics.median(
+                gflop[name] / gflop[PRODUCT] * product / own
+                for own, product in zip(times[name], times[PRODUCT], strict=True)
+            )
+            row += f" {gflop[name] / statistics.median(times[name]):.0f} | {100 * share:.0f} % |"
+        print(row, flush=True)
 
 
 def in_use(size: int, used: int) -> str:
@@ -81,6 +91,47 @@ def audio(clips: int, seconds: float) -> tuple[jax.Array, jax.Array]:
     samples = int(RATE * seconds)
     noise = np.random.default_rng(0).standard_normal((clips, samples)).astype(np.float32)
     return jnp.asarray(noise), jnp.full(clips, samples, jnp.int32)
+
+
+def parts() -> None:
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal((2048, 2048)), jnp.float32) for _ in range(2))
+    for name, clips, seconds in (("wav2vec2-large", 4, 4), ("hubert-base", 4, 4), ("hubert-base", 1, 30)):
+        config, params = encoder(name)
+        each = work.wav2vec2_parts(config, RATE * seconds)
+        gflop = {PRODUCT: 2 * 2048**3 / 1e9} | {part: clips * flops / 1e9 for part, flops in each.items()}
+        inputs = audio(clips, seconds)
+        network = Wav2Vec2Encoder(config, Options(platform=PLATFORM)).network
+        frames = jax.eval_shape(lambda p, *a, network=network: network(p).project(*a)[0], params, *inputs).shape[1]
+        H = config.num_attention_heads
+        q, k, v = (
+            jnp.asarray(rng.standard_normal((clips, frames, H, config.hidden_size // H)), jnp.float32) for _ in range(3)
+        )
+        hidden_frames, mask = hidden(config, clips, frames)
+
+        def attend(q: Any, k: Any, v: Any, mask: Any) -> Any:
+            for _ in range(LAYERS):
+                q = blocks.attention(q, k, v, mask, PLATFORM)
+            return q
+
+        def layers(p: Any, x: Any, mask: Any, network: Any = network) -> Any:
+            return [x := layer(x, mask) for layer in network(p).encoder.layers][-1]
+
+        whole = f"{LAYERS} blocks"
+        gflop[whole] = gflop.pop("rest of the blocks") + gflop["attention"]
+        measure(
+            f"Parts of {name}, {clips} x {seconds} s",
+            {
+                PRODUCT: Variant(jnp.matmul, (x, y)),
+                "feature encoder": Variant(lambda p, *a, n=network: n(p).feature_extractor(*a), (params, *inputs)),
+                "positional convolution": Variant(
+                    lambda p, *a, n=network: n(p).encoder.pos_conv_embed(*a), (params, hidden_frames, mask)
+                ),
+                whole: Variant(layers, (params, hidden_frames, mask)),
+                "attention": Variant(attend, (q, k, v, mask)),
+            },
+            gflop,
+        )
 
 
 def features() -> None:
@@ -210,7 +261,9 @@ def pitch() -> None:
         measure(f"CREPE {capacity}, 4 x 4 s", variants)
 
 
-CHOICES = {f.__name__: f for f in (features, attention, long_attention, transformer, projections, activation, pitch)}
+CHOICES = {
+    f.__name__: f for f in (parts, features, attention, long_attention, transformer, projections, activation, pitch)
+}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from torch_recipe import random_weights
 
 import gura_jax
 
-PRODUCTS = 5  # matrix products of a contender in a round; the fastest of the round is the machine's rate then
+PRODUCTS = 5  # matrix products of a contender in a round; the median of the faster one's is the machine's rate then
 
 
 class Contender:
@@ -105,7 +105,7 @@ def compare(system: str, peer: str, workloads: list[str], arguments: argparse.Na
                     answer = contender.ask(workload)
                     times[i].append(answer["seconds"])
                     peaks[i] = max(peaks[i], answer["peak_bytes"])
-                    products += [contender.ask("product")["seconds"] for _ in range(PRODUCTS)]
+                    products.append(statistics.median(contender.ask("product")["seconds"] for _ in range(PRODUCTS)))
                 rates.append(2 * MATRIX**3 / 1e9 / min(products))
             medians = [statistics.median(each) for each in times]
             seconds = work.WORKLOADS[workload]

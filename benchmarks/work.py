@@ -84,13 +84,22 @@ def _crepe_flops(config: CrepeConfig, samples: int) -> float:
 
 
 def _wav2vec2_flops(config: Wav2Vec2Config, samples: int) -> float:
-    total, length, in_size = 0.0, samples, 1
+    return sum(wav2vec2_parts(config, samples).values())
+
+
+def wav2vec2_parts(config: Wav2Vec2Config, samples: int) -> dict[str, float]:
+    """Floating-point operations of each part of the encoder, of all blocks together, for one clip."""
+    features, length, in_size = 0.0, samples, 1
     for size, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
         length = (length - kernel) // stride + 1
-        total += 2.0 * length * kernel * in_size * size
+        features += 2.0 * length * kernel * in_size * size
         in_size = size
-    D, T = config.hidden_size, length
-    total += 2.0 * T * in_size * D
-    total += 2.0 * T * config.num_conv_pos_embeddings * D * D / config.num_conv_pos_embedding_groups
-    block = 2.0 * T * (4 * D * D + 2 * D * config.intermediate_size) + 4.0 * T * T * D
-    return total + config.num_hidden_layers * block
+    T, D, L = length, config.hidden_size, config.num_hidden_layers
+    taps = config.num_conv_pos_embeddings * D // config.num_conv_pos_embedding_groups
+    return {
+        "feature encoder": features,
+        "projection": 2.0 * T * in_size * D,
+        "positional convolution": 2.0 * T * taps * D,
+        "attention": L * 4.0 * T * T * D,
+        "rest of the blocks": L * 2.0 * T * (4 * D * D + 2 * D * config.intermediate_size),
+    }
