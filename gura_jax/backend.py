@@ -19,6 +19,7 @@ class Platform:
         tokens: in a block of a feed-forward layer.
         scan_layers: transformer blocks are stacked and scanned, not unrolled.
         fused_attention: cuDNN's attention for bfloat16.
+        kernel_gradient_by_taps: gradients by the wave encoders' kernels as matrix products; else as XLA's convolutions.
         spectral_crepe: CREPE's convolutions as products in the frequency domain; else directly.
         crepe_frames: in one pass of CREPE.
         batch_seconds: audio computed at once, by a device; with ``share_batch`` by all devices together.
@@ -34,6 +35,7 @@ class Platform:
     tokens: int
     scan_layers: bool
     fused_attention: bool
+    kernel_gradient_by_taps: bool
     spectral_crepe: bool
     crepe_frames: int
     batch_seconds: float
@@ -51,6 +53,7 @@ _CPU = Platform(
     tokens=2048,
     scan_layers=False,  # each step would copy its block's weights: 14 % of a batch of 200 frames
     fused_attention=False,
+    kernel_gradient_by_taps=True,
     spectral_crepe=True,
     crepe_frames=64,
     batch_seconds=32,
@@ -65,6 +68,7 @@ _GPU = Platform(
     tokens=1 << 14,
     scan_layers=True,  # compiles one block, and holds one block's temporaries
     fused_attention=True,
+    kernel_gradient_by_taps=False,
     spectral_crepe=False,
     crepe_frames=512,
     batch_seconds=320,

@@ -130,14 +130,6 @@ def precise_jit(function: Any, **options: Any) -> Any:
     return jax.jit(precise, **options)
 
 
-def unoptimised_jit(function: Any) -> Any:
-    """The same without LLVM's optimisation: twice as fast to compile, and rounded in other places.
-
-    For the many variants of small encoders; what the library itself compiles is tested end to end in test_parity.
-    """
-    return precise_jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def speech(samples: int, seed: int = 0) -> np.ndarray:
     """A clip with pitch, noise and an envelope, float32 in [-1, 1]."""
     rng = np.random.default_rng(seed)

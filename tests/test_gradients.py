@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import VARIANTS, encoder, padded, precise_jit, relative, speech, torch_encoder, unoptimised_jit
+from reference import VARIANTS, encoder, padded, precise_jit, relative, speech, torch_encoder
 
 from gura_jax import ENCODERS, Encoder, Member, Model, Options, System, load_model
 from gura_jax.backend import PLATFORMS
@@ -71,7 +71,7 @@ def our_gradient(encoder: Encoder, params: Any) -> tuple[Any, jax.Array]:
             weights[b, :count] = projection(b, count, frames.shape[-1])
         return jnp.where(frame_mask(counts, frames.shape[1])[:, :, None], frames * weights, 0.0).sum()
 
-    return unoptimised_jit(jax.grad(total, argnums=(0, 1)))(params, audio)
+    return precise_jit(jax.grad(total, argnums=(0, 1)))(params, audio)
 
 
 def torch_gradient(
@@ -196,7 +196,7 @@ def test_directional_derivatives(model: Model, value_and_grad: Any) -> None:
     gradients = {**by_params, "audio": by_audio}
     rng = np.random.default_rng(3)
 
-    @unoptimised_jit
+    @precise_jit
     def value(point: Any) -> jax.Array:
         return loss(model, {k: v for k, v in point.items() if k != "audio"}, point["audio"], lengths)
 

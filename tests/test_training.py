@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import relative, speech, unoptimised_jit
+from reference import precise_jit, relative, speech
 from refusals import refuses
 
 from gura_jax import Member, Model, System, SystemConfigError, load_model
@@ -38,7 +38,7 @@ def loss(model: Model, audio: Any, lengths: Any) -> jax.Array:
     return jnp.square(scenes - 1.0).mean()
 
 
-value_and_grad = unoptimised_jit(jax.value_and_grad(loss))
+value_and_grad = precise_jit(jax.value_and_grad(loss))
 
 
 # A pytree: the weights are leaves, the rest is static
@@ -63,7 +63,7 @@ def test_jit_over_a_model(model: Model) -> None:
         traces.append(model)
         return model.fuse(model.params, audio, lengths).scenes, model(audio, lengths, frames=False).scenes
 
-    run = unoptimised_jit(scenes)
+    run = precise_jit(scenes)
     expected = model(*batch()).scenes
     for ours in run(model, *batch()):
         assert relative(ours, expected) <= SPECTRA_BOUND
@@ -85,8 +85,8 @@ def test_vmap_over_batches(model: Model) -> None:
     audio, lengths = batch()
     many = np.stack([audio, audio[::-1], 0.5 * audio])
     counts = np.stack([lengths, lengths[::-1], lengths])
-    out = unoptimised_jit(jax.vmap(model.fuse, in_axes=(None, 0, 0)))(model.params, many, counts)
-    one = unoptimised_jit(model.fuse)
+    out = precise_jit(jax.vmap(model.fuse, in_axes=(None, 0, 0)))(model.params, many, counts)
+    one = precise_jit(model.fuse)
     for b in range(len(many)):
         apart = one(model.params, many[b], counts[b])
         np.testing.assert_array_equal(out.counts[b], apart.counts)
@@ -151,7 +151,7 @@ def test_a_trained_model_computes_with_its_new_weights(model: Model, trained: tu
         assert relative(getattr(after, name), getattr(before, name)) > 1e-3
     # Every other feature is CREPE's: its part alone has changed as well.
     assert relative(np.asarray(after.scenes)[:, 1::2], np.asarray(before.scenes)[:, 1::2]) > 1e-3
-    pure = unoptimised_jit(changed.fuse)(changed.params, *batch())
+    pure = precise_jit(changed.fuse)(changed.params, *batch())
     assert relative(pure.scenes, after.scenes) <= SPECTRA_BOUND
 
 

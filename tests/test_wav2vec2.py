@@ -20,10 +20,10 @@ from reference import (
     assert_parity,
     encoder,
     padded,
+    precise_jit,
     relative,
     speech,
     torch_states,
-    unoptimised_jit,
 )
 from refusals import refuses
 
@@ -76,7 +76,7 @@ def abstract(network: Wav2Vec2Encoder, samples: int, clips: int = 1) -> tuple[An
 
 
 def temporary_bytes(function: Any, *arguments: Any) -> int:
-    memory = unoptimised_jit(function).lower(*arguments).compile().memory_analysis()
+    memory = precise_jit(function).lower(*arguments).compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes
 
@@ -90,7 +90,7 @@ def our_parts(variant: str, audio: np.ndarray, lengths: np.ndarray) -> Parts:
     def every(params: Any, audio: jax.Array, lengths: jax.Array) -> Any:
         return {name: (value, counts) for name, value, counts in network.states(params, audio, lengths)}
 
-    found = jax.device_get(unoptimised_jit(every)(encoder(variant).params, audio, lengths))
+    found = jax.device_get(precise_jit(every)(encoder(variant).params, audio, lengths))
     assert all(np.isfinite(value).all() for value, _ in found.values())
     return {
         name: [row[:count] for row, count in zip(value, counts, strict=True)] for name, (value, counts) in found.items()
@@ -147,7 +147,7 @@ def test_every_array_matters(variant: str) -> None:
     """A converted array that parity could not see would be a hole in it: moving any one moves the output."""
     model, network = encoder(variant), build(variant)
     audio, lengths = speech(3000)[None], np.array([3000], np.int32)
-    run = unoptimised_jit(lambda params: network(params, jnp.asarray(audio), jnp.asarray(lengths)).frames)
+    run = precise_jit(lambda params: network(params, jnp.asarray(audio), jnp.asarray(lengths)).frames)
     plain = run(model.params)
     for name, array in model.params.items():
         # Softmax is blind to what is added to all keys, so the keys' bias does not count, in PyTorch either.
@@ -218,7 +218,7 @@ def test_layers(variant: str) -> None:
     def run(*batch: Any) -> Any:  # in one program: XLA then computes the states once
         return [build(variant, layers)(*batch).frames for layers in cases]
 
-    outputs = unoptimised_jit(run)(encoder(variant).params, *padded(clips(), PADDED, GARBAGE))
+    outputs = precise_jit(run)(encoder(variant).params, *padded(clips(), PADDED, GARBAGE))
     for output, (layers, expected) in zip(outputs, cases.items(), strict=True):
         for row, stacked in zip(output, padded_states(variant), strict=True):
             assert relative(row[: stacked.shape[1]], expected(stacked.astype(np.float64))) <= SUM_BOUND, layers
@@ -253,7 +253,7 @@ def test_features_in_blocks_are_features(variant: str) -> None:
         every = [in_blocks(variant, frames=frames) for frames in (1000, 3 * 20, 3 * 9, 1)]
         return [network.network(batch[0]).feature_extractor(*batch[1:]) for network in every]
 
-    (whole, counts), *others = unoptimised_jit(features)(encoder(variant).params, *batch)
+    (whole, counts), *others = precise_jit(features)(encoder(variant).params, *batch)
     assert whole.shape[1] == build(variant).grid.count(PADDED) > 20
     for x, other_counts in others:
         np.testing.assert_array_equal(other_counts, counts)
@@ -275,7 +275,7 @@ def test_gradients_through_blocks_that_hold_no_frame(variant: str, monkeypatch: 
             x, counts, _ = network(params, audio, jnp.asarray(lengths))
             return jnp.where(frame_mask(counts, x.shape[1])[:, :, None], x, 0.0).sum()
 
-        gradients.append(unoptimised_jit(jax.grad(loss, argnums=(0, 1)))(encoder(variant).params, audio))
+        gradients.append(precise_jit(jax.grad(loss, argnums=(0, 1)))(encoder(variant).params, audio))
     chex.assert_tree_all_finite(gradients)
     assert relative(gradients[1][1], gradients[0][1]) <= GRADIENT_BOUND
 
@@ -365,7 +365,7 @@ def test_scanned_layers_are_unrolled_ones(variant: str, layers: Any) -> None:
     held = scanned.prepare(dict(params))
     assert len(held) < len(params) / 1.3
     ours, expected = (
-        unoptimised_jit(e.__call__)(p, audio, lengths).frames for e, p in ((scanned, held), (unrolled, params))
+        precise_jit(e.__call__)(p, audio, lengths).frames for e, p in ((scanned, held), (unrolled, params))
     )
     assert relative(ours, expected) <= SCAN_BOUND
     assert set(scanned.restore(held)) == set(params)
@@ -405,7 +405,7 @@ def test_noise_disturbs_what_it_is_asked_to(platform: str) -> None:
     def frames(seed: int, **chosen: Any) -> jax.Array:
         return compiled(params, audio, lengths, jax.random.key(seed), tuple(chosen.items())).frames
 
-    plain = unoptimised_jit(network.__call__)(params, audio, lengths).frames
+    plain = precise_jit(network.__call__)(params, audio, lengths).frames
     assert relative(frames(0), plain) <= SCAN_BOUND
     choices: Any = {"dropout": 0.1}, {"mask_time": 0.5}, {"mask_features": 0.9, "mask_features_length": 4}
     for chosen in choices:
@@ -430,7 +430,7 @@ def test_bfloat16(variant: str) -> None:
         params = network.prepare(jax.tree.map(jnp.asarray, encoder(variant).params))
         assert params["encoder.layers.0.attention.q_proj.kernel"].dtype == dtype
         assert params["encoder.layer_norm.scale"].dtype == jnp.float32
-        outputs[dtype] = unoptimised_jit(network.__call__)(params, audio, lengths).frames
+        outputs[dtype] = precise_jit(network.__call__)(params, audio, lengths).frames
         assert outputs[dtype].dtype == jnp.float32
         assert np.isfinite(outputs[dtype]).all()
     difference = relative(outputs["bfloat16"][0], outputs["float32"][0])

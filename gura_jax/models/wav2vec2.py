@@ -18,6 +18,12 @@ from flax import nnx
 from gura_jax.convert.wav2vec2 import KEYS
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import attention, over_frames, over_tokens
+from gura_jax.models.convolution import (
+    convolution,
+    convolution_by_taps,
+    grouped_convolution,
+    grouped_convolution_by_taps,
+)
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -72,6 +78,7 @@ class ConvLayer(nnx.Module):
         size = config.conv_dim[index]
         self.kernel, self.stride = config.conv_kernel[index], config.conv_stride[index]
         self.activation = ACTIVATIONS[config.feat_extract_activation]
+        convolve = convolution_by_taps if options.platform.kernel_gradient_by_taps else convolution
         self.conv = nnx.Conv(
             in_size,
             size,
@@ -80,6 +87,7 @@ class ConvLayer(nnx.Module):
             padding="VALID",
             use_bias=config.conv_bias,
             dtype=options.compute_dtype,
+            conv_general_dilated=lambda x, kernel, strides, *_, **__: convolve(x, kernel, *strides),
             rngs=rngs,
         )
         if config.feat_extract_norm == "layer":
@@ -177,6 +185,8 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
         else:
             self.batch_norm = None
         self.conv = nnx.Conv(size, size, self.kernel, feature_group_count=self.groups, rngs=rngs)
+        by_taps = options.platform.kernel_gradient_by_taps
+        self.convolve: Callable[..., Any] = grouped_convolution_by_taps if by_taps else grouped_convolution
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         if self.batch_norm is not None:
@@ -186,33 +196,7 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
         kernel, bias = (weight[...].astype(self.dtype) for weight in (self.conv.kernel, self.conv.bias))
         # PyTorch pads kernel // 2 on both sides, and drops the last frame of an even kernel.
         x = jnp.pad(x, ((0, 0), (self.kernel // 2, (self.kernel - 1) // 2), (0, 0)))
-        return self.activation(grouped_convolution(x, kernel, self.groups) + bias[None, None, :]).astype(jnp.float32)
-
-
-def grouped_convolution(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
-    """Convolve each group of features by itself, one after the other.
-
-    A convolution with ``feature_group_count`` is the same; but XLA gathers a sharded batch for it.
-
-    Args:
-        x: [B, T + K - 1, D].
-        kernel: [K, D / groups, D'].
-        groups: of features, in and out.
-
-    Returns:
-        [B, T, D'].
-    """
-    (B, N, _), (K, inputs, size) = x.shape, kernel.shape
-    outputs = size // groups
-
-    def group(i: jax.Array, out: jax.Array) -> jax.Array:
-        zero = jnp.zeros_like(i)
-        part = jax.lax.dynamic_slice(x, (zero, zero, i * inputs), (B, N, inputs))
-        weights = jax.lax.dynamic_slice(kernel, (zero, zero, i * outputs), (K, inputs, outputs))
-        y = jax.lax.conv_general_dilated(part, weights, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-        return jax.lax.dynamic_update_slice(out, y, (zero, zero, i * outputs))
-
-    return jax.lax.fori_loop(0, groups, group, jnp.zeros((B, N - K + 1, size), x.dtype))
+        return self.activation(self.convolve(x, kernel, self.groups) + bias[None, None, :]).astype(jnp.float32)
 
 
 class Attention(nnx.Module):
