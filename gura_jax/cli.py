@@ -49,6 +49,9 @@ WeightsOption = Annotated[
     ),
 ]
 TARGETS = "tpu:NAME:TOPOLOGY such as tpu:v5e:2x2, gpu:NAME such as gpu:h100, or cpu; they need not be here"
+AllowOutsideOption = Annotated[
+    bool, typer.Option("--allow-outside", help="Allow paths and links that lead out of the root or folder.")
+]
 SizeOption = Annotated[Literal["tiny"] | None, typer.Option(help="tiny: small speech encoders with random weights.")]
 
 
@@ -244,9 +247,7 @@ def embed(
     root: Annotated[
         Path | None, typer.Option(help="What a manifest's paths are relative to.", show_default="its folder")
     ] = None,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Allow paths and links that lead out of the root or folder.")
-    ] = False,
+    allow_outside: AllowOutsideOption = False,
     window: Annotated[
         float | None, typer.Option(help="Cut longer clips into windows of so many seconds, each with its own row.")
     ] = None,
@@ -675,6 +676,7 @@ def finetune(
     root: Annotated[
         Path | None, typer.Option(help="What a manifest's paths are relative to.", show_default="its folder")
     ] = None,
+    allow_outside: AllowOutsideOption = False,
     weights: WeightsOption = None,
     size: SizeOption = None,
     epochs: Annotated[int, typer.Option(help="At most; the learning rate decays over them.")] = 30,
@@ -739,7 +741,7 @@ def finetune(
         dtype=dtype,
         seed=seed,
     )
-    labelled = read_labelled(task, label=label, split=split, root=root)
+    labelled = read_labelled(task, label=label, split=split, root=root, allow_outside=allow_outside)
     model = load_model(system, weights=_parse_weights(weights), size=size, seed=seed, precision=precision, remat=remat)
     kept = f"the last checkpoint is safe in {out}; run the same command again (without --overwrite) to go on"
     with _interruptible(kept):

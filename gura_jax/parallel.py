@@ -53,7 +53,7 @@ def check_mesh(mesh: Any, parallel: Parallel, shard: Shard | None) -> Mesh:
     if missing := [name for name in axes if name not in mesh.shape]:
         raise SystemConfigError(
             f"shard={shard!r}: expected a mesh with an axis {missing[0]}, found {found}: "
-            "jax.make_mesh((2, 4), ('data', 'model')) has one"
+            f"jax.make_mesh((1, {mesh.size}), ('data', 'model')) has one"
         )
     if shard is None and mesh.shape.get("model", 1) > 1:
         raise SystemConfigError(f"mesh: expected shard='tensor' to use the axis model, found {found} and no shard")

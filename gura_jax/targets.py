@@ -257,8 +257,12 @@ def _installed(package: str, extra: str) -> str:
         found = version(package)
     except PackageNotFoundError:
         raise TargetError(f"expected {package}, for compiling, found none: {how}") from None
-    needs = {match for line in requires("jax") or () for match in re.findall(rf"^{package}\S*?[=<]=([\d.]+)", line)}
-    if needs and not any(f"{found}.".startswith(f"{need.rstrip('.')}.") for need in needs):
+    needs = {
+        match.rstrip(".")
+        for line in requires("jax") or ()
+        for match in re.findall(rf"^{package}\S*?[=<]=([\d.]+)", line)
+    }
+    if needs and not any(f"{found}.".startswith(f"{need}.") for need in needs):
         raise TargetError(
             f"expected {package} {' or '.join(sorted(needs))}, which jax {jax.__version__} is made for, found {found}: "
             f"{how}"

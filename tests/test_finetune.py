@@ -480,6 +480,7 @@ def rewritten(tones: Path, change: Any) -> Path:
         (lambda i, row: row.update(label=i / 2), {"label": "label"}, "integers, or lists of them, found double"),
         (lambda i, row: row.update(split="dev"), {"label": "label"}, "train, valid or test, found 'dev'"),
         (lambda i, row: row.update(split="train"), {"label": "label"}, "whose split is valid, found none"),
+        (lambda i, row: row.update(label=i if i > 20 else i % 2), {"label": "label"}, "found 21, 22, 23, 24, 25 in"),
         (lambda i, row: row.update(path="none.wav"), {"label": "label"}, "found 21 of 21 that it cannot: train0: "),
     ],
 )  # fmt: skip
@@ -489,6 +490,11 @@ def test_manifests_that_make_no_sense(change: Any, options: Any, message: str, t
 
     with refuses(InputError, message):
         run()
+
+
+def test_a_task_that_is_not_there(tmp_path: Path) -> None:
+    with refuses(InputError, "none.csv: expected the folder of a HEAR task, or a manifest, found no such file"):
+        read_labelled(tmp_path / "none.csv", label="label")
 
 
 def test_clips_that_are_too_short(tones: Path, tmp_path: Path) -> None:

@@ -32,7 +32,14 @@ class ManifestTask(Task):
         raise InputError(f"{self.folder}: expected a HEAR task, found a manifest, whose audio is anywhere")
 
 
-def read_labelled(path: Path, *, label: str | None = None, split: str = "split", root: Path | None = None) -> Task:
+def read_labelled(
+    path: Path,
+    *,
+    label: str | None = None,
+    split: str = "split",
+    root: Path | None = None,
+    allow_outside: bool = False,
+) -> Task:
     """Read labelled clips.
 
     Args:
@@ -40,18 +47,22 @@ def read_labelled(path: Path, *, label: str | None = None, split: str = "split",
         label: a manifest's column of labels: text or integers, one class a clip; lists of them, any number.
         split: a manifest's column that says train, valid or test.
         root: what a manifest's paths are relative to; by default its folder.
+        allow_outside: allow paths and links that lead out of the root.
 
     Raises:
         InputError: see :func:`gura_jax.evaluate.hear.tasks.read_task` and
-            :func:`gura_jax.dataset.sources.read_inputs`; no label, no split, or no clips to train or validate with.
+            :func:`gura_jax.dataset.sources.read_inputs`; no label, no split, no clips to train or
+            validate with, or classes that only some splits have.
     """
     if path.is_dir():
         if label is not None:
             raise InputError(f"{path}: expected no label column of a HEAR task, which has its labels, found {label!r}")
         return read_task(path)
+    if not path.exists():
+        raise InputError(f"{path}: expected the folder of a HEAR task, or a manifest, found no such file")
     if label is None:
         raise InputError(f"{path}: expected the name of a column of labels (--label), as it is no folder, found none")
-    table = read_inputs([path], root=root)
+    table = read_inputs([path], root=root, allow_outside=allow_outside)
     for name in (label, split):
         if name not in table.column_names:
             raise InputError(f"{path}: expected a column {name!r}, found {', '.join(table.column_names)}")
@@ -72,6 +83,14 @@ def read_labelled(path: Path, *, label: str | None = None, split: str = "split",
     for part in ("train", "valid"):
         if part not in clips:
             raise InputError(f"{path}: expected clips whose {split} is {part}, found none")
+    if not lists:
+        trained = {value for own in clips["train"].values() for value in own}
+        for part, own in clips.items():
+            if other := sorted({value for (value,) in own.values()} - trained):
+                raise InputError(
+                    f"{path}: expected a {label} of clips to train with, found {', '.join(other[:NAMED])} in {part} "
+                    "alone: nothing can be learnt of it"
+                )
     classes = sorted({value for own in values for value in own})  # integers by size
     return ManifestTask(
         folder=path,
