@@ -134,6 +134,7 @@ def test_which_hosts_get_a_worker() -> None:
         _hosts([dead])
 
 
+@pytest.mark.slow
 def test_a_workers_own_error_is_the_users(cluster: str, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scene-00000.npy").write_text("precious")

@@ -162,7 +162,7 @@ np.save(f"{out}-{jax.process_index()}.npy", np.stack(frames))
 """
 
 
-@pytest.mark.parametrize("shard", ["fsdp", "tensor"])
+@pytest.mark.parametrize("shard", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_two_processes(shard: str, tmp_path: Path) -> None:
     """Each restores its own part of the weights, gives clips of its own, and gets their embeddings back."""
     model = load(system="hubert_base")
