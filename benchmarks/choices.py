@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import work
+from peers import MATRIX
 from run import machine
 
 from gura_jax import ENCODERS, Options
@@ -32,7 +33,7 @@ from gura_jax.parallel import PRECISION
 ROUNDS = 7
 LAYERS = 6  # of a transformer, enough to tell
 RATE = 16_000
-PRODUCT = "2048 x 2048 x 2048"  # the machine's rate
+PRODUCT = f"{MATRIX} x {MATRIX} x {MATRIX}"  # the machine's rate
 PLATFORM = platform_of(jax.devices())
 
 
@@ -95,11 +96,11 @@ def audio(clips: int, seconds: float) -> tuple[jax.Array, jax.Array]:
 
 def parts() -> None:
     rng = np.random.default_rng(0)
-    x, y = (jnp.asarray(rng.standard_normal((2048, 2048)), jnp.float32) for _ in range(2))
+    x, y = (jnp.asarray(rng.standard_normal((MATRIX, MATRIX)), jnp.float32) for _ in range(2))
     for name, clips, seconds in (("wav2vec2-large", 4, 4), ("hubert-base", 4, 4), ("hubert-base", 1, 30)):
         config, params = encoder(name)
         each = work.wav2vec2_parts(config, RATE * seconds)
-        gflop = {PRODUCT: 2 * 2048**3 / 1e9} | {part: clips * flops / 1e9 for part, flops in each.items()}
+        gflop = {PRODUCT: 2 * MATRIX**3 / 1e9} | {part: clips * flops / 1e9 for part, flops in each.items()}
         inputs = audio(clips, seconds)
         network = Wav2Vec2Encoder(config, Options(platform=PLATFORM)).network
         frames = jax.eval_shape(lambda p, *a, network=network: network(p).project(*a)[0], params, *inputs).shape[1]

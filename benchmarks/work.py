@@ -69,7 +69,9 @@ def flops(configs: Iterable[Any], clips: Iterable[float]) -> float:
 
 
 def _flops(config: CrepeConfig | Wav2Vec2Config, samples: int) -> float:
-    return _crepe_flops(config, samples) if isinstance(config, CrepeConfig) else _wav2vec2_flops(config, samples)
+    if isinstance(config, CrepeConfig):
+        return _crepe_flops(config, samples)
+    return sum(wav2vec2_parts(config, samples).values())
 
 
 def _crepe_flops(config: CrepeConfig, samples: int) -> float:
@@ -81,10 +83,6 @@ def _crepe_flops(config: CrepeConfig, samples: int) -> float:
         frame += 2 * int(((taps >= 0) & (taps < length)).sum()) * in_size * size  # products with padding are none
         length = positions // 2
     return float(frame * (1 + samples // HOP))
-
-
-def _wav2vec2_flops(config: Wav2Vec2Config, samples: int) -> float:
-    return sum(wav2vec2_parts(config, samples).values())
 
 
 def wav2vec2_parts(config: Wav2Vec2Config, samples: int) -> dict[str, float]:

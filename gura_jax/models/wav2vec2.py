@@ -18,12 +18,7 @@ from flax import nnx
 from gura_jax.convert.wav2vec2 import KEYS
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import attention, over_frames, over_tokens
-from gura_jax.models.convolution import (
-    convolution,
-    convolution_by_taps,
-    grouped_convolution,
-    grouped_convolution_by_taps,
-)
+from gura_jax.models.convolution import Convolution, convolution, convolution_by_taps, grouped_convolution
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -70,6 +65,10 @@ def _layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
+def _convolution(options: Options) -> Convolution:
+    return convolution_by_taps if options.platform.kernel_gradient_by_taps else convolution
+
+
 class ConvLayer(nnx.Module):
     """One layer of the feature encoder: convolution, norm (if any), activation."""
 
@@ -78,7 +77,7 @@ class ConvLayer(nnx.Module):
         size = config.conv_dim[index]
         self.kernel, self.stride = config.conv_kernel[index], config.conv_stride[index]
         self.activation = ACTIVATIONS[config.feat_extract_activation]
-        convolve = convolution_by_taps if options.platform.kernel_gradient_by_taps else convolution
+        convolve = _convolution(options)
         self.conv = nnx.Conv(
             in_size,
             size,
@@ -185,8 +184,7 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
         else:
             self.batch_norm = None
         self.conv = nnx.Conv(size, size, self.kernel, feature_group_count=self.groups, rngs=rngs)
-        by_taps = options.platform.kernel_gradient_by_taps
-        self.convolve: Callable[..., Any] = grouped_convolution_by_taps if by_taps else grouped_convolution
+        self.convolve = _convolution(options)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         if self.batch_norm is not None:
@@ -196,7 +194,8 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
         kernel, bias = (weight[...].astype(self.dtype) for weight in (self.conv.kernel, self.conv.bias))
         # PyTorch pads kernel // 2 on both sides, and drops the last frame of an even kernel.
         x = jnp.pad(x, ((0, 0), (self.kernel // 2, (self.kernel - 1) // 2), (0, 0)))
-        return self.activation(self.convolve(x, kernel, self.groups) + bias[None, None, :]).astype(jnp.float32)
+        x = grouped_convolution(x, kernel, self.groups, self.convolve)
+        return self.activation(x + bias[None, None, :]).astype(jnp.float32)
 
 
 class Attention(nnx.Module):
