@@ -42,7 +42,7 @@ debian = { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y --no
 
 # Two processes: most of the time is compiling, which takes one core.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Full-size encoders with random weights, and every system: about 12 GB of memory, and ten minutes or more.
 test-full: install

@@ -43,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """From Z to A: the last file is the longest and the first are short, so that two processes end together."""
+    items.sort(key=lambda item: item.path, reverse=True)
+
+
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and few cycles: looking for them took 5 % of the time
 
 

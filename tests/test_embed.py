@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from toy import ALONE, RATE, ToyModel, contents, embedded, interrupt, opened, toy_model, write_clips
+from toy import ALONE, RATE, ToyModel, contents, embedded, environment, interrupt, opened, toy_model, write_clips
 
 from gura_jax import EmbeddingStore, Member, System, checkpoint, load_model
 from gura_jax.audio import load_audio
@@ -128,8 +128,7 @@ def test_killed_at_every_step(clips: Path, tmp_path: Path) -> None:
     (few / "broken.wav").write_text("not audio")
     script = Path(__file__).with_name("killed.py")
     command = [sys.executable, script, few, tmp_path / "runs"]
-    environment = os.environ | {"XLA_FLAGS": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 40
 
@@ -228,9 +227,9 @@ def test_two_processes_with_the_same_shards(clips: Path, whole: Path, tmp_path: 
         "toy.embedded(sys.argv[1], __import__('pathlib').Path(sys.argv[2]), "
         "Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    here = environment(PYTHONPATH=str(Path(__file__).parent))
     command = [sys.executable, "-c", script, str(clips), str(tmp_path / "out")]
-    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(3)]
+    processes = [subprocess.Popen(command, env=here, stderr=subprocess.DEVNULL) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -288,12 +287,11 @@ def test_two_processes_of_jax_distributed(tmp_path: Path) -> None:
     )
     arguments = [tmp_path / "in", "-s", "hubert_base", "--weights", "random", "--size", "tiny"]
     arguments += ["--shard-hours", "0.001", "--batch-seconds", "2"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", script]
     processes = [
         subprocess.Popen(
             [*command, str(index), "embed", *map(str, arguments), "--out", str(tmp_path / "two")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
     ]  # fmt: skip
@@ -302,9 +300,8 @@ def test_two_processes_of_jax_distributed(tmp_path: Path) -> None:
     for index, (stdout, _) in enumerate(outputs):
         assert f"this was process {index} of 2 (by jax.distributed)" in stdout
         assert not stdout.startswith("0 clips")
-    alone = [sys.executable, "-m", "gura_jax.cli"]
     alone = [Path(sys.executable).with_name("gura-jax"), "embed", *arguments, "--out", tmp_path / "one"]
-    subprocess.run(list(map(str, alone)), env=environment, check=True, capture_output=True)
+    subprocess.run(list(map(str, alone)), env=environment(), check=True, capture_output=True)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -562,10 +559,8 @@ def test_a_small_disk_and_one_that_cannot_be_written(clips: Path, tmp_path: Path
     command = (
         f"mount -t tmpfs -o {options} tmpfs {out} && exec {sys.executable} -c '{script.replace(chr(39), chr(34))}'"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(
-        [*MOUNT, f"{command} {clips} {out}"], env=environment, capture_output=True, text=True, check=False
-    )
+    here = environment(PYTHONPATH=str(Path(__file__).parent))
+    result = subprocess.run([*MOUNT, f"{command} {clips} {out}"], env=here, capture_output=True, text=True, check=False)
     message, *_, shards = result.stdout.splitlines()
     assert f"{out}: expected a folder that can be written to, found: {words}" in message
     assert shards == "[]" if options == "ro" else shards.startswith("[True")

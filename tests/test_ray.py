@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import contents, write_clips
+from toy import contents, environment, write_clips
 
 from gura_jax import EmbeddingStore
 from gura_jax.dataset import commit
@@ -32,7 +32,7 @@ COMMAND = [
     "--batch-seconds",
     "2",
 ]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+ENVIRONMENT = environment(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
 SECONDS = [0.5] * 24  # of one length: one program to compile
 
 
@@ -42,7 +42,7 @@ def cluster() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     before = {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    os.environ |= {name: ENVIRONMENT[name] for name in before}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     yield str(made.address)

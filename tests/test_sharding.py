@@ -1,6 +1,5 @@
 """parallel.py, loading.py: weights divided over a mesh, on 8 devices and in two processes, change no result."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from reference import relative, speech
 from refusals import refuses
+from toy import environment
 
 from gura_jax import CheckpointError, Member, Model, System, SystemConfigError, load_model, parallel
 from gura_jax.models.encoder import Options
@@ -170,12 +170,11 @@ def test_two_processes(shard: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), address]
     started = [
         subprocess.Popen(
             [*command, str(i), str(tmp_path / "saved"), shard, str(tmp_path / "out")],
-            env=environment,
+            env=environment(devices=2),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -1,6 +1,7 @@
 """A system that costs nothing, for tests of everything around the models; and clips for it."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def toy_model(kind: type[ToyModel] = ToyModel, *, rate: int = RATE, batches_in_f
     model = load_model(System("toy", (Member(Toy(rate), name="toy"),)))
     platform = dataclasses.replace(model.platform, batches_in_flight=batches_in_flight)
     return kind(model.system, model.fusion, model.params, model.weights, model.compilation, model.dtype, platform)
+
+
+def environment(devices: int = 1, **variables: str) -> dict[str, str]:
+    """For a process of its own, which sees so many CPU devices and compiles as this one does."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"} | variables
 
 
 def write_clips(folder: Path, seconds: Iterable[float], suffix: str = "wav", rate: int = RATE) -> list[Path]:
