@@ -750,8 +750,8 @@ def finetune(
         print(json.dumps(result._asdict(), indent=1))
         return
     print(
-        f"{result.epochs} epochs; the best was {result.best_epoch}, with a validation {result.chosen_by} of "
-        f"{result.valid_score:.4f} -> {out / 'model'}"
+        f"epochs: {result.epochs}, best: {result.best_epoch}, validation {result.chosen_by}: {result.valid_score:.4f} "
+        f"-> {out / 'model'}"
     )
     for name, value in result.test.items():
         print(f"  test {name:12} {value:.4f}")

@@ -9,6 +9,7 @@ import numpy as np
 from gura_jax.audio import MAX_SECONDS
 from gura_jax.batching import bucket_lengths
 from gura_jax.dataset.decode import Clip, decode_ahead, probe
+from gura_jax.dataset.sources import decoded
 from gura_jax.dataset.table import clip_rows, too_short
 from gura_jax.errors import AudioError, InputError
 from gura_jax.evaluate.task import Fold, Task, frame_targets
@@ -66,8 +67,8 @@ def load(task: Task, model: Model, fold: Fold, batch_size: int) -> Data:
         clips = tuple(where[task.clip_id(name, file)] for name, file in files)
         found = probe(clips, model.sample_rate, MAX_SECONDS)
         wrong = [
-            f"{file}: {samples if isinstance(samples, str) else too_short(model, samples)}"
-            for (_, file), samples in zip(files, found, strict=True)
+            f"{decoded(clip.path)}: {samples if isinstance(samples, str) else too_short(model, samples)}"
+            for clip, samples in zip(clips, found, strict=True)
             if isinstance(samples, str) or samples < model.min_scene_samples
         ]
         if wrong:
@@ -154,17 +155,17 @@ def read(
     """
     index = {label: i for i, label in enumerate(task.labels)}
     own = [batch.clips[rows] for batch in planned]  # real clips come first
-    decoded = decode_ahead([[split.clips[i] for i in clips] for clips in own], model.sample_rate, MAX_SECONDS)
-    with contextlib.closing(decoded):
-        for batch, clips, audio in zip(planned, own, decoded, strict=True):
+    ahead = decode_ahead([[split.clips[i] for i in clips] for clips in own], model.sample_rate, MAX_SECONDS)
+    with contextlib.closing(ahead):
+        for batch, clips, audio in zip(planned, own, ahead, strict=True):
             good: list[np.ndarray] = []
             for i, clip in zip(clips, audio, strict=True):
                 if isinstance(clip, AudioError):
                     raise InputError(f"{task.name}: {clip}")
                 if len(clip) != split.lengths[i]:
                     raise InputError(
-                        f"{task.name}: {split.names[i]}: expected {split.lengths[i]} samples, as its header says, "
-                        f"found {len(clip)}"
+                        f"{task.name}: {decoded(split.clips[i].path)}: expected {split.lengths[i]} samples, as its "
+                        f"header says, found {len(clip)}"
                     )
                 good.append(clip)
             size = len(range(*rows.indices(batch_size)))

@@ -268,6 +268,7 @@ class _Log:
         self.waiting: tuple[int, Figures] | None = None
         self.losses: list[float] = []
         self.bar = tqdm(total=total, initial=done, unit="step", disable=None if run.writes else True)
+        self.bar.set_description("compiling")
 
     def __enter__(self) -> "_Log":
         return self
@@ -305,6 +306,7 @@ class _Log:
         (epoch, figures), self.waiting = self.waiting, None
         self.steps += 1
         self.losses.append(float(figures.loss))
+        self.bar.set_description("training", refresh=False)
         self.bar.update()
         if not self.run.writes:
             return
