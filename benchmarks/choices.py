@@ -147,6 +147,18 @@ def features() -> None:
         measure(f"Feature encoder of {name}, 4 x 4 s: frames in a block, of all clips", variants)
 
 
+def gradient() -> None:
+    config, params = encoder("hubert-base", 1)
+    for clips, seconds in ((1, 0.5), (4, 0.5)):  # by XLA's convolutions a longer one takes minutes on a CPU
+        variants = {}
+        for taps, name in ((False, "convolutions"), (True, "a product for each tap")):
+            member = Wav2Vec2Encoder(config, sized(kernel_gradient_by_taps=taps))
+            loss = lambda p, *a, n=member.network: jnp.square(n(p).feature_extractor(*a)[0]).sum()  # noqa: E731
+            mark = in_use(taps, PLATFORM.kernel_gradient_by_taps)
+            variants[f"by kernels: {name}{mark}"] = Variant(jax.grad(loss), (params, *audio(clips, seconds)))
+        measure(f"Gradient of hubert-base's feature encoder, {clips} x {seconds} s", variants)
+
+
 def hidden(config: Wav2Vec2Config, clips: int, frames: int) -> tuple[jax.Array, jax.Array]:
     x = np.random.default_rng(0).standard_normal((clips, frames, config.hidden_size)).astype(np.float32)
     return jnp.asarray(x), frame_mask(jnp.full(clips, frames), frames)
@@ -263,7 +275,8 @@ def pitch() -> None:
 
 
 CHOICES = {
-    f.__name__: f for f in (parts, features, attention, long_attention, transformer, projections, activation, pitch)
+    f.__name__: f
+    for f in (parts, features, gradient, attention, long_attention, transformer, projections, activation, pitch)
 }
 
 
