@@ -21,6 +21,7 @@ class Platform:
         fused_attention: cuDNN's attention for bfloat16.
         kernel_gradient_by_taps: gradients by the wave encoders' kernels as matrix products; else as XLA's convolutions.
         spectral_crepe: CREPE's convolutions as products in the frequency domain; else directly.
+        crepe_taps: of CREPE's direct convolutions at a time; None: all.
         crepe_frames: in one pass of CREPE.
         batch_seconds: audio computed at once, by a device; with ``share_batch`` by all devices together.
         share_batch: the devices are parts of one processor.
@@ -37,6 +38,7 @@ class Platform:
     fused_attention: bool
     kernel_gradient_by_taps: bool
     spectral_crepe: bool
+    crepe_taps: int | None
     crepe_frames: int
     batch_seconds: float
     share_batch: bool
@@ -55,6 +57,7 @@ _CPU = Platform(
     fused_attention=False,
     kernel_gradient_by_taps=True,
     spectral_crepe=True,
+    crepe_taps=None,
     crepe_frames=64,
     batch_seconds=32,
     share_batch=True,
@@ -70,13 +73,14 @@ _GPU = Platform(
     fused_attention=True,
     kernel_gradient_by_taps=False,
     spectral_crepe=False,
+    crepe_taps=None,
     crepe_frames=512,
     batch_seconds=320,
     share_batch=False,
     overhead_seconds=16,
     batches_in_flight=1,
 )
-_TPU = dataclasses.replace(_GPU, name="tpu", fused_attention=False)
+_TPU = dataclasses.replace(_GPU, name="tpu", fused_attention=False, crepe_taps=8)
 
 PlatformName = Literal["cpu", "gpu", "tpu"]
 PLATFORMS: dict[str, Platform] = {row.name: row for row in (_CPU, _GPU, _TPU)}

@@ -1,4 +1,4 @@
-"""models/convolution.py: gradients by taps are XLA's own."""
+"""models/convolution.py: in parts, and gradients by taps, are XLA's own."""
 
 from typing import Any
 
@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from reference import precise_jit, relative
 
-from gura_jax.models.convolution import Convolution, convolution, convolution_by_taps, grouped_convolution
+from gura_jax.models.convolution import (
+    Convolution,
+    convolution,
+    convolution_by_taps,
+    convolution_in_parts,
+    grouped_convolution,
+)
 
 BOUND = 1e-6  # relative: sums of a few hundred float32 products in another order
 
@@ -17,18 +23,24 @@ def grouped(convolve: Convolution) -> Convolution:
     return lambda x, kernel, groups: grouped_convolution(x, kernel, groups, convolve)
 
 
+def in_parts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    return convolution_in_parts(x, kernel, stride, 4)
+
+
 @pytest.mark.parametrize(
-    ("plain", "by_taps", "samples", "channels", "kernel", "number"),
+    ("plain", "other", "samples", "channels", "kernel", "number"),
     [
         (convolution, convolution_by_taps, 40, 6, (3, 6, 8), 2),
         (convolution, convolution_by_taps, 41, 1, (10, 1, 8), 5),
         (convolution, convolution_by_taps, 10, 1, (10, 1, 8), 5),  # one frame
         (grouped(convolution), grouped(convolution_by_taps), 22, 6, (5, 3, 12), 2),
+        (convolution, in_parts, 40, 6, (8, 6, 3), 1),
+        (convolution, in_parts, 41, 2, (8, 2, 3), 4),
     ],
 )
-def test_gradients_by_taps_are_those_of_xla(
+def test_results_and_gradients_are_those_of_xla(
     plain: Convolution,
-    by_taps: Convolution,
+    other: Convolution,
     samples: int,
     channels: int,
     kernel: tuple[int, int, int],
@@ -42,7 +54,7 @@ def test_gradients_by_taps_are_those_of_xla(
     def gradients(function: Convolution) -> Any:
         return precise_jit(jax.value_and_grad(lambda x, w: (function(x, w, number) * weights).sum(), argnums=(0, 1)))
 
-    ours, expected = gradients(by_taps)(x, w), gradients(plain)(x, w)
+    ours, expected = gradients(other)(x, w), gradients(plain)(x, w)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         assert relative(a, b) <= BOUND

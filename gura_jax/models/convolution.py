@@ -10,9 +10,11 @@ import jax.numpy as jnp
 Convolution = Callable[[jax.Array, jax.Array, int], Any]  # of (x, kernel, stride)
 
 
-def convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Strided and without padding: [B, N, C], [K, C, C'] -> [B, (N - K) // stride + 1, C']."""
-    return jax.lax.conv_general_dilated(x, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+def convolution(x: jax.Array, kernel: jax.Array, stride: int, dtype: Any = None) -> jax.Array:
+    """Strided and without padding: [B, N, C], [K, C, C'] -> [B, (N - K) // stride + 1, C'], of a dtype if given."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), preferred_element_type=dtype
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,6 +44,32 @@ def _backward(stride: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Arr
 
 
 convolution_by_taps.defvjp(_forward, _backward)
+
+
+def convolution_in_parts(x: jax.Array, kernel: jax.Array, stride: int, taps: int) -> jax.Array:
+    """:func:`convolution` of many taps, some at a time; a TPU's compiler takes long over all at once.
+
+    A strided one is not cut: each step of so many samples becomes one of as many more channels.
+
+    Args:
+        x: [B, N, C].
+        kernel: [K, C, C']; K is a multiple of ``stride``, and of ``taps`` where that is 1.
+        stride: in samples.
+        taps: at a time.
+    """
+    (B, N, C), (K, _, size) = x.shape, kernel.shape
+    if stride > 1:
+        whole = x[:, : N // stride * stride].reshape(B, -1, stride * C)
+        return convolution(whole, kernel.reshape(K // stride, stride * C, size), 1)
+    positions = N - K + 1
+
+    def part(total: jax.Array, own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        index, kernel = own
+        some = jax.lax.dynamic_slice_in_dim(x, index * taps, positions + taps - 1, axis=1)
+        return total + convolution(some, kernel, 1, jnp.float32), None
+
+    parts = jnp.arange(K // taps, dtype=jnp.int32), kernel.reshape(-1, taps, C, size)
+    return jax.lax.scan(part, jnp.zeros((B, positions, size), jnp.float32), parts)[0].astype(x.dtype)
 
 
 def grouped_convolution(x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolution) -> jax.Array:

