@@ -80,7 +80,7 @@ _GPU = Platform(
     overhead_seconds=16,
     batches_in_flight=1,
 )
-_TPU = dataclasses.replace(_GPU, name="tpu", fused_attention=False, crepe_taps=8)
+_TPU = dataclasses.replace(_GPU, name="tpu", fused_attention=False, crepe_taps=8, crepe_frames=256)
 
 PlatformName = Literal["cpu", "gpu", "tpu"]
 PLATFORMS: dict[str, Platform] = {row.name: row for row in (_CPU, _GPU, _TPU)}
