@@ -1,5 +1,6 @@
 """Convert PyTorch weights to a Flax encoder's arrays, by the key tables of the registered families."""
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -56,26 +57,32 @@ def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
         source_sha256=dict(source.sha256),
         converter_version=version("gura-jax"),
         arrays_sha256=arrays_sha256(params),
+        normalise=source.normalise if architecture is None else find_preset(architecture).normalise,
     )
     return Converted(params, manifest)
 
 
-def read_config(repo: str) -> Any:
-    """The config of an encoder on the hub, without its weights.
+def read_config(repo: str) -> tuple[Any, bool]:
+    """The config of an encoder on the hub, without its weights; and whether its input is normalised.
 
     Raises:
         ConversionError: it cannot be fetched, or is not supported.
     """
     try:
-        return config_from_source(read_hub_config(repo))
+        config, normalise = read_hub_config(repo)
+        return config_from_source(config), normalise
     except SystemConfigError as error:
         raise ConversionError(f"{repo} cannot be converted: {error}") from None
 
 
 def formats() -> list[Format]:
-    """The kinds of checkpoints that the registered families can be read from."""
+    """The kinds of checkpoints that the registered families can be read from.
+
+    Of two that recognise a bare file, the first is chosen: that of the later family, which may be a relative with more
+    keys, as WavLM is of wav2vec 2.0.
+    """
     found: list[Format] = []
-    for family in FAMILIES.values():
+    for family in reversed(FAMILIES.values()):
         found += [each for each in map(Format._make, family.keys.items()) if each not in found]
     return found
 
@@ -120,11 +127,14 @@ class _Part(NamedTuple):
     transform: Transform
 
 
-def _plan(source: Source, table: KeyTable, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, _Part], list[str]]:
+_Plan = Mapping[str, list[_Part]]  # a key is one part, or several of which each takes a piece
+
+
+def _plan(source: Source, table: KeyTable, shapes: Mapping[str, tuple[int, ...]]) -> tuple[_Plan, list[str]]:
     """Which key goes where; and every fault in keys and shapes."""
     prefix = re.compile(table.prefix)
     rows = [(re.compile(pattern), target, transform) for pattern, target, transform in table.rows]
-    plan: dict[str, _Part] = {}
+    plan: dict[str, list[_Part]] = defaultdict(list)
     parts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     faults = []
     for key, shape in source.shapes.items():
@@ -136,22 +146,23 @@ def _plan(source: Source, table: KeyTable, shapes: Mapping[str, tuple[int, ...]]
             faults.append(f"{key}: {refusal}")
             continue
         matches = [_Part(m.expand(target), how) for pattern, target, how in rows if (m := pattern.fullmatch(name))]
-        part = next((part for part in matches if part.target in shapes), None)
-        if part is None:
+        matches = [part for part in matches if part.target in shapes]
+        if not matches:
             faults.append(f"{key} {list(shape)}: unexpected key")
             continue
-        parts[part.target][part.transform.part].append(key)
-        if part.transform.rank != len(shapes[part.target]):
-            faults.append(
-                f"{key}: its row makes an array of {part.transform.rank} axes, but {part.target} is "
-                f"{list(shapes[part.target])}"
-            )
-            continue
-        wanted = part.transform.source_shape(shapes[part.target])
-        if wanted != tuple(shape):
-            faults.append(f"{key}: expected shape {list(wanted)}, found {list(shape)}")
-        else:
-            plan[key] = part
+        for part in matches[: matches[0].transform.piece[1]]:
+            parts[part.target][part.transform.part].append(key)
+            if part.transform.rank != len(shapes[part.target]):
+                faults.append(
+                    f"{key}: its row makes an array of {part.transform.rank} axes, but {part.target} is "
+                    f"{list(shapes[part.target])}"
+                )
+                continue
+            wanted = part.transform.source_shape(shapes[part.target])
+            if wanted != tuple(shape):
+                faults.append(f"{key}: expected shape {list(wanted)}, found {list(shape)}")
+            else:
+                plan[key].append(part)
     for target, shape in shapes.items():
         faults += _target_faults(target, shape, parts.get(target, {}))
     return plan, faults
@@ -168,28 +179,28 @@ def _target_faults(target: str, shape: tuple[int, ...], parts: Mapping[str, list
         yield f"{target}: {why} (by {keys})"
 
 
-def _read(source: Source, plan: Mapping[str, _Part]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read(source: Source, plan: _Plan) -> tuple[dict[str, np.ndarray], list[str]]:
     """Read each tensor once, and put the arrays together."""
     params: dict[str, np.ndarray] = {}
     waiting: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     needed = defaultdict(set)
-    for part in plan.values():
+    for part in itertools.chain.from_iterable(plan.values()):
         needed[part.target].add(part.transform.part)
     faults = []
     for key, tensor in source.tensors(plan):
-        target, transform = plan[key]
         if tensor.dtype != np.float32:
             faults.append(f"{key}: expected floating-point values, found {tensor.dtype}")
             continue
         if not np.isfinite(tensor).all():
             faults.append(f"{key}: {int((~np.isfinite(tensor)).sum())} values are NaN or infinite")
             continue
-        if transform.variance and (tensor < 0).any():
-            faults.append(f"{key}: expected variances, found negative values")
-            continue
-        waiting[target][transform.part] = transform.apply(tensor)
-        if set(waiting[target]) == needed[target] and frozenset(needed[target]) in COMBINE:
-            params[target] = COMBINE[frozenset(needed[target])](waiting.pop(target))
-            if not np.isfinite(params[target]).all():
-                faults.append(f"{target}: NaN or infinite values once its parts are put together")
+        for target, transform in plan[key]:
+            if transform.variance and (tensor < 0).any():
+                faults.append(f"{key}: expected variances, found negative values")
+                continue
+            waiting[target][transform.part] = transform.apply(tensor)
+            if set(waiting[target]) == needed[target] and frozenset(needed[target]) in COMBINE:
+                params[target] = COMBINE[frozenset(needed[target])](waiting.pop(target))
+                if not np.isfinite(params[target]).all():
+                    faults.append(f"{target}: NaN or infinite values once its parts are put together")
     return params, faults

@@ -10,7 +10,7 @@ from gura_jax.convert.keys import Contents, Wrapping
 # s3prl's conversions of fairseq's checkpoints name the weights model_weight and the settings model_cfg.
 WRAPPING = Wrapping(
     state=("model", "model_weight"),
-    settings=("args", "cfg", "model_cfg"),
+    settings=("args", "cfg", "model_cfg", "task_cfg"),
     inert=("fairseq.data.dictionary.Dictionary",),
 )
 
@@ -81,6 +81,9 @@ def read_config(contents: Contents, faults: list[str]) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
     }
 
+    # Of the task, which s3prl's conversions have beside the model's.
+    tasks = [_plain(extra.get("task_cfg")), _plain(_plain(extra.get("cfg")).get("task")), _plain(extra.get("args"))]
+    config["do_normalize"] = next((task["normalize"] for task in tasks if "normalize" in task), False)
     for name, (target, default) in _SIZES.items():
         value = config[target] = model.get(name, default)
         if type(value) is not int or value < 1:

@@ -21,6 +21,7 @@ class Transform(NamedTuple):
     ones: tuple[int, ...] = ()  # permuted axes of size 1, whatever the array's size is there
     dropped: tuple[int, ...] = ()  # permuted axes of size 1 that the array does not have
     variance: bool = False  # no value may be negative
+    piece: tuple[int, int] = (0, 1)  # which of so many equal pieces along the source's first axis
 
     @property
     def rank(self) -> int:
@@ -34,10 +35,14 @@ class Transform(NamedTuple):
             permuted.insert(axis, 1)
         for axis in self.ones:
             permuted[axis] = 1
-        return tuple(permuted[self.axes.index(axis)] for axis in range(len(self.axes)))
+        first, *others = (permuted[self.axes.index(axis)] for axis in range(len(self.axes)))
+        return first * self.piece[1], *others
 
     def apply(self, tensor: np.ndarray) -> np.ndarray:
         """The (part of the) array: a contiguous copy."""
+        index, count = self.piece
+        size = len(tensor) // count
+        tensor = tensor[index * size : (index + 1) * size]
         return np.array(tensor.transpose(self.axes).squeeze(self.dropped), order="C")
 
 
@@ -78,6 +83,16 @@ def dense(source: str, target: str) -> list[Row]:
     return [(rf"{source}\.weight", f"{target}.kernel", LINEAR), (rf"{source}\.bias", f"{target}.bias", VECTOR)]
 
 
+def packed(source: str, targets: Iterable[str]) -> list[Row]:
+    """Rows of several linear layers whose weights are one tensor, such as ``in_proj_weight``, one above the other."""
+    targets = list(targets)
+    return [
+        (f"{source}{name}", f"{target}.{array}", transform._replace(piece=(i, len(targets))))
+        for i, target in enumerate(targets)
+        for name, array, transform in (("weight", "kernel", LINEAR), ("bias", "bias", VECTOR))
+    ]
+
+
 def norm(source: str, target: str) -> list[Row]:
     """Rows of a layer norm or group norm."""
     return [(rf"{source}\.weight", f"{target}.scale", VECTOR), (rf"{source}\.bias", f"{target}.bias", VECTOR)]
@@ -114,7 +129,8 @@ class Contents(NamedTuple):
 
 
 ReadConfig = Callable[[Contents, list[str]], Mapping[str, Any]]
-"""Reads a config, ``model_type`` included, in the names of ``Config.from_source``; adds what is wrong to the list."""
+"""Reads a config, ``model_type`` included, in the names of ``Config.from_source``, and ``do_normalize`` where clips are
+normalised first; adds what is wrong to the list."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from gura_jax.errors import ConversionError, SystemConfigError
 from gura_jax.fusion import FusedMember
 from gura_jax.loading import find_encoder, find_weights, is_hugging_face, load_model, member_weights, outline
 from gura_jax.model import Model
+from gura_jax.models.encoder import NORMALISE_EPS
 from gura_jax.models.families import find_family
 from gura_jax.models.layers import layer_weights
 from gura_jax.systems import Member, System, find_system
@@ -206,7 +207,9 @@ def _find_network(member: Member, weights: str, size: str | None) -> _Network:
     """Check that a member can be compared, and find the weights of both sides."""
     if not isinstance(member.encoder, str):
         raise SystemConfigError(f"member {member.name!r} is a Python object: nothing in PyTorch to compare it with")
-    config = find_encoder(member.encoder).config
+    _, config, published = find_encoder(member.encoder)
+    if member.normalise is None:  # else it would be lost where the encoder's name is
+        member = dataclasses.replace(member, normalise=published)
     family = find_family(config.model_type)
     if not family.reference:
         raise SystemConfigError(
@@ -255,6 +258,8 @@ def _named(member: Member) -> Iterator[None]:
 def _run(reference: Reference, clip: np.ndarray, dtype: torch.dtype, built: FusedMember) -> _Output:
     """A member's reference on one clip."""
     audio = torch.from_numpy(clip).to(dtype)[None]
+    if built.options.normalise:  # as transformers' Wav2Vec2FeatureExtractor
+        audio = (audio - audio.mean()) / (audio.var(correction=0) + NORMALISE_EPS).sqrt()
     encoder, scenes = built.encoder, built.scene_encoder
     with torch.inference_mode():
         parts = dict(reference.parts(audio, encoder.grid.hop))

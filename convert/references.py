@@ -174,7 +174,9 @@ def check_unchanged(source: str) -> None:
 def shake(model: torch.nn.Module) -> None:
     """Make fresh weights such that no tensor can be mistaken for another, or left out, without a difference."""
     for name, tensor in model.state_dict().items():
-        if tensor.ndim == 1 and tensor.is_floating_point():  # biases and norms: off zero and one
+        if "gru_rel_pos" in name or name.endswith("rel_attn_embed.weight"):  # a bias as large as the scores
+            tensor.normal_(std=ATTENTION_SCALE)
+        elif tensor.ndim == 1 and tensor.is_floating_point():  # biases and norms: off zero and one
             noise = 0.1 * torch.rand_like(tensor)
             tensor.copy_((tensor if "var" not in name else 0.5 + tensor) + noise)
         elif name.endswith(("original0", "weight_g")):  # off the norm of v
@@ -264,6 +266,12 @@ class Wav2Vec2(_Transformers):
     """transformers' ``Wav2Vec2Model``."""
 
     name = "Wav2Vec2Model"
+
+
+class WavLM(_Transformers):
+    """transformers' ``WavLMModel``."""
+
+    name = "WavLMModel"
 
 
 class Crepe(Reference):

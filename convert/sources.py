@@ -6,6 +6,7 @@ What the files of each library look like is in the key tables. Files are not tru
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from gura_jax.convert.keys import Contents, KeyTable, Wrapping
 from gura_jax.errors import ConversionError, DownloadError
+from gura_jax.models.families import PREPROCESSOR, normalises
 
 CONFIG = "config.json"
 # In order of preference; the second and fourth list shards.
@@ -94,6 +96,7 @@ class Source:
         config: the encoder's config, ``model_type`` included, in the names of ``config.json``; None where the
             source does not say.
         shapes: key -> shape, of every tensor.
+        normalise: whether clips are normalised before they are given to the encoder.
     """
 
     formats: tuple[Format, ...]
@@ -101,6 +104,7 @@ class Source:
     sha256: Mapping[str, str]
     config: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int, ...]]
+    normalise: bool
     _files: tuple[_WeightFile, ...] = field(repr=False)
 
     def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -220,6 +224,8 @@ def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
         assert weights is not None
         folder = Path(api.hf_hub_download(repo, CONFIG)).parent  # named by the commit
         path = Path(api.hf_hub_download(repo, weights, revision=folder.name))
+        if PREPROCESSOR in names:
+            api.hf_hub_download(repo, PREPROCESSOR, revision=folder.name)
         shards = _shards(path, faults) if weights.endswith(".json") else {}
         faults += [f"{weights} names {name}, which is not there" for name in shards if name not in names]
         _refuse_if(faults, f"{repo}@{folder.name}")
@@ -239,8 +245,8 @@ def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
     return _open_folder(folder, f"{repo}@{folder.name}", formats)
 
 
-def read_hub_config(repo: str) -> dict[str, Any]:
-    """The ``config.json`` of a model on the hub; without a network, that of the cache.
+def read_hub_config(repo: str) -> tuple[dict[str, Any], bool]:
+    """The ``config.json`` of a model on the hub, and whether its input is normalised; without a network, of the cache.
 
     Raises:
         ConversionError: there is none, or it cannot be fetched or read.
@@ -249,15 +255,23 @@ def read_hub_config(repo: str) -> dict[str, Any]:
     faults: list[str] = []
     try:
         path = Path(api.hf_hub_download(repo, CONFIG))
+        with contextlib.suppress(EntryNotFoundError):
+            api.hf_hub_download(repo, PREPROCESSOR, revision=path.parent.name)
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise ConversionError(f"{api.endpoint}/{repo} has no {CONFIG}: expected a model in its layout") from error
         kind, refusal = _refusal(api.endpoint, repo, error)
         raise kind(refusal) from error
-    content = _read_json(path, faults)
+    content, normalise = _read_json(path, faults), _normalises(path.parent, faults)
     _refuse_if(faults, repo)
     assert content is not None
-    return content
+    return content, normalise
+
+
+def _normalises(folder: Path, faults: list[str]) -> bool:
+    path = folder / PREPROCESSOR
+    content = _read_json(path, faults) if path.is_file() else None
+    return content is not None and normalises(content)
 
 
 def _refusal(endpoint: str, repo: str, error: BaseException) -> tuple[type[ConversionError], str]:
@@ -274,8 +288,9 @@ def _refusal(endpoint: str, repo: str, error: BaseException) -> tuple[type[Conve
         )
     return DownloadError, (
         f"cannot download {repo} from {endpoint} ({_first_line(error)}). With a network, run this again: the "
-        f"files that arrived whole are kept. Without one, fetch {CONFIG} and model.safetensors (or else "
-        "pytorch_model.bin; of a sharded checkpoint the .index.json and every shard that it names) from "
+        f"files that arrived whole are kept. Without one, fetch {CONFIG}, {PREPROCESSOR} (if there is one) and "
+        "model.safetensors (or else pytorch_model.bin; of a sharded checkpoint the .index.json and every shard that it "
+        "names) from "
         f"{endpoint}/{repo}/tree/main on another machine, put them in one folder, and run: "
         "gura-jax convert FOLDER --name NAME"
     )
@@ -295,7 +310,7 @@ def _preferred(names: Iterable[str]) -> str | None:
 
 def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> Source:
     faults: list[str] = []
-    config = _read_json(folder / CONFIG, faults)
+    config, normalise = _read_json(folder / CONFIG, faults), _normalises(folder, faults)
     wrapping = _merged(formats)
     names = sorted(entry.name for entry in folder.iterdir())
     weights = _preferred(names)
@@ -315,7 +330,7 @@ def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> S
             )
     _refuse_if(faults, description)
     fitting = [each for each in formats if each.table.config == CONFIG]
-    return _source(fitting, description, files, config, folder / CONFIG)
+    return _source(fitting, description, files, config, folder / CONFIG, normalise)
 
 
 def _open_shards(index: Path, wrapping: Wrapping, faults: list[str]) -> list[_WeightFile]:
@@ -368,18 +383,20 @@ def _open_file(path: Path, description: str, formats: Sequence[Format]) -> Sourc
     file, settings = opened
     fitting = _fitting(file, formats)
     config: Mapping[str, Any] | None = None
+    normalise = False
     beside = path.with_name(CONFIG)
     if fitting:
         read = fitting[0].table.config
         fitting = [each for each in fitting if each.table.config == read]
         if read == CONFIG:
-            config = _read_json(beside, faults)
+            config, normalise = _read_json(beside, faults), _normalises(path.parent, faults)
         elif read is not None:
-            config = read(Contents(file.shapes, settings), faults)
+            config = dict(read(Contents(file.shapes, settings), faults))
+            normalise = config.pop("do_normalize", False) is True
     elif file.shapes:
         faults.append(_unknown(file, formats))
     _refuse_if(faults, description)
-    return _source(fitting, description, [file], config, beside)
+    return _source(fitting, description, [file], config, beside, normalise)
 
 
 def _fitting(file: _WeightFile, formats: Sequence[Format]) -> list[Format]:
@@ -424,6 +441,7 @@ def _source(
     files: Sequence[_WeightFile],
     config: Mapping[str, Any] | None,
     beside: Path,
+    normalise: bool,
 ) -> Source:
     paths = [file.path for file in files] + ([beside] if formats[0].table.config == CONFIG else [])
     sha256: dict[str, str] = {}
@@ -431,7 +449,7 @@ def _source(
         with path.open("rb") as stream:
             sha256[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     shapes = {key: shape for file in files for key, shape in file.shapes.items()}
-    return Source(tuple(formats), description, sha256, config, shapes, tuple(files))
+    return Source(tuple(formats), description, sha256, config, shapes, normalise, tuple(files))
 
 
 def _read_json(path: Path, faults: list[str]) -> dict[str, Any] | None:

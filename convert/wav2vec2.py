@@ -60,32 +60,31 @@ _FAIRSEQ: list[Row] = [
 _REFUSED = {r".*\.adapter_layer\..+|adapter\..+": "adapters (MMS) are not supported"}
 
 # Ignored: masking and objectives of pre-training, task heads, counters.
-KEYS: Mapping[str, KeyTable] = {
-    "transformers": KeyTable(
-        rows=tuple(_TRANSFORMERS),
-        prefix=r"hubert\.|wav2vec2\.",
-        ignored=r"masked_spec_embed|(lm_head|final_proj|project_hid|project_q|quantizer|dropout_features"
-        r"|projector|classifier|tdnn|objective)\..+|layer_weights|label_embs_concat|feature_extractor\.(weight|bias)"
-        r"|.+\.num_batches_tracked",
-        refused=_REFUSED,
-        recognise=r"(^|\.)encoder\.layers\.\d+\.attention\.",
-    ),
-    "fairseq": KeyTable(
-        rows=tuple(_FAIRSEQ),
-        prefix=r"w2v_encoder\.w2v_model\.|w2v_model\.",
-        ignored=r"mask_emb|label_embs_concat|(final_proj|project_q|quantizer|input_quantizer|project_inp"
-        r"|target_glu|(w2v_encoder\.)?proj)\..+|.+\.num_batches_tracked",
-        refused=_REFUSED,
-        recognise=r"(^|\.)encoder\.layers\.\d+\.self_attn\.",
-        config=fairseq.read_config,
-        wrapping=fairseq.WRAPPING,
-    ),
-    "torchaudio": KeyTable(
-        rows=tuple(_torchaudio(row) for row in _TRANSFORMERS),
-        prefix=r"wav2vec2\.|model\.wav2vec2\.|model\.",
-        ignored=r"aux\.(weight|bias)|(mask_generator|logit_generator|encoder\.readout)\..+",
-        refused=_REFUSED,
-        recognise=r"(^|\.)encoder\.transformer\.layers\.\d+\.",
-        config=None,  # nothing in the file says which encoder it is
-    ),
-}
+TRANSFORMERS = KeyTable(
+    rows=tuple(_TRANSFORMERS),
+    prefix=r"hubert\.|wav2vec2\.",
+    ignored=r"masked_spec_embed|(lm_head|final_proj|project_hid|project_q|quantizer|dropout_features"
+    r"|projector|classifier|tdnn|objective)\..+|layer_weights|label_embs_concat|feature_extractor\.(weight|bias)"
+    r"|.+\.num_batches_tracked",
+    refused=_REFUSED,
+    recognise=r"(^|\.)encoder\.layers\.\d+\.attention\.",
+)
+FAIRSEQ = KeyTable(
+    rows=tuple(_FAIRSEQ),
+    prefix=r"w2v_encoder\.w2v_model\.|w2v_model\.",
+    ignored=r"mask_emb|label_embs_concat|(final_proj|project_q|quantizer|input_quantizer|project_inp"
+    r"|target_glu|(w2v_encoder\.)?proj)\..+|.+\.num_batches_tracked",
+    refused=_REFUSED,
+    recognise=r"(^|\.)encoder\.layers\.\d+\.self_attn\.",
+    config=fairseq.read_config,
+    wrapping=fairseq.WRAPPING,
+)
+TORCHAUDIO = KeyTable(
+    rows=tuple(_torchaudio(row) for row in _TRANSFORMERS),
+    prefix=r"wav2vec2\.|model\.wav2vec2\.|model\.",
+    ignored=r"aux\.(weight|bias)|(mask_generator|logit_generator|encoder\.readout)\..+",
+    refused=_REFUSED,
+    recognise=r"(^|\.)encoder\.transformer\.layers\.\d+\.",
+    config=None,  # nothing in the file says which encoder it is
+)
+KEYS: Mapping[str, KeyTable] = {"transformers": TRANSFORMERS, "fairseq": FAIRSEQ, "torchaudio": TORCHAUDIO}

@@ -50,6 +50,7 @@ class Manifest:
     source_sha256: Mapping[str, str]
     converter_version: str
     arrays_sha256: Mapping[str, str]
+    normalise: bool = False  # the input, where a member does not say
     format_version: int = FORMAT_VERSION
 
     @property
@@ -231,6 +232,7 @@ def read_manifest(path: Path) -> Manifest:
 def _parse(content: dict[str, Any]) -> Manifest:
     """Check the types of a manifest's fields; raises TypeError."""
     fields = [field.name for field in dataclasses.fields(Manifest)]
+    content = {"normalise": False, **content}  # manifests of earlier versions do not have it
     if set(content) != set(fields):
         raise TypeError(f"expected the fields {', '.join(fields)}, found {', '.join(content)}")
     tables = {name: _typed(name, content[name], dict) for name in ("architecture", "source_sha256", "arrays_sha256")}
@@ -239,7 +241,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
         for key, value in tables[name].items():
             _typed(key, value, str)
     architecture = config_from_dict(tables.pop("architecture"))
-    return Manifest(architecture, **tables, **texts, format_version=content["format_version"])
+    normalise = _typed("normalise", content["normalise"], bool)
+    return Manifest(architecture, **tables, **texts, normalise=normalise, format_version=content["format_version"])
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -249,7 +252,7 @@ def _typed(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-_JSON_TYPES = {dict: "an object", str: "text"}
+_JSON_TYPES = {dict: "an object", str: "text", bool: "true or false"}
 
 
 def _json(value: Any) -> str:

@@ -114,7 +114,7 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
     for name in ENCODERS:
         source = find_preset(name).source
-        state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "no published weights"
+        state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "from a file alone"
         print(f"  {name:16} {state}")
 
 
@@ -132,6 +132,7 @@ def _system_row(system: System) -> dict[str, Any]:
                 "encoder": member.encoder if named else type(member.encoder).__qualname__,
                 "layers": member.layers if built.encoder.num_states else None,
                 "scene": member.scene,
+                "normalise": built.options.normalise,
                 "sample_rate": built.encoder.sample_rate,
                 "converted": _have(str(member.encoder)) if named else None,
             }
@@ -187,6 +188,10 @@ def convert(
         start = time.perf_counter()
         print(f"{job_name}: converting {spec}", flush=True)
         converted = _convert_one(spec, job_name, architecture)
+        if job_name in ENCODERS:
+            print(
+                f"{job_name}: licence of the weights: {find_preset(job_name).licence or 'not known: ask the authors'}"
+            )
         checkpoint.save(path, converted.params, converted.manifest, overwrite=overwrite)
         size = sum(array.nbytes for array in converted.params.values()) / 1e6
         print(
@@ -200,7 +205,10 @@ def _conversions(source: str) -> Iterator[tuple[str, str]]:
     if source in ENCODERS:
         spec = find_preset(source).source
         if spec is None:
-            raise CheckpointError(f"there are no published weights of {source}")
+            raise CheckpointError(
+                f"no weights of {source} can be fetched: expected a file of them, if they are published "
+                f"(gura-jax convert FILE --architecture {source} --name {source})"
+            )
         yield source, spec
     elif source in SYSTEMS:
         for member in SYSTEMS[source].members:
@@ -223,6 +231,8 @@ def _convert_one(spec: str, name: str, architecture: str | None) -> Any:
         checkpoint.check_architecture(
             name, find_preset(name).config, converted.manifest.architecture, converted.manifest.source
         )
+        manifest = dataclasses.replace(converted.manifest, normalise=find_preset(name).normalise)
+        converted = converted._replace(manifest=manifest)
     return converted
 
 

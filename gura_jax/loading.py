@@ -1,5 +1,6 @@
 """``load_model``: from a system's description to encoders and weights on the devices."""
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,11 @@ from gura_jax.models.checks import check_encoder, check_traced, initial_params
 from gura_jax.models.encoder import DTypeName, Options, Remat
 from gura_jax.models.families import (
     ENCODERS,
+    PREPROCESSOR,
     build_encoders,
     config_from_source,
     find_preset,
+    normalises,
 )
 from gura_jax.models.layers import Layers
 from gura_jax.systems import HUB_ID, Member, System, find_system
@@ -174,7 +177,9 @@ def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platfo
     where = f"member {member.name!r}"
     options = Options(member.layers, dtype, platform=platform, remat=remat)
     if isinstance(member.encoder, str):
-        config = find_encoder(member.encoder).config
+        _, config, published = find_encoder(member.encoder)
+        normalise = published if member.normalise is None else member.normalise
+        options = dataclasses.replace(options, normalise=normalise)
         config = config.tiny() if size == "tiny" else config
         encoder, scenes = build_encoders(config, options, member.scene)
     else:
@@ -183,6 +188,8 @@ def _build(member: Member, size: Size | None, dtype: DTypeName, platform: Platfo
                 f"{where}: expected an encoder, by name, by path, or as an object (see gura_jax.Encoder), found the "
                 f"class {member.encoder.__qualname__}"
             )
+        if member.normalise:
+            raise SystemConfigError(f"{where}: normalise: an encoder that is an object does so itself, if at all")
         config, encoder, scenes = None, member.encoder, member.encoder
         check_encoder(encoder, where)
     if member.scene == "pooled" and not encoder.pooled_size:
@@ -277,6 +284,7 @@ class Found(NamedTuple):
 
     home: Path | str  # a folder, or a hub id
     config: Any
+    normalise: bool  # its input, unless a member says otherwise
 
 
 def find_home(encoder: str) -> Path | str:
@@ -308,19 +316,23 @@ def find_encoder(encoder: str) -> Found:
     """
     folder = find_home(encoder)
     if encoder in ENCODERS:
-        return Found(folder, find_preset(encoder).config)
+        preset = find_preset(encoder)
+        return Found(folder, preset.config, preset.normalise)
     if isinstance(folder, str):
         from gura_jax.convert import read_config
 
-        return Found(folder, read_config(folder))
+        return Found(folder, *read_config(folder))
     if not is_hugging_face(folder):
-        return Found(folder, checkpoint.read_manifest(folder).architecture)
+        manifest = checkpoint.read_manifest(folder)
+        return Found(folder, manifest.architecture, manifest.normalise)
     path = folder / "config.json"
     try:
         content = read_json(path)
         if not isinstance(content, dict):
             raise SystemConfigError(f"expected an object, found {type(content).__name__}")
-        return Found(folder, config_from_source(content))
+        preprocessor = folder / PREPROCESSOR
+        normalise = preprocessor.is_file() and normalises(read_json(preprocessor))
+        return Found(folder, config_from_source(content), normalise)
     except SystemConfigError as error:
         raise SystemConfigError(f"{path}: {error}") from None
     except InputError as error:

@@ -400,6 +400,7 @@ class Model:
             source_sha256={"checkpoint": given["fingerprint"]} if "fingerprint" in given else {},
             converter_version=version("gura-jax"),
             arrays_sha256=checkpoint.arrays_sha256(params),
+            normalise=member.options.normalise,
         )
 
     def _description(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The table is that of the paper's Tables 2 to 6, as the authors' code has them; e
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import tomllib
@@ -37,6 +38,8 @@ class Member:
         name: its key in ``load_model(weights={...})``; by default the encoder's name.
         scene: its contribution to scene embeddings: the mean of its ``"frames"``, or, if the architecture has one, its
             embedding of the whole clip (``"pooled"``).
+        normalise: whether each clip is given zero mean and unit variance first; None: as the encoder was published, but
+            for those of the paper, which it used without.
     """
 
     encoder: str | Encoder
@@ -44,12 +47,15 @@ class Member:
     weights: str | None = None
     name: str = ""
     scene: SceneOf = "frames"
+    normalise: bool | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "weights"):
             value = getattr(self, field)
             if not isinstance(value, str) and not (field == "weights" and value is None):
                 raise SystemConfigError(f"{field}: expected text, found {value!r}")
+        if self.normalise is not None and not isinstance(self.normalise, bool):
+            raise SystemConfigError(f"normalise: expected true or false, found {self.normalise!r}")
         if self.scene not in get_args(SceneOf):
             raise SystemConfigError(f"scene: {expected(self.scene, get_args(SceneOf))}")
         if not self.name:
@@ -172,6 +178,12 @@ def _base(system: System) -> System:
     return dataclasses.replace(system, name=base_name(system.name), members=tuple(members))
 
 
+def _alone(encoder: str) -> list[System]:
+    """The last hidden state of an encoder, and the mean of all."""
+    name = encoder.replace("-", "_")
+    return [System(name, (Member(encoder),)), System(f"fusion_{name}", (Member(encoder, "mean"),))]
+
+
 def base_name(name: str) -> str:
     """The name of a published system with Base-size speech encoders."""
     return name.removesuffix("_xlarge").removesuffix("_large") + "_base"
@@ -180,6 +192,7 @@ def base_name(name: str) -> str:
 SYSTEMS: dict[str, System] = {
     **PUBLISHED,
     **_named(_base(system) for system in PUBLISHED.values() if system.name != "crepe"),
+    **_named(itertools.chain.from_iterable(map(_alone, ("wavlm-base", "wavlm-base-plus", "wavlm-large")))),
 }
 
 

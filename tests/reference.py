@@ -17,6 +17,7 @@ import transformers
 
 from gura_jax.convert import convert
 from gura_jax.convert.references import shake
+from gura_jax.models.families import config_from_source
 from gura_jax.models.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
 
 PARITY_BOUND = 1e-5  # relative, to PyTorch, each layer: the project's own promise
@@ -34,6 +35,8 @@ _SMALL: dict[str, Any] = {
 }
 _HUBERT = _SMALL | {"model_type": "hubert"}
 _WAV2VEC2 = _SMALL | {"model_type": "wav2vec2"}
+# So few buckets that the frames of half a second are in near ones, far ones and the last.
+_WAVLM = _SMALL | {"model_type": "wavlm", "num_buckets": 16, "max_bucket_distance": 20}
 _LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 
 # Every kind of encoder, under the names and values of config.json.
@@ -49,7 +52,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "batch norm": _HUBERT | {"conv_pos_batch_norm": True},
     "batch norm, pre-norm": _HUBERT | _LARGE | {"conv_pos_batch_norm": True},
     "xls-r": _WAV2VEC2 | _LARGE | {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6},
-    "odd positions": _WAV2VEC2 | {"num_conv_pos_embeddings": 19},
     "other convolutions": _HUBERT
     | {
         "conv_dim": [8, 12, 16, 20],
@@ -58,10 +60,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
         "num_feat_extract_layers": 4,
         "feat_extract_activation": "relu",
     },
-    "relu": _WAV2VEC2 | {"hidden_act": "relu"},
-    "gelu_new": _HUBERT | _LARGE | {"hidden_act": "gelu_new"},
+    "relu, odd positions": _WAV2VEC2 | {"hidden_act": "relu", "num_conv_pos_embeddings": 19},
+    "gelu_new, other eps": _HUBERT | _LARGE | {"hidden_act": "gelu_new", "layer_norm_eps": 0.01},
     "silu": _WAV2VEC2 | {"hidden_act": "silu"},
-    "other eps": _HUBERT | _LARGE | {"layer_norm_eps": 0.01},
+    "wavlm base": _WAVLM,
+    "wavlm large": _WAVLM | _LARGE | {"conv_bias": False},
 }
 
 
@@ -76,10 +79,10 @@ class Encoder(NamedTuple):
 
 def torch_encoder(attributes: Mapping[str, Any], seed: int = 0) -> Any:
     """A random encoder; see ``shake`` for why no parameter could be left out or swapped unseen."""
-    name = {"hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[attributes["model_type"]]
-    config = getattr(transformers, f"{name}Config")(**{k: v for k, v in attributes.items() if k != "model_type"})
+    kind: Any = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[attributes["model_type"]]]
+    config = kind.config_class(**{k: v for k, v in attributes.items() if k != "model_type"})
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{name}Model")(config).eval()
+    model = kind(config).eval()
     shake(model)
     return model
 
@@ -92,7 +95,7 @@ def encoder(variant: str) -> Encoder:
         model.save_pretrained(folder)
         saved = json.loads((Path(folder) / "config.json").read_text())
         params = convert(folder).params
-    return Encoder(model, copy.deepcopy(model).double(), Wav2Vec2Config.from_source(saved), params)
+    return Encoder(model, copy.deepcopy(model).double(), config_from_source(saved), params)
 
 
 def torch_states(model: Any, clip: np.ndarray) -> list[np.ndarray]:

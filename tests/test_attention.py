@@ -11,7 +11,14 @@ from reference import precise_jit, relative
 
 from gura_jax.backend import PLATFORMS
 from gura_jax.models import attention
-from gura_jax.models.attention import MIN_BLOCK, blockwise_attention, even_blocks, over_frames, over_tokens
+from gura_jax.models.attention import (
+    MIN_BLOCK,
+    RelativeBias,
+    blockwise_attention,
+    even_blocks,
+    over_frames,
+    over_tokens,
+)
 from gura_jax.models.encoder import frame_mask
 
 BLOCK_BOUND = 1e-6  # relative: the same sums in another order
@@ -26,13 +33,29 @@ def heads(seed: int, dtype: Any = np.float32) -> jax.Array:
 # Attention
 
 
-def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: RelativeBias | None) -> jax.Array:
+    """By JAX's own, with the bias of all queries and keys."""
+    whole = None
+    if bias is not None:
+        positions = np.arange(T)[None, :] - np.arange(T)[:, None] + T - 1  # of a key from a query
+        whole = bias.gate.transpose(0, 2, 1)[..., None] * bias.table[positions].transpose(2, 0, 1)[None]
+    return jax.nn.dot_product_attention(q, k, v, bias=whole, mask=MASK[:, None, None, :])
+
+
+def relative_bias() -> Any:
+    rng = np.random.default_rng(4)
+    gate, table = (rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, HEADS), (2 * T - 1, HEADS)))
+    return RelativeBias(gate, table)  # pyright: ignore[reportArgumentType] - NumPy's do as well
+
+
+@pytest.mark.parametrize("bias", [None, relative_bias()], ids=["plain", "biased"])
+def test_attention_in_blocks_is_attention(bias: RelativeBias | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some heads, or of some queries of one head, divided or not: the same as all at once."""
     monkeypatch.setattr(attention, "FEW_QUERIES", 8)
     monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 16)
     monkeypatch.setattr(attention, "KEYS_AT_ONCE", 10)  # the last blocks are but filling, or past the clip
     q, k, v = map(heads, range(3))
-    expected = jax.nn.dot_product_attention(q, k, v, mask=MASK[:, None, None, :])
+    expected = at_once(q, k, v, bias)
     one_head = B * T * T * 4  # bytes
     sizes = {
         "all heads": 1 << 20,
@@ -43,11 +66,13 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> No
         "one query": 1,
     }
     for name, score_bytes in sizes.items():
-        ours = precise_jit(functools.partial(blockwise_attention, score_bytes=score_bytes))(q, k, v, MASK)
+        run = functools.partial(blockwise_attention, mask=MASK, score_bytes=score_bytes)
+        ours = precise_jit(lambda q, k, v, bias, run=run: run(q, k, v, bias=bias))(q, k, v, bias)
         assert relative(ours, expected) <= BLOCK_BOUND, name
 
 
-def test_gradients_in_blocks_are_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [None, relative_bias()], ids=["plain", "biased"])
+def test_gradients_in_blocks_are_attentions(bias: RelativeBias | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the precision that the call was traced in, whatever the default is when the gradient is."""
     monkeypatch.setattr(attention, "FEW_QUERIES", 8)
     monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 16)
@@ -55,17 +80,18 @@ def test_gradients_in_blocks_are_attentions(monkeypatch: pytest.MonkeyPatch) -> 
     q, k, v, weights = map(heads, range(4))
 
     def of(function: Any) -> Any:
-        return precise_jit(jax.grad(lambda q, k, v: (function(q, k, v) * weights).sum(), argnums=(0, 1, 2)))(q, k, v)
+        total = lambda q, k, v, bias: (function(q, k, v, bias) * weights).sum()  # noqa: E731
+        return jax.tree.leaves(precise_jit(jax.grad(total, argnums=(0, 1, 2, 3)))(q, k, v, bias))
 
-    expected = of(functools.partial(jax.nn.dot_product_attention, mask=MASK[:, None, None, :]))
+    expected = of(at_once)
     for score_bytes in (1 << 20, B * T * T * 4, B * 10 * T * 4, 1):
-        found = of(lambda q, k, v, size=score_bytes: blockwise_attention(q, k, v, MASK, size))
+        found = of(lambda q, k, v, bias, size=score_bytes: blockwise_attention(q, k, v, MASK, size, bias))
         for ours, theirs in zip(found, expected, strict=True):
             assert relative(ours, theirs) <= BLOCK_BOUND, score_bytes
 
     def loss(q: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            return blockwise_attention(q, k, v, MASK, 1).sum()
+            return blockwise_attention(q, k, v, MASK, 1, bias).sum()
 
     text = jax.jit(jax.grad(loss)).lower(q).as_text()
     assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0

@@ -27,8 +27,7 @@ from gura_jax.checkpoint import array_sha256
 from gura_jax.convert import Converted, convert
 from gura_jax.convert.conversion import formats, open_source
 from gura_jax.models.encoder import Encoder, Options, Preset
-from gura_jax.models.families import build_encoder
-from gura_jax.models.wav2vec2 import Wav2Vec2Config
+from gura_jax.models.families import FAMILIES, build_encoder
 
 State = dict[str, torch.Tensor]
 
@@ -55,18 +54,19 @@ KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "hubert layer": ("hubert", LAYER),
     "wav2vec2 group": ("wav2vec2", {}),
     "wav2vec2 layer": ("wav2vec2", LAYER),
+    "wavlm group": ("wavlm", {}),
+    "wavlm layer": ("wavlm", LAYER),
 }
+BUCKETS = {"num_buckets": 16, "max_bucket_distance": 20}  # WavLM's
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def torch_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     """Every parameter random, so that none could be left out or taken for another."""
     model_type, more = KINDS[kind]
-    config, model = {
-        "hubert": (transformers.HubertConfig, transformers.HubertModel),
-        "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
-    }[model_type]
-    model = model(config(**SIZES, **more)).eval()
+    model: Any = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[model_type]]
+    more = more | BUCKETS if model_type == "wavlm" else more
+    model = model(model.config_class(**SIZES, **more)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,6 +110,15 @@ FAIRSEQ: list[tuple[str, str]] = [
 ]
 
 
+# And those of WavLM's authors, who began with fairseq's: WavLM.py and modules.py of unilm/wavlm
+UNILM: list[tuple[str, str]] = [
+    (r"(encoder\.layers\.\d+)\.attention\.gru_rel_pos_const", r"\1.self_attn.grep_a"),
+    (r"(encoder\.layers\.\d+)\.attention\.gru_rel_pos_linear\.", r"\1.self_attn.grep_linear."),
+    (r"encoder\.layers\.0\.attention\.rel_attn_embed\.", "encoder.layers.0.self_attn.relative_attention_bias."),
+    *FAIRSEQ,
+]
+
+
 def renamed(state: State, table: list[tuple[str, str]]) -> State:
     out: State = {}
     for key, value in state.items():
@@ -122,8 +131,10 @@ def fairseq_state(kind: str) -> State:
     model_type, more = KINDS[kind]
     # Layer norm stands between two transposes, and so is entry 1 of entry 2.
     norm = r"feature_extractor.conv_layers.\1.2.1." if more else r"feature_extractor.conv_layers.\1.2."
-    table = [(r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.", norm), *FAIRSEQ]
+    table = [(r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.", norm), *UNILM]
     state = renamed(old_names(state_of(kind)), table)
+    if model_type == "wavlm":
+        return state
     if model_type == "hubert":
         state |= {"label_embs_concat": noise(504, 8), "final_proj.weight": noise(8, 16), "final_proj.bias": noise(8)}
     else:
@@ -159,6 +170,13 @@ TORCHAUDIO: list[tuple[str, str]] = [
 def torchaudio_state(kind: str) -> State:
     state = renamed(old_names(state_of(kind)), TORCHAUDIO)
     state.pop("masked_spec_embed", None)
+    if KINDS[kind][0] == "wavlm":  # its attention is PyTorch's own, with one tensor for three projections
+        for layer in range(SIZES["num_hidden_layers"]):
+            own = f"encoder.transformer.layers.{layer}.attention."
+            for name in ("weight", "bias"):
+                parts = [state.pop(f"{own}{part}_proj.{name}") for part in "qkv"]
+                state[f"{own}attention.in_proj_{name}"] = torch.cat(parts)
+                state[f"{own}attention.out_proj.{name}"] = state.pop(f"{own}out_proj.{name}")
     return state
 
 
@@ -227,6 +245,14 @@ def fairseq_fine_tuned(kind: str, folder: Path) -> Path:
     return folder / "a.pt"
 
 
+def by_wavlms_authors(kind: str, folder: Path) -> Path:
+    folder.mkdir()
+    settings = {"num_buckets": BUCKETS["num_buckets"], "max_distance": BUCKETS["max_bucket_distance"]}
+    settings |= {"relative_position_embedding": True, "gru_rel_pos": True, "normalize": bool(KINDS[kind][1])}
+    torch.save({"cfg": fairseq_arguments(kind) | settings, "model": fairseq_state(kind)}, folder / "a.pt")
+    return folder / "a.pt"
+
+
 def torchaudio_file(prefix: str, head: bool) -> Writer:
     def write(kind: str, folder: Path) -> Path:
         folder.mkdir()
@@ -268,7 +294,14 @@ FORMS: Mapping[str, Writer] = {
     "torchaudio, head": torchaudio_file("", head=True),
     "torchaudio, wrapped": torchaudio_file("wav2vec2.", head=False),
     "torchaudio, wrapped twice": torchaudio_file("model.wav2vec2.", head=False),
+    "unilm": by_wavlms_authors,
 }
+
+
+def forms_of(kind: str) -> list[str]:
+    """fairseq has the others, and WavLM's authors WavLM."""
+    not_of = "fairseq" if KINDS[kind][0] == "wavlm" else "unilm"
+    return [form for form in FORMS if not form.startswith(not_of)]
 
 
 @pytest.fixture
@@ -276,7 +309,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
     """torchaudio's files are of encoders in the table: the small ones stand there too."""
     for kind, (model_type, more) in KINDS.items():
         fields = {k: v for k, v in (SIZES | more).items() if k != "num_feat_extract_layers"}
-        config = Wav2Vec2Config(model_type, **fields)  # pyright: ignore[reportArgumentType]
+        config = FAMILIES[model_type].config(model_type, **fields, **BUCKETS if model_type == "wavlm" else {})
         monkeypatch.setitem(ENCODERS, f"test-{kind}", Preset(config))
     return {kind: f"test-{kind}" for kind in KINDS}
 
@@ -301,7 +334,7 @@ def assert_identical(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -
 @kinds
 def test_every_form_gives_the_same_arrays(kind: str, tmp_path: Path, registered: Mapping[str, str]) -> None:
     first = converted(kind, "transformers", tmp_path / "first", registered)
-    for i, form in enumerate(FORMS):
+    for i, form in enumerate(forms_of(kind)):
         other = converted(kind, form, tmp_path / str(i), registered)
         assert_identical(first.params, other.params)
         assert other.manifest.architecture == first.manifest.architecture, form
@@ -554,7 +587,7 @@ def test_faults_of_keys_and_of_values_in_one_error(tmp_path: Path) -> None:
         ({"position_embeddings_type": "rotary"}, ["position_embeddings_type"]),
         (
             {"model_type": "wav2vec2-conformer"},
-            ["model_type", "wav2vec2-conformer", "hubert, wav2vec2, crepe", "gura_jax.register"],
+            ["model_type", "wav2vec2-conformer", "hubert, wav2vec2, wavlm, crepe", "gura_jax.register"],
         ),
         ({"model_type": None}, ["model_type", "None", "hubert"]),
         ({"model_type": ["hubert"]}, ["model_type", "['hubert']"]),

@@ -104,7 +104,7 @@ def assert_gradients(ours: Mapping[str, Any], single: Mapping[str, Any], double:
         assert relative(ours[name], exact) <= bound, name
 
 
-@pytest.mark.parametrize("variant", ["hubert base", "wav2vec2 large"])
+@pytest.mark.parametrize("variant", ["hubert base", "wav2vec2 large", "wavlm large"])
 def test_gradients_of_a_speech_encoder_are_pytorchs(variant: str) -> None:
     model = encoder(variant)
     config = model.config

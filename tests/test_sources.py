@@ -57,7 +57,7 @@ def open_source(spec: str | Path) -> Source:
 
 
 def libraries(source: Source) -> list[str]:
-    return [library for library, _ in source.formats]
+    return list(dict.fromkeys(library for library, _ in source.formats))
 
 
 def read(source: Source) -> dict[str, np.ndarray]:
@@ -391,7 +391,7 @@ def test_other_contents(folder: Path) -> None:
     torch.save({"layer1.weight": torch.zeros(1)}, folder / "resnet.pt")
     assert "layer1.weight" in refusal(folder / "resnet.pt")
     torch.save({"encoder.layers.0.self_attn.k_proj.weight": torch.zeros(1)}, folder / "bare.pt")
-    assert "without their args, cfg or model_cfg" in refusal(folder / "bare.pt")
+    assert "without their args, cfg, model_cfg or task_cfg" in refusal(folder / "bare.pt")
     assert "give the folder" in refusal(folder / "config.json")
 
 
@@ -778,8 +778,10 @@ def test_hub_connection_that_breaks(hub: HubServer, monkeypatch: pytest.MonkeyPa
 
 def test_hub_config_without_the_weights(hub: HubServer) -> None:
     torch.save(small_state(), repo_of(hub) / "pytorch_model.bin")
-    assert read_config("owner/name") == ENCODERS["hubert-base"].config
+    assert read_config("owner/name") == (ENCODERS["hubert-base"].config, False)
     assert hub.downloads == ["config.json"]
+    (repo_of(hub) / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    assert read_config("owner/name") == (ENCODERS["hubert-base"].config, True)
     other = hub.root / "owner" / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')

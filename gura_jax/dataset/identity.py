@@ -80,6 +80,8 @@ def _member(model: Model, member: Member, fused: FusedMember) -> dict[str, Any]:
     }
     if member.scene != "frames":  # stores of earlier versions do not have it
         described["scene"] = member.scene
+    if fused.options.normalise:
+        described["normalise"] = True
     return described
 
 

@@ -18,39 +18,52 @@ BLOCK_COST = 1 / 16  # of a block, beyond what is in it: reading the weights aga
 MIN_BLOCK = 8  # frames: neighbouring blocks of frames share samples, which fewer would compute too often
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, platform: Platform) -> jax.Array:
+class RelativeBias(NamedTuple):
+    """What is added to the scores: ``gate[b, q, h] * table[k - q + T - 1, h]`` for query q and key k."""
+
+    gate: jax.Array  # [B, T, H] float32
+    table: jax.Array  # [2 T - 1, H] float32
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, platform: Platform, bias: RelativeBias | None = None
+) -> jax.Array:
     """Scaled dot-product attention over each clip's own frames.
 
     Args:
         q, k, v: [B, T, H, K].
         mask: [B, T], True for the keys that count.
-        platform: says how much is computed at once, and whether the library's fused attention is used.
+        platform: says how much is computed at once, and whether the library's fused attention is used, which it is
+            without a bias alone: it would want [T, T] of all heads.
+        bias: of the scores, by relative position.
 
     Returns:
         [B, T, H, K].
     """
-    if platform.fused_attention and q.dtype == jnp.bfloat16:
+    if platform.fused_attention and q.dtype == jnp.bfloat16 and bias is None:
         T, lengths = q.shape[1], mask.sum(axis=1, dtype=jnp.int32)
         # Its gradient takes even T alone.
         q, k, v = (jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0))) for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :T]
-    return blockwise_attention(q, k, v, mask, platform.scores)
+    return blockwise_attention(q, k, v, mask, platform.scores, bias)
 
 
-def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int) -> jax.Array:
+def blockwise_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int, bias: RelativeBias | None = None
+) -> jax.Array:
     """:func:`attention` of some heads, queries and keys at a time, all clips together: never [T, T] of all heads.
 
     Where a head's scores do not fit, its softmax runs over blocks of keys (Milakov and Gimelshein, 2018). The gradient
     computes the scores again, block by block (Dao et al., 2022), so its memory too grows with T, not with its square.
 
     Args:
-        q, k, v, mask: as of :func:`attention`.
+        q, k, v, mask, bias: as of :func:`attention`.
         score_bytes: scores held at once.
     """
     q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
     # The gradient is traced later, perhaps where another precision is the default.
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    return _attention(q, k, v, mask, score_bytes, precision)
+    return _attention(q, k, v, mask, bias, score_bytes, precision)
 
 
 class _Blocks(NamedTuple):
@@ -84,6 +97,45 @@ class _Blocks(NamedTuple):
         B, T = mask.shape
         return jnp.pad(mask, ((0, 0), (0, -T % self.keys))).reshape(B, -1, self.keys).swapaxes(0, 1)
 
+    def cut_bias(self, bias: RelativeBias | None) -> tuple[Any, Any, Any]:
+        """Cut the gates as queries are, and the table by heads; and say where the queries of a block begin in it.
+
+        Returns:
+            [H / heads, n, B, heads, size], [H / heads, heads, P] and [n]; or None of each.
+        """
+        if bias is None:
+            return None, None, None
+        (_, T, H), table = bias.gate.shape, bias.table
+        gates = self.cut(bias.gate[..., None], self.queries)[..., 0]
+        table = jnp.pad(table, ((-T % self.queries, -T % self.keys), (0, 0)))  # of queries and keys that only fill
+        starts = self.queries * _indices(gates.shape[1])[::-1]
+        return gates, table.T.reshape(H // self.heads, self.heads, -1), starts
+
+
+class _Bias(NamedTuple):
+    """The bias of a block of queries."""
+
+    gate: jax.Array  # [B, h, Q]
+    table: jax.Array  # [h, P]
+    start: jax.Array  # [], of the first block of keys in it
+
+    def of_keys(self, index: jax.Array, size: int) -> jax.Array:
+        """[h, Q, size], of a block of keys, before the gate."""
+        queries = self.gate.shape[2]
+        window = jax.lax.dynamic_slice_in_dim(self.table, self.start + size * index, queries + size - 1, axis=1)
+        return _by_position(window, queries)
+
+
+def _by_position(window: jax.Array, queries: int) -> jax.Array:
+    """[h, Q + T - 1] by relative position, the lowest first -> [h, Q, T] by query and key.
+
+    Each row is the one before it, moved by one: rows of one number more, read as rows of the right length.
+    """
+    h, size = window.shape
+    rows = jnp.broadcast_to(jnp.pad(window, ((0, 0), (0, 1)))[:, None, :], (h, queries, size + 1))
+    moved = rows.reshape(h, -1)[:, : queries * size].reshape(h, queries, size)
+    return moved[:, :, queries - 1 :]
+
 
 def _join(x: jax.Array, T: int) -> jax.Array:
     """[H / heads, n, B, heads, size, K] -> [B, T, H, K]."""
@@ -91,19 +143,27 @@ def _join(x: jax.Array, T: int) -> jax.Array:
     return x.transpose(2, 1, 4, 0, 3, 5).reshape(B, n * size, groups * heads, K)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int, precision: str | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    bias: RelativeBias | None,
+    score_bytes: int,
+    precision: str | None,
 ) -> jax.Array:
     """Attention of scaled queries."""
     B, T, H, _ = q.shape
     cut = _Blocks.of(B, T, H, score_bytes)
     queries, k, v, mask = cut.cut(q, cut.queries), cut.cut(k, cut.keys), cut.cut(v, cut.keys), cut.cut_mask(mask)
+    gates, table, starts = cut.cut_bias(bias)
     groups, blocks = queries.shape[:2]
 
     def block(i: jax.Array, out: jax.Array) -> jax.Array:
         group, part = i // blocks, i % blocks
-        attended, _ = _attend(out[group, part], k[group], v[group], mask)
+        own = None if bias is None else _Bias(gates[group, part], table[group], starts[part])
+        attended, _ = _attend(out[group, part], k[group], v[group], mask, own)
         return jax.lax.dynamic_update_slice(out, attended[None, None], (group, part, *(jnp.zeros_like(i),) * 4))
 
     # Each block of results takes its queries' place: an array of zeros to fill, as lax.map has, would be made
@@ -111,84 +171,123 @@ def _attention(
     return _join(jax.lax.fori_loop(0, groups * blocks, block, queries), T)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: _Bias | None
+) -> tuple[jax.Array, jax.Array]:
     """Attention of some scaled queries over n blocks of keys.
 
     Args:
         q: [B, h, Q, K].
         k, v: [n, B, h, T, K].
         mask: [n, B, T].
+        bias: of these queries.
 
     Returns:
         [B, h, Q, K], and the logarithm [B, h, Q] of the sum of the exponentials of each query's scores.
     """
 
-    def block(carry: tuple[jax.Array, jax.Array, jax.Array], x: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+    def block(carry: tuple[jax.Array, jax.Array, jax.Array], x: tuple[jax.Array, ...]) -> Any:
         highest, total, out = carry
-        k, v, mask = x
-        scores = _scores(q, k, mask)
+        k, v, mask, index = x
+        scores = _scores(q, k, mask, bias, index)
         new = jnp.maximum(highest, scores.max(axis=-1))
         weights, scale = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
         products = jnp.einsum("bhqt,bhtk->bhqk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (new, total * scale + weights.sum(axis=-1), out * scale[..., None] + products), None
 
     start = jnp.full(q.shape[:3], MASKED_SCORE, jnp.float32), jnp.zeros(q.shape[:3], jnp.float32)
-    (highest, total, out), _ = jax.lax.scan(block, (*start, jnp.zeros(q.shape, jnp.float32)), (k, v, mask))
+    parts = k, v, mask, _indices(len(k))
+    (highest, total, out), _ = jax.lax.scan(block, (*start, jnp.zeros(q.shape, jnp.float32)), parts)
     return (out / total[..., None]).astype(v.dtype), highest + jnp.log(total)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, h, Q, K], [B, h, T, K], [B, T] -> [B, h, Q, T] float32."""
+def _indices(size: int) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, bias: _Bias | None, index: jax.Array) -> jax.Array:
+    """[B, h, Q, K], [B, h, T, K], [B, T] and the number of this block of keys -> [B, h, Q, T] float32."""
     scores = jnp.einsum("bhqk,bhtk->bhqt", q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores += bias.gate[..., None] * bias.of_keys(index, k.shape[2])[None]
     return jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
 
 
 def _attention_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, score_bytes: int, precision: str | None
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out: Any = _attention(q, k, v, mask, score_bytes, precision)
-    return out, (q, k, v, mask, out)
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    bias: RelativeBias | None,
+    score_bytes: int,
+    precision: str | None,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    out: Any = _attention(q, k, v, mask, bias, score_bytes, precision)
+    return out, (q, k, v, mask, bias, out)
 
 
 def _attention_backward(
-    score_bytes: int, precision: str | None, saved: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Gradients by the scaled queries, the keys and the values: a block of queries by a block of keys at a time."""
-    q, k, v, mask, out = saved
+    score_bytes: int, precision: str | None, saved: tuple[Any, ...], gradient: jax.Array
+) -> tuple[Any, ...]:
+    """Gradients by the scaled queries, the keys, the values and the bias: a block of queries by a block of keys."""
+    q, k, v, mask, bias, out = saved
     B, T, H, _ = q.shape
     cut = _Blocks.of(B, T, H, score_bytes)
     mask = cut.cut_mask(mask)
     # What each score's gradient has in common along the keys: [B, T, H, 1].
     common = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     queries = cut.cut(q, cut.queries), cut.cut(gradient, cut.queries), cut.cut(common, cut.queries)
+    gates, table, starts = cut.cut_bias(bias)
 
-    def group(x: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        queries, k, v = x  # of some heads: [n, B, h, size, K]
-        sums = jax.lax.map(lambda q: _attend(q, k, v, mask)[1], queries[0])  # [n, B, h, Q]
+    def group(x: tuple[Any, ...]) -> tuple[Any, ...]:
+        queries, k, v, gates, table = x  # of some heads: [n, B, h, size, K], [n, B, h, size], [h, P]
 
-        def keys(by_q: jax.Array, x: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
-            k, v, mask = x  # [B, h, T, K], [B, T]
+        def bias_of(gate: Any, start: Any) -> _Bias | None:
+            return None if bias is None else _Bias(gate, table, start)
 
-            def some_queries(carry: tuple[jax.Array, jax.Array], x: tuple[jax.Array, ...]) -> Any:
-                by_k, by_v = carry
-                q, gradient, common, sums = x
-                weights = jnp.exp(_scores(q, k, mask) - sums[..., None])  # [B, h, Q, T]
+        def sums_of(x: tuple[Any, ...]) -> jax.Array:
+            q, *place = x
+            return _attend(q, k, v, mask, bias_of(*place))[1]
+
+        sums = jax.lax.map(sums_of, (queries[0], gates, starts))  # [n, B, h, Q]
+
+        def keys(carry: Any, x: tuple[jax.Array, ...]) -> Any:
+            by_queries, by_table = carry
+            k, v, mask, index = x  # [B, h, T, K], [B, T], []
+
+            def some_queries(carry: Any, x: tuple[Any, ...]) -> Any:
+                by_k, by_v, by_table = carry
+                q, gradient, common, sums, *place = x
+                own = bias_of(*place)
+                weights = jnp.exp(_scores(q, k, mask, own, index) - sums[..., None])  # [B, h, Q, T]
                 by_v += _product("bhqt,bhqk->bhtk", weights.astype(v.dtype), gradient)
                 by_scores = weights * (_product("bhqk,bhtk->bhqt", gradient, v) - common)
+                by_gate = None
+                if own is not None:
+                    placed, by_placed = jax.vjp(lambda t: own._replace(table=t).of_keys(index, k.shape[2]), table)
+                    by_gate = (by_scores * placed[None]).sum(axis=-1)
+                    by_table += by_placed((by_scores * own.gate[..., None]).sum(axis=0))[0]
                 by_scores = by_scores.astype(k.dtype)
                 by_k += _product("bhqt,bhqk->bhtk", by_scores, q)
-                return (by_k, by_v), _product("bhqt,bhtk->bhqk", by_scores, k)
+                return (by_k, by_v, by_table), (_product("bhqt,bhtk->bhqk", by_scores, k), by_gate)
 
-            start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-            by_keys, by_queries = jax.lax.scan(some_queries, start, (*queries, sums))
-            return by_q + by_queries, by_keys
+            start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), by_table
+            parts = *queries, sums, gates, starts
+            (by_k, by_v, by_table), more = jax.lax.scan(some_queries, start, parts)
+            return (jax.tree.map(jnp.add, by_queries, more), by_table), (by_k, by_v)
 
-        by_q, (by_k, by_v) = jax.lax.scan(keys, jnp.zeros(queries[0].shape, jnp.float32), (k, v, mask))
-        return by_q, by_k, by_v
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), ((queries[0], gates), table))
+        ((by_q, by_gate), by_table), (by_k, by_v) = jax.lax.scan(keys, start, (k, v, mask, _indices(len(k))))
+        return by_q, by_k, by_v, by_gate, by_table
 
+    parts = queries, cut.cut(k, cut.keys), cut.cut(v, cut.keys), gates, table
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-        by_q, by_k, by_v = jax.lax.map(group, (queries, cut.cut(k, cut.keys), cut.cut(v, cut.keys)))
-    return _join(by_q, T).astype(q.dtype), _join(by_k, T).astype(k.dtype), _join(by_v, T).astype(v.dtype), None
+        by_q, by_k, by_v, by_gate, by_table = jax.lax.map(group, parts)
+    by_bias = None
+    if bias is not None:
+        (by_bias,) = jax.vjp(lambda bias: cut.cut_bias(bias)[:2], bias)[1]((by_gate, by_table))
+    out = (_join(by, T).astype(x.dtype) for by, x in ((by_q, q), (by_k, k), (by_v, v)))
+    return *out, None, by_bias
 
 
 def _product(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:

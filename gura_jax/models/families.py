@@ -13,8 +13,9 @@ from gura_jax.models.checks import check_family, check_row, config_of
 from gura_jax.models.crepe import CREPE
 from gura_jax.models.encoder import Encoder, Family, Options, Preset
 from gura_jax.models.wav2vec2 import HUBERT, WAV2VEC2
+from gura_jax.models.wavlm import WAVLM
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (HUBERT, WAV2VEC2, CREPE)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (HUBERT, WAV2VEC2, WAVLM, CREPE)}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 
 
@@ -60,6 +61,15 @@ def config_from_source(content: Mapping[str, Any]) -> Any:
         raise SystemConfigError(
             f"its config makes no {kind.__name__} of the family {model_type!r}: {type(error).__name__}: {error}"
         ) from None
+
+
+PREPROCESSOR = "preprocessor_config.json"  # beside a config.json
+
+
+def normalises(preprocessor: Mapping[str, Any]) -> bool:
+    """Whether the input is normalised, by a ``preprocessor_config.json``, in which this is the default."""
+    kind = preprocessor.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
+    return kind == "Wav2Vec2FeatureExtractor" and preprocessor.get("do_normalize", True) is True
 
 
 def build_encoder(config: Any, options: Options) -> Encoder:

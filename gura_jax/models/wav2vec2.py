@@ -17,7 +17,7 @@ from flax import nnx
 
 from gura_jax.convert.wav2vec2 import KEYS
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.attention import attention, over_frames, over_tokens
+from gura_jax.models.attention import RelativeBias, attention, over_frames, over_tokens
 from gura_jax.models.convolution import Convolution, convolution, convolution_by_taps, grouped_convolution
 from gura_jax.models.encoder import (
     Family,
@@ -32,6 +32,7 @@ from gura_jax.models.encoder import (
     frame_mask,
     functional,
     masked_mean,
+    normalised,
 )
 from gura_jax.models.layers import layer_weights, sum_of_states
 from gura_jax.models.wav2vec2_config import ACTIVATIONS, Wav2Vec2Config
@@ -208,11 +209,16 @@ class Attention(nnx.Module):
             nnx.Linear(size, size, dtype=options.compute_dtype, rngs=rngs) for _ in range(4)
         )
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, shared: Any) -> jax.Array:
+        """[B, T, D], [B, T] -> [B, T, D]; ``shared`` is for :meth:`bias`."""
         B, T, D = x.shape
         q, k, v = (p(x).reshape(B, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = attention(q, k, v, mask, self.platform)  # [B, T, H, D / H]
-        return self.out_proj(x.reshape(B, T, D)).astype(jnp.float32)
+        out = attention(q, k, v, mask, self.platform, self.bias(x, shared))  # [B, T, H, D / H]
+        return self.out_proj(out.reshape(B, T, D)).astype(jnp.float32)
+
+    def bias(self, x: jax.Array, shared: Any) -> RelativeBias | None:
+        """What is added to the scores, from the input [B, T, D] and what all blocks share; here nothing."""
+        return None
 
 
 class FeedForward(nnx.Module):
@@ -252,30 +258,35 @@ def _dropouts(dropout: Dropout | None, number: int) -> list[Callable[[jax.Array]
 class EncoderLayer(nnx.Module):
     """A transformer block; layer norm after each part (post-norm) or before it (``do_stable_layer_norm``)."""
 
-    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+    attention_class: type[Attention] = Attention
+
+    def __init__(self, config: Any, options: Options, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
-        self.attention = Attention(config, options, rngs=rngs)
+        self.attention = self.attention_class(config, options, rngs=rngs)
         self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         self.feed_forward = FeedForward(config, options, rngs=rngs)
         self.final_layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, shared: Any, dropout: Dropout | None = None) -> jax.Array:
+        """[B, T, D], [B, T], what :meth:`Transformer.shared` returned -> [B, T, D]."""
         drop = _dropouts(dropout, 2)
         if self.pre_norm:
-            x = x + drop[0](self.attention(self.layer_norm(x), mask))
+            x = x + drop[0](self.attention(self.layer_norm(x), mask, shared))
             return x + drop[1](self.feed_forward(self.final_layer_norm(x)))
-        x = self.layer_norm(x + drop[0](self.attention(x, mask)))
+        x = self.layer_norm(x + drop[0](self.attention(x, mask, shared)))
         return self.final_layer_norm(x + drop[1](self.feed_forward(x)))
 
 
 class Transformer(nnx.Module):
     """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
 
-    def __init__(self, config: Wav2Vec2Config, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
+    layer_class: type[EncoderLayer] = EncoderLayer
+
+    def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
         self.pos_conv_embed = ConvolutionalPositionalEmbedding(config, options, rngs=rngs)
         self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.layers = nnx.List(EncoderLayer(config, options, rngs=rngs) for _ in range(num_blocks))
+        self.layers = nnx.List(self.layer_class(config, options, rngs=rngs) for _ in range(num_blocks))
 
     def start(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """The first state, from the projected frames."""
@@ -283,15 +294,19 @@ class Transformer(nnx.Module):
         x = x + self.pos_conv_embed(x, mask)
         return x if self.pre_norm else self.layer_norm(x)
 
+    def shared(self, num_frames: int) -> Any:
+        """What all blocks compute with beside their own weights; here nothing."""
+        return None
+
     def finish(self, x: jax.Array) -> jax.Array:
         """The last state, from the last block's output."""
         return self.layer_norm(x) if self.pre_norm else x
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
-        x = self.start(x, mask)
+        x, shared = self.start(x, mask), self.shared(x.shape[1])
         yield x
         for i, layer in enumerate(self.layers, 1):
-            x = layer(x, mask)
+            x = layer(x, mask, shared)
             yield self.finish(x) if i == len(self.layers) else x
 
 
@@ -301,10 +316,12 @@ class Wav2Vec2(nnx.Module):
     ``dtype`` is that of convolutions and matrix products; norms, softmax, residual sums and hidden states are float32.
     """
 
-    def __init__(self, config: Wav2Vec2Config, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
+    transformer_class: type[Transformer] = Transformer
+
+    def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.feature_extractor = FeatureExtractor(config, options, rngs=rngs)
         self.feature_projection = FeatureProjection(config, options, rngs=rngs)
-        self.encoder = Transformer(config, options, num_blocks, rngs=rngs)
+        self.encoder = self.transformer_class(config, options, num_blocks, rngs=rngs)
 
     def project(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Frames that the transformer takes.
@@ -335,6 +352,7 @@ class Wav2Vec2Encoder(ModuleEncoder):
     """
 
     config: Wav2Vec2Config
+    network_class: type[Wav2Vec2] = Wav2Vec2
     blocks = "encoder.layers"
     # Heads and inner features are divided; the products that bring them together again are summed over the devices.
     partition = MappingProxyType(
@@ -364,7 +382,7 @@ class Wav2Vec2Encoder(ModuleEncoder):
 
     def module(self, rngs: nnx.Rngs) -> Wav2Vec2:
         """The network with fresh weights."""
-        return Wav2Vec2(self.config, self.options, self.config.num_hidden_layers, rngs=rngs)
+        return self.network_class(self.config, self.options, self.config.num_hidden_layers, rngs=rngs)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
         """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
@@ -374,9 +392,13 @@ class Wav2Vec2Encoder(ModuleEncoder):
         """The same with masked spans of the projected frames, and dropout in the blocks."""
         return self._embed(params, audio, lengths, noise)
 
+    def _given(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
+        """What the network is given of the audio [B, N]."""
+        return normalised(audio, lengths) if self.options.normalise else audio
+
     def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
         network = _without_blocks(self).merge(params)
-        x, counts, mask = network.project(audio, lengths)
+        x, counts, mask = network.project(self._given(audio, lengths), lengths)
         dropouts = None
         if noise is not None:
             B, T, D = x.shape
@@ -390,9 +412,10 @@ class Wav2Vec2Encoder(ModuleEncoder):
 
         def block(arguments: tuple[Params, Dropout | None], x: jax.Array) -> jax.Array:
             own, dropout = arguments
-            return _block(self).merge(own)(x, mask, dropout)
+            return _block(self).merge(own)(x, mask, shared, dropout)
 
         weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
+        shared = network.encoder.shared(x.shape[1])
         x, blocks = network.encoder.start(x, mask), self.block_arguments(params, dropouts)
         frames = sum_of_states(self.options.rematerialise(block), x, blocks, weights, network.encoder.finish)
         return Output(frames, counts)
@@ -410,6 +433,7 @@ class Wav2Vec2Encoder(ModuleEncoder):
     ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
         """Each convolution's output (whole, not in blocks), the projection, the positional embedding, the states."""
         network: Wav2Vec2 = self.network(params)
+        audio = self._given(audio, lengths)
         statistics = network.feature_extractor.statistics(audio, lengths)
         x, counts = audio[:, :, None], lengths
         for i, layer in enumerate(network.feature_extractor.layers):
@@ -424,15 +448,16 @@ class Wav2Vec2Encoder(ModuleEncoder):
 
 @functools.cache
 def _without_blocks(encoder: Wav2Vec2Encoder) -> Functional:
-    return functional(lambda rngs: Wav2Vec2(encoder.config, encoder.options, 0, rngs=rngs))
+    return functional(lambda rngs: encoder.network_class(encoder.config, encoder.options, 0, rngs=rngs))
 
 
 @functools.cache
 def _block(encoder: Wav2Vec2Encoder) -> Functional:
-    return functional(lambda rngs: EncoderLayer(encoder.config, encoder.options, rngs=rngs))
+    layer = encoder.network_class.transformer_class.layer_class
+    return functional(lambda rngs: layer(encoder.config, encoder.options, rngs=rngs))
 
 
-_LARGE: dict[str, Any] = {
+LARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -441,8 +466,21 @@ _LARGE: dict[str, Any] = {
     "feat_extract_norm": "layer",
     "conv_bias": True,
 }
-_XLARGE: dict[str, Any] = _LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
+_XLARGE: dict[str, Any] = LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
+_2B: dict[str, Any] = _XLARGE | {"hidden_size": 1920, "intermediate_size": 7680}
+_LARGE_POST_NORM: dict[str, Any] = LARGE | {
+    "do_stable_layer_norm": False,
+    "feat_extract_norm": "group",
+    "conv_bias": False,
+}
+_DISTILLED: dict[str, Any] = {"num_hidden_layers": 2, "feat_proj_layer_norm": False}
 
+
+def _preset(model_type: str, source: str | None, licence: str, *, normalise: bool = False, **sizes: Any) -> Preset:
+    return Preset(Wav2Vec2Config(model_type, **sizes), source, normalise, licence)
+
+
+# Normalised, where the name of the paper's encoders does not forbid it, as the published preprocessor has it.
 HUBERT = Family(
     name="hubert",
     config=Wav2Vec2Config,
@@ -450,9 +488,16 @@ HUBERT = Family(
     keys=KEYS,
     reference="gura_jax.convert.references.Hubert",
     presets={
-        "hubert-base": Preset(Wav2Vec2Config("hubert"), "facebook/hubert-base-ls960"),
-        "hubert-large": Preset(Wav2Vec2Config("hubert", **_LARGE), "facebook/hubert-large-ll60k"),
-        "hubert-xlarge": Preset(Wav2Vec2Config("hubert", **_XLARGE), "facebook/hubert-xlarge-ll60k"),
+        "hubert-base": _preset("hubert", "facebook/hubert-base-ls960", "Apache-2.0"),
+        "hubert-large": _preset("hubert", "facebook/hubert-large-ll60k", "Apache-2.0", **LARGE),
+        "hubert-xlarge": _preset("hubert", "facebook/hubert-xlarge-ll60k", "Apache-2.0", **_XLARGE),
+        "mhubert-147": _preset("hubert", "utter-project/mHuBERT-147", "CC-BY-NC-SA-4.0"),
+        "contentvec": _preset("hubert", "lengyue233/content-vec-best", "MIT"),
+        "distilhubert": _preset("hubert", "ntu-spml/distilhubert", "Apache-2.0", **_DISTILLED),
+        # torchaudio's files, on no hub.
+        "aves-base": _preset("hubert", None, ""),
+        "birdaves-base": _preset("hubert", None, ""),
+        "birdaves-large": _preset("hubert", None, "", **_LARGE_POST_NORM),
     },
 )
 WAV2VEC2 = Family(
@@ -462,7 +507,13 @@ WAV2VEC2 = Family(
     keys=KEYS,
     reference="gura_jax.convert.references.Wav2Vec2",
     presets={
-        "wav2vec2-base": Preset(Wav2Vec2Config("wav2vec2"), "facebook/wav2vec2-base"),
-        "wav2vec2-large": Preset(Wav2Vec2Config("wav2vec2", **_LARGE), "facebook/wav2vec2-large-960h-lv60-self"),
+        "wav2vec2-base": _preset("wav2vec2", "facebook/wav2vec2-base", "Apache-2.0"),
+        "wav2vec2-large": _preset("wav2vec2", "facebook/wav2vec2-large-960h-lv60-self", "Apache-2.0", **LARGE),
+        "xlsr-53": _preset("wav2vec2", "facebook/wav2vec2-large-xlsr-53", "Apache-2.0", normalise=True, **LARGE),
+        "xls-r-300m": _preset("wav2vec2", "facebook/wav2vec2-xls-r-300m", "Apache-2.0", normalise=True, **LARGE),
+        "xls-r-1b": _preset("wav2vec2", "facebook/wav2vec2-xls-r-1b", "Apache-2.0", normalise=True, **_XLARGE),
+        "xls-r-2b": _preset("wav2vec2", "facebook/wav2vec2-xls-r-2b", "Apache-2.0", normalise=True, **_2B),
+        "mms-300m": _preset("wav2vec2", "facebook/mms-300m", "CC-BY-NC-4.0", normalise=True, **LARGE),
+        "mms-1b": _preset("wav2vec2", "facebook/mms-1b", "CC-BY-NC-4.0", normalise=True, **_XLARGE),
     },
 )

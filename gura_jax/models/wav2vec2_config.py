@@ -1,11 +1,11 @@
-"""Configs of HuBERT and wav2vec 2.0: transformers' attributes, and which of them this package handles."""
+"""Configs of HuBERT, wav2vec 2.0 and their relatives: transformers' attributes, and which of them are handled."""
 
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,37 @@ ACTIVATIONS = {
 }
 
 
+# Attributes of config.json that change what the encoder computes, with the values that leave it unchanged.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "adapter_attn_dim": (None,),  # MMS adapters in every block
+    "add_adapter": (False, None),  # convolutions after the last block
+    "chunk_size_feed_forward": (0,),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "tie_encoder_decoder": (False,),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Wav2Vec2Config:
-    """Sizes and kinds, under the names that transformers' ``config.json`` gives them; defaults are Base."""
+    """Sizes and kinds, under the names that transformers' ``config.json`` gives them; defaults are Base.
 
-    model_type: Literal["hubert", "wav2vec2"]
+    A relative's config adds fields, and says what its attributes are.
+
+    Attributes:
+        model_types: that the config is of.
+        neutral: attributes of ``config.json`` that change what the encoder computes -> the values that leave it
+            unchanged.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("hubert", "wav2vec2")
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+
+    model_type: str
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -59,7 +85,7 @@ class Wav2Vec2Config:
 
     def _kind_faults(self) -> Iterator[str]:
         for name, choices in (
-            ("model_type", ("hubert", "wav2vec2")),
+            ("model_type", self.model_types),
             ("feat_extract_norm", ("group", "layer")),
             ("hidden_act", tuple(ACTIVATIONS)),
             ("feat_extract_activation", tuple(ACTIVATIONS)),
@@ -73,7 +99,7 @@ class Wav2Vec2Config:
     def _size_faults(self) -> Iterator[str]:
         sizes: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         wrong = False
-        for name in INT_FIELDS:
+        for name in (f.name for f in dataclasses.fields(self) if f.type is int):
             if not _is_size(sizes[name]):
                 wrong = True
                 yield f"{name}: expected a positive integer, found {sizes[name]!r}"
@@ -93,7 +119,7 @@ class Wav2Vec2Config:
             if self.hidden_size % sizes[divisor]:
                 yield f"hidden_size {self.hidden_size} is not a multiple of {divisor} {sizes[divisor]}"
 
-    def tiny(self) -> "Wav2Vec2Config":
+    def tiny(self) -> Self:
         """A small encoder of the same kind."""
         return dataclasses.replace(
             self,
@@ -119,8 +145,8 @@ class Wav2Vec2Config:
         return window
 
     @classmethod
-    def from_source(cls, config: Mapping[str, Any]) -> "Wav2Vec2Config":
-        """Read the ``config.json`` of a HuBERT or wav2vec 2.0 model.
+    def from_source(cls, config: Mapping[str, Any]) -> Self:
+        """Read a ``config.json``.
 
         Raises:
             SystemConfigError: naming every attribute that changes the computation and is not handled.
@@ -132,20 +158,20 @@ class Wav2Vec2Config:
             if k in fields and not (k == "conv_pos_batch_norm" and v is None)
         }
         faults = []
-        if known.get("model_type") not in ("hubert", "wav2vec2"):
-            faults.append(f"model_type: expected hubert or wav2vec2, found {known.get('model_type')!r}")
+        if known.get("model_type") not in cls.model_types:
+            faults.append(f"model_type: expected {' or '.join(cls.model_types)}, found {known.get('model_type')!r}")
         layers = config.get("num_feat_extract_layers")
         dims = known.get("conv_dim", cls.conv_dim)
         if layers is not None and isinstance(dims, tuple) and layers != len(dims):
             faults.append(f"num_feat_extract_layers: expected the length of conv_dim, found {layers!r}")
         for name, default in (("conv_pos_batch_norm", False), ("feat_proj_layer_norm", True)):
-            if known.get("model_type") == "wav2vec2" and known.get(name, default) != default:
-                faults.append(f"{name} = {known[name]!r} is of HuBERT only: transformers' wav2vec 2.0 ignores it")
+            if known.get("model_type") != "hubert" and known.get(name, default) != default:
+                faults.append(f"{name} = {known[name]!r} is of HuBERT only: the others of transformers ignore it")
         for name, value in config.items():
             if name in fields or name == "num_feat_extract_layers" or IGNORED.fullmatch(name):
                 continue
-            if name in NEUTRAL:
-                if value not in NEUTRAL[name]:
+            if name in cls.neutral:
+                if value not in cls.neutral[name]:
                     faults.append(f"{name} = {value!r} changes the computation and is not supported")
             else:
                 faults.append(f"{name} = {value!r} is not an attribute that this converter knows")
@@ -154,29 +180,7 @@ class Wav2Vec2Config:
         return cls(**known)
 
 
-INT_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "num_conv_pos_embeddings",
-    "num_conv_pos_embedding_groups",
-)
 TUPLE_FIELDS = ("conv_dim", "conv_kernel", "conv_stride")
-
-# Attributes of config.json that change what the encoder computes, with the values that leave it unchanged.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "adapter_attn_dim": (None,),  # MMS adapters in every block
-    "add_adapter": (False, None),  # convolutions after the last block
-    "chunk_size_feed_forward": (0,),
-    "cross_attention_hidden_size": (None,),
-    "is_decoder": (False,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "tie_encoder_decoder": (False,),
-}
 
 # Attributes that do not change it: training, task heads, tokenizers, generation, bookkeeping.
 IGNORED = re.compile(
@@ -187,6 +191,7 @@ IGNORED = re.compile(
     | gradient_checkpointing | initializer_(range|factor)
     # what is built on the encoder
     | ctc_\w+ | vocab_size | use_weighted_layer_sum | classifier_proj_size | tdnn_\w+ | xvector_output_dim
+    | num_ctc_classes | num_clusters | replace_prob
     | \w*codevector\w* | num_negatives | contrastive_logits_temperature | diversity_loss_weight
     | adapter_(kernel_size|stride) | num_adapter_layers | output_hidden_size
     | problem_type | num_labels | id2label | label2id | finetuning_task | task_specific_params
