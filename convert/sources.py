@@ -43,7 +43,8 @@ WEIGHTS = (
 _MAPPED_BYTES = 256 * 2**20  # pages of a mapped file stay resident until it is closed: re-open it after so many
 _JSON_BYTES = 64 * 2**20
 _HUB_SECONDS = 30.0
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
+_HDF5 = (".h5", ".hdf5")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", *_HDF5)
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -478,6 +479,8 @@ def _open_weights(path: Path, wrapping: Wrapping, faults: list[str]) -> tuple[_W
     try:
         if path.suffix == ".safetensors":
             return _open_safetensors(path, faults), {}
+        if path.suffix in _HDF5:
+            return _open_hdf5(path, faults), {}
         content = _unpickle(path, wrapping.inert)
     except ConversionError as error:
         faults.append(str(error))
@@ -535,6 +538,47 @@ def _open_safetensors(path: Path, faults: list[str]) -> _WeightFile:
     return _WeightFile(path, None, shapes)
 
 
+def _open_hdf5(path: Path, faults: list[str]) -> _WeightFile:
+    """A file of Keras 2, whose groups repeat the layer's name with a number that differs by file."""
+    import h5py
+
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def visit(name: str, item: Any) -> None:  # links to other files are not followed
+        if not isinstance(item, h5py.Dataset):
+            return
+        if item.external or item.is_virtual or item.size * item.dtype.itemsize > path.stat().st_size:
+            faults.append(f"{path.name}: {name} is not in the file: expected an array that is")
+        elif item.dtype not in (np.float32, np.float16, np.float64):
+            faults.append(f"{path.name}: {name} is of {item.dtype}: expected floats of 16, 32 or 64 bits")
+        else:
+            shapes[_keras_key(name)] = tuple(item.shape)
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ConversionError(f"{path.name} is no whole HDF5 file ({_first_line(error)}): fetch it again") from error
+    if not shapes:
+        faults.append(f"{path.name} holds no tensors")
+    return _WeightFile(path, None, shapes)
+
+
+def _keras_key(name: str) -> str:
+    """``conv1/conv1_4/kernel:0`` as ``conv1/kernel:0``."""
+    return re.sub(r"^([^/]+)/\1(_\d+)?/", r"\1/", name)
+
+
+def _read_hdf5(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    import h5py
+
+    names: dict[str, str] = {}
+    with h5py.File(path, "r") as file:
+        file.visit(lambda name: names.update({_keras_key(name): name}))
+        for key in keys:
+            yield key, np.array(file[names[key]], np.float32)
+
+
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as stream:
         return stream.read(4) == b"PK\x03\x04"
@@ -570,6 +614,9 @@ def _unpickle(path: Path, inert: Iterable[str]) -> dict[Any, Any]:
 def _read(file: _WeightFile, keys: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
     safetensors = file.path.suffix == ".safetensors"
     try:
+        if file.path.suffix in _HDF5:
+            yield from _read_hdf5(file.path, keys)
+            return
         mapped = safetensors or _is_zip(file.path)
         for chunk in _chunks(keys, file.shapes) if mapped else [keys]:
             if safetensors:

@@ -104,8 +104,8 @@ def test_convert_then_embed(gura: Run, clip: Path, checkpoints: Path, tmp_path: 
     """CREPE's real weights: converted to the listed fingerprints, and used."""
     listed = json.loads((ROOT / "checkpoints" / "manifest.json").read_text())
     assert list(listed) == list(gura_jax.ENCODERS)
-    gura("convert", "crepe-full", "crepe-tiny", "--overwrite")
-    for name in ("crepe-full", "crepe-tiny"):
+    gura("convert", "crepe-full", "crepe-tiny", "crepe-small", "--overwrite")
+    for name in ("crepe-full", "crepe-tiny", "crepe-small"):
         manifest = checkpoint.read_manifest(checkpoints / name)
         assert manifest.fingerprint == listed[name]["fingerprint"]
     assert "exists already" in gura("convert", "crepe-full").stdout

