@@ -195,7 +195,7 @@ class _Transformers(Reference):
     def __init__(self, config: Any, model: Any = None) -> None:
         super().__init__(config)
         if model is None:
-            fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "model_type"}
+            fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("model_type", "sample_rate")}
             model = self._kind()(self._kind().config_class(**fields))
         self.model: Any = model.eval()
 
@@ -264,10 +264,40 @@ class Hubert(_Transformers):
     name = "HubertModel"
 
 
+class Mert(Hubert):
+    """The same network, under the name and rate of MERT's ``config.json``."""
+
+    def save(self, folder: Path) -> Path:
+        """As transformers does, but for the config."""
+        super().save(folder)
+        content = json.loads((folder / "config.json").read_text())
+        own = {"model_type": self.config.model_type, "sample_rate": self.config.sample_rate}
+        (folder / "config.json").write_text(json.dumps(content | own))
+        return folder
+
+
 class Wav2Vec2(_Transformers):
     """transformers' ``Wav2Vec2Model``."""
 
     name = "Wav2Vec2Model"
+
+
+class UniSpeech(_Transformers):
+    """transformers' ``UniSpeechModel``."""
+
+    name = "UniSpeechModel"
+
+
+class UniSpeechSat(_Transformers):
+    """transformers' ``UniSpeechSatModel``."""
+
+    name = "UniSpeechSatModel"
+
+
+class Data2VecAudio(_Transformers):
+    """transformers' ``Data2VecAudioModel``."""
+
+    name = "Data2VecAudioModel"
 
 
 class WavLM(_Transformers):

@@ -62,9 +62,9 @@ _REFUSED = {r".*\.adapter_layer\..+|adapter\..+": "adapters (MMS) are not suppor
 # Ignored: masking and objectives of pre-training, task heads, counters.
 TRANSFORMERS = KeyTable(
     rows=tuple(_TRANSFORMERS),
-    prefix=r"hubert\.|wav2vec2\.",
+    prefix=r"(hubert|wav2vec2|unispeech|unispeech_sat)\.",
     ignored=r"masked_spec_embed|(lm_head|final_proj|project_hid|project_q|quantizer|dropout_features"
-    r"|projector|classifier|tdnn|objective)\..+|layer_weights|label_embs_concat|feature_extractor\.(weight|bias)"
+    r"|projector|classifier|tdnn|objective)\..+|layer_weights|label_embs_concat|label_embeddings_concat|(speaker_proj|layer_norm_for_extract|ctc_proj)\..+|feature_extractor\.(weight|bias)"
     r"|.+\.num_batches_tracked",
     refused=_REFUSED,
     recognise=r"(^|\.)encoder\.layers\.\d+\.attention\.",

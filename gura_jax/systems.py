@@ -184,6 +184,17 @@ def _alone(encoder: str) -> list[System]:
     return [System(name, (Member(encoder),)), System(f"fusion_{name}", (Member(encoder, "mean"),))]
 
 
+_OTHERS = (
+    "wavlm-base",
+    "wavlm-base-plus",
+    "wavlm-large",
+    "data2vec-audio-large",
+    "unispeech-sat-large",
+    "mert-95m",
+    "mert-330m",
+)
+
+
 def base_name(name: str) -> str:
     """The name of a published system with Base-size speech encoders."""
     return name.removesuffix("_xlarge").removesuffix("_large") + "_base"
@@ -192,7 +203,7 @@ def base_name(name: str) -> str:
 SYSTEMS: dict[str, System] = {
     **PUBLISHED,
     **_named(_base(system) for system in PUBLISHED.values() if system.name != "crepe"),
-    **_named(itertools.chain.from_iterable(map(_alone, ("wavlm-base", "wavlm-base-plus", "wavlm-large")))),
+    **_named(itertools.chain.from_iterable(map(_alone, _OTHERS))),
 }
 
 

@@ -18,8 +18,9 @@ import transformers
 from gura_jax.convert import convert
 from gura_jax.convert.references import shake
 from gura_jax.models.families import config_from_source
-from gura_jax.models.wav2vec2 import SAMPLE_RATE, Wav2Vec2Config
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
+SAMPLE_RATE = Wav2Vec2Config.sample_rate
 PARITY_BOUND = 1e-5  # relative, to PyTorch, each layer: the project's own promise
 PADDING_BOUND = 1e-5  # relative, a clip in a padded batch against the clip alone
 ORACLE_FACTOR = 2  # no further from float64 than this many times PyTorch's own distance
@@ -63,6 +64,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "relu, odd positions": _WAV2VEC2 | {"hidden_act": "relu", "num_conv_pos_embeddings": 19},
     "gelu_new, other eps": _HUBERT | _LARGE | {"hidden_act": "gelu_new", "layer_norm_eps": 0.01},
     "silu": _WAV2VEC2 | {"hidden_act": "silu"},
+    "unispeech-sat": _SMALL | {"model_type": "unispeech-sat", "conv_bias": True},
+    "data2vec": _SMALL
+    | {"model_type": "data2vec-audio", "conv_bias": True, "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5},
     "wavlm base": _WAVLM,
     "wavlm large": _WAVLM | _LARGE | {"conv_bias": False},
 }

@@ -74,7 +74,7 @@ def test_unknown_families() -> None:
     for model_type in ("bert", None, ["hubert"], ""):
         with refuses(SystemConfigError, f"model_type {model_type!r} is not known", "gura_jax.register"):
             find_family(model_type)
-        with refuses(SystemConfigError, f"{model_type!r}", "hubert, wav2vec2, crepe", "gura_jax.register"):
+        with refuses(SystemConfigError, f"{model_type!r}", "hubert, wav2vec2, unispeech", "gura_jax.register"):
             config_from_source({"model_type": model_type})
     with refuses(SystemConfigError, "model_type", "None", "gura_jax.register"):
         build_encoder(object(), Options())

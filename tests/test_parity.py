@@ -67,6 +67,13 @@ def failures(found: list[Row]) -> list[str]:
     ]
 
 
+def test_encoders_of_today_at_two_rates() -> None:
+    """MERT takes 24 kHz, the others 16."""
+    members = (Member("mert-330m", "mean"), Member("wavlm-large", "mean"), Member("crepe-tiny"))
+    found = rows(System("today", members, "interleave", feature_size=64))
+    assert not failures(found)
+
+
 # Every kind of encoder, layer choice and combination; the others are made of the same parts, and take minutes.
 DEFAULT = ("hubert_base", "fusion_wav2vec2", "fusion_cat_xwc", "crepe")
 

@@ -8,7 +8,9 @@ from refusals import refuses
 from transformers import HubertConfig
 from transformers import Wav2Vec2Config as TransformersConfig
 
+from gura_jax import ENCODERS
 from gura_jax.errors import SystemConfigError
+from gura_jax.models.families import config_from_source
 from gura_jax.models.wav2vec2_config import NEUTRAL, TUPLE_FIELDS, Wav2Vec2Config
 
 # Refused
@@ -52,11 +54,11 @@ def test_an_attribute_that_changes_the_computation_is_refused(name: str) -> None
     [
         ({"model_type": "hubert", "position_embeddings_type": "rotary"}, "position_embeddings_type = 'rotary'"),
         ({"model_type": "hubert", "conv_depthwise_kernel_size": 31}, "conv_depthwise_kernel_size = 31"),
-        ({"model_type": "wavlm", "num_buckets": 320}, "model_type: expected hubert or wav2vec2, found 'wavlm'"),
+        ({"model_type": "wavlm", "num_buckets": 320}, "or unispeech-sat, found 'wavlm'"),
         ({"model_type": "wavlm", "num_buckets": 320}, "num_buckets = 320"),
         ({"model_type": "data2vec-audio"}, "'data2vec-audio'"),
         ({"model_type": ["hubert"]}, "model_type: expected"),
-        ({}, "model_type: expected hubert or wav2vec2, found None"),
+        ({}, "or unispeech-sat, found None"),
         ({"model_type": "hubert", "hidden_size": "768"}, "hidden_size: expected a positive integer, found '768'"),
         ({"model_type": "hubert", "hidden_size": 768.0}, "hidden_size: expected a positive integer, found 768.0"),
         ({"model_type": "hubert", "num_hidden_layers": 0}, "num_hidden_layers: expected a positive integer"),
@@ -239,6 +241,33 @@ def test_published_configs_are_accepted(name: str) -> None:
         if attributes.get(field.name) is not None:
             value = attributes[field.name]
             assert getattr(config, field.name) == (tuple(value) if isinstance(value, list) else value)
+
+
+# https://huggingface.co/m-a-p/MERT-v1-95M, as others have copied it
+MERT_CONFIG: dict[str, Any] = _MASKING | {
+    "model_type": "mert_model",
+    "architectures": ["MERTModel"],
+    "auto_map": {"AutoModel": "modeling_MERT.MERTModel"},
+    "attention_relax": -1.0,
+    "deepnorm": False,
+    "feature_extractor_cqt": False,
+    "feature_extractor_cqt_bins": 336,
+    "sample_rate": 24000,
+}
+
+
+def test_merts_config() -> None:
+    assert config_from_source(MERT_CONFIG) == ENCODERS["mert-95m"].config
+    for name in ("deepnorm", "feature_extractor_cqt"):
+        with refuses(SystemConfigError, f"{name} = True changes the computation"):
+            config_from_source(MERT_CONFIG | {name: True})
+
+
+def test_data2vecs_config() -> None:
+    """transformers reads neither kind of norm, whatever is there."""
+    own = {"model_type": "data2vec-audio", "feat_extract_norm": "layer", "do_stable_layer_norm": True}
+    own |= {"conv_pos_kernel_size": 19, "num_conv_pos_embeddings": 5}
+    assert config_from_source(_MASKING | own) == ENCODERS["data2vec-audio-base"].config
 
 
 @pytest.mark.parametrize("kind", [HubertConfig, TransformersConfig])

@@ -11,11 +11,15 @@ import jax
 from gura_jax.errors import SystemConfigError, expected
 from gura_jax.models.checks import check_family, check_row, config_of
 from gura_jax.models.crepe import CREPE
+from gura_jax.models.data2vec import DATA2VEC
 from gura_jax.models.encoder import Encoder, Family, Options, Preset
-from gura_jax.models.wav2vec2 import HUBERT, WAV2VEC2
+from gura_jax.models.mert import MERT
+from gura_jax.models.wav2vec2 import HUBERT, UNISPEECH, UNISPEECH_SAT, WAV2VEC2
 from gura_jax.models.wavlm import WAVLM
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (HUBERT, WAV2VEC2, WAVLM, CREPE)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT, CREPE)
+}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 
 

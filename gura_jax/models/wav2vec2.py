@@ -37,7 +37,6 @@ from gura_jax.models.encoder import (
 from gura_jax.models.layers import layer_weights, sum_of_states
 from gura_jax.models.wav2vec2_config import ACTIVATIONS, Wav2Vec2Config
 
-SAMPLE_RATE = 16_000  # Hz, of all published weights
 CONV_NORM_EPS = 1e-5  # PyTorch's default: the feature encoder ignores the config's layer_norm_eps
 BATCH_NORM_EPS = 1e-5  # PyTorch's default, for conv_pos_batch_norm
 
@@ -66,7 +65,8 @@ def _layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
-def _convolution(options: Options) -> Convolution:
+def convolution_for(options: Options) -> Convolution:
+    """The form whose gradient suits the platform."""
     return convolution_by_taps if options.platform.kernel_gradient_by_taps else convolution
 
 
@@ -78,7 +78,7 @@ class ConvLayer(nnx.Module):
         size = config.conv_dim[index]
         self.kernel, self.stride = config.conv_kernel[index], config.conv_stride[index]
         self.activation = ACTIVATIONS[config.feat_extract_activation]
-        convolve = _convolution(options)
+        convolve = convolution_for(options)
         self.conv = nnx.Conv(
             in_size,
             size,
@@ -175,8 +175,7 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
     """Grouped convolution over time; zero past each clip's end, as if the clip stood alone."""
 
     def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
-        size, self.kernel = config.hidden_size, config.num_conv_pos_embeddings
-        self.groups, self.dtype = config.num_conv_pos_embedding_groups, options.compute_dtype
+        size, groups, self.dtype = config.hidden_size, config.num_conv_pos_embedding_groups, options.compute_dtype
         self.activation = ACTIVATIONS[config.feat_extract_activation]
         if config.conv_pos_batch_norm:
             self.batch_norm = nnx.BatchNorm(
@@ -184,19 +183,23 @@ class ConvolutionalPositionalEmbedding(nnx.Module):
             )
         else:
             self.batch_norm = None
-        self.conv = nnx.Conv(size, size, self.kernel, feature_group_count=self.groups, rngs=rngs)
-        self.convolve = _convolution(options)
+        self.conv = nnx.Conv(size, size, config.num_conv_pos_embeddings, feature_group_count=groups, rngs=rngs)
+        self.convolve = convolution_for(options)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         if self.batch_norm is not None:
             x = self.batch_norm(x)
-        x = jnp.where(mask[:, :, None], x, 0.0).astype(self.dtype)  # [B, T, D]
-        assert self.conv.bias is not None
-        kernel, bias = (weight[...].astype(self.dtype) for weight in (self.conv.kernel, self.conv.bias))
-        # PyTorch pads kernel // 2 on both sides, and drops the last frame of an even kernel.
-        x = jnp.pad(x, ((0, 0), (self.kernel // 2, (self.kernel - 1) // 2), (0, 0)))
-        x = grouped_convolution(x, kernel, self.groups, self.convolve)
-        return self.activation(x + bias[None, None, :]).astype(jnp.float32)
+        x = same_convolution(self.conv, jnp.where(mask[:, :, None], x, 0.0).astype(self.dtype), self.convolve)
+        return self.activation(x).astype(jnp.float32)
+
+
+def same_convolution(conv: nnx.Conv, x: jax.Array, convolve: Convolution) -> jax.Array:
+    """A grouped convolution over time, padded as PyTorch does with kernel // 2: [B, T, D] -> [B, T, D]."""
+    assert conv.bias is not None
+    kernel, bias = (weight[...].astype(x.dtype) for weight in (conv.kernel, conv.bias))
+    size = len(kernel)  # of an even kernel PyTorch's last frame is dropped
+    x = jnp.pad(x, ((0, 0), (size // 2, (size - 1) // 2), (0, 0)))
+    return grouped_convolution(x, kernel, conv.feature_group_count, convolve) + bias[None, None, :]
 
 
 class Attention(nnx.Module):
@@ -281,10 +284,11 @@ class Transformer(nnx.Module):
     """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
 
     layer_class: type[EncoderLayer] = EncoderLayer
+    positional_class: Any = ConvolutionalPositionalEmbedding
 
     def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
-        self.pos_conv_embed = ConvolutionalPositionalEmbedding(config, options, rngs=rngs)
+        self.pos_conv_embed = self.positional_class(config, options, rngs=rngs)
         self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         self.layers = nnx.List(self.layer_class(config, options, rngs=rngs) for _ in range(num_blocks))
 
@@ -369,7 +373,7 @@ class Wav2Vec2Encoder(ModuleEncoder):
         layer_weights(options.layers, config.num_hidden_layers)  # refuses layers that do not exist
         if options.hop is not None:
             raise SystemConfigError(f"hop: {config.model_type} has a frame every {config.hop} samples, and no choice")
-        self.sample_rate = SAMPLE_RATE
+        self.sample_rate = config.sample_rate
         self.feature_size = config.hidden_size
         self.grid = FrameGrid(config.hop, config.window / 2, config.window)
         self.num_states = config.num_hidden_layers + 1
@@ -515,5 +519,38 @@ WAV2VEC2 = Family(
         "xls-r-2b": _preset("wav2vec2", "facebook/wav2vec2-xls-r-2b", "Apache-2.0", normalise=True, **_2B),
         "mms-300m": _preset("wav2vec2", "facebook/mms-300m", "CC-BY-NC-4.0", normalise=True, **LARGE),
         "mms-1b": _preset("wav2vec2", "facebook/mms-1b", "CC-BY-NC-4.0", normalise=True, **_XLARGE),
+    },
+)
+# Both have wav2vec 2.0's network, and other objectives.
+UNISPEECH = Family(
+    name="unispeech",
+    config=Wav2Vec2Config,
+    build=Wav2Vec2Encoder,
+    keys=KEYS,
+    reference="gura_jax.convert.references.UniSpeech",
+    presets={
+        "unispeech-large": _preset(
+            "unispeech", "microsoft/unispeech-large-1500h-cv", "CC-BY-SA-3.0", normalise=True, **LARGE
+        ),
+    },
+)
+UNISPEECH_SAT = Family(
+    name="unispeech-sat",
+    config=Wav2Vec2Config,
+    build=Wav2Vec2Encoder,
+    keys=KEYS,
+    reference="gura_jax.convert.references.UniSpeechSat",
+    presets={
+        "unispeech-sat-base": _preset("unispeech-sat", "microsoft/unispeech-sat-base", "CC-BY-SA-3.0", normalise=True),
+        "unispeech-sat-base-plus": _preset(
+            "unispeech-sat", "microsoft/unispeech-sat-base-plus", "CC-BY-SA-3.0", normalise=True
+        ),
+        "unispeech-sat-large": _preset(
+            "unispeech-sat",
+            "microsoft/unispeech-sat-large",
+            "CC-BY-SA-3.0",
+            normalise=True,
+            **LARGE | {"conv_bias": False},
+        ),
     },
 )

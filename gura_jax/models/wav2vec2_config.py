@@ -56,8 +56,10 @@ class Wav2Vec2Config:
             unchanged.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ("hubert", "wav2vec2")
+    model_types: ClassVar[tuple[str, ...]] = ("hubert", "wav2vec2", "unispeech", "unispeech-sat")
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+
+    sample_rate: ClassVar[int] = 16_000  # Hz; a field where the family's config.json has it
 
     model_type: str
     hidden_size: int = 768
