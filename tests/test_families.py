@@ -58,7 +58,12 @@ def clips(*lengths: int) -> list[np.ndarray]:
 # The table
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SAME_NETWORK = ("wav2vec2", "unispeech", "unispeech-sat", "mert_model")  # as HuBERT's
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SAME_NETWORK else name for name in FAMILIES]
+)
 def test_families_keep_what_an_encoder_promises(name: str) -> None:
     """As one that is registered from outside must."""
     check_family(FAMILIES[name])

@@ -413,7 +413,7 @@ def test_parity_of_a_family_without_hidden_states() -> None:
     assert all(r.passed for r in found)
 
 
-@pytest.mark.parametrize("combination", ["interleave", "concatenate", "average"])
+@pytest.mark.parametrize("combination", ["interleave", "concatenate", pytest.param("average", marks=pytest.mark.slow)])
 def test_parity_of_pooled_members_at_two_rates(combination: Any) -> None:
     """Scenes of the means of frames and of pooled embeddings, at 16 and at 24 kHz."""
     register(LEVEL)
