@@ -30,7 +30,8 @@ from typing import Any, Literal, NamedTuple
 
 HERE = Path(__file__).parent
 SYSTEMS = ("hubert-base", "fusion_wav2vec2", "fusion_cat_xwc")
-PARITY = ("hubert-base", "wav2vec2-large", "crepe-tiny")  # every family; group norm and layer norm
+# Every network; group norm and layer norm.
+PARITY = ("hubert-base", "wav2vec2-large", "wavlm-large", "data2vec-audio-base", "crepe-tiny")
 SAME_PROGRAM = 1e-6  # relative, float32: jit and pmap differ in rounding alone
 WARM_UP = 2  # calls after the first that are not timed
 PARITY_SECONDS = (2.0, 1.3)  # of clips in one padded batch

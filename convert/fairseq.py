@@ -83,7 +83,9 @@ def read_config(contents: Contents, faults: list[str]) -> dict[str, Any]:
 
     # Of the task, which s3prl's conversions have beside the model's.
     tasks = [_plain(extra.get("task_cfg")), _plain(_plain(extra.get("cfg")).get("task")), _plain(extra.get("args"))]
-    config["do_normalize"] = next((task["normalize"] for task in tasks if "normalize" in task), False)
+    normalise = config["do_normalize"] = next((task["normalize"] for task in tasks if "normalize" in task), False)
+    if type(normalise) is not bool:
+        faults.append(f"fairseq's normalize is {normalise!r}: expected true or false")
     for name, (target, default) in _SIZES.items():
         value = config[target] = model.get(name, default)
         if type(value) is not int or value < 1:

@@ -6,7 +6,6 @@ What the files of each library look like is in the key tables. Files are not tru
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -14,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from gura_jax.convert.keys import Contents, KeyTable, Wrapping
-from gura_jax.errors import ConversionError, DownloadError
+from gura_jax.errors import ConversionError, DownloadError, SystemConfigError
 from gura_jax.models.families import PREPROCESSOR, normalises
 
 CONFIG = "config.json"
@@ -225,8 +225,7 @@ def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
         assert weights is not None
         folder = Path(api.hf_hub_download(repo, CONFIG)).parent  # named by the commit
         path = Path(api.hf_hub_download(repo, weights, revision=folder.name))
-        if PREPROCESSOR in names:
-            api.hf_hub_download(repo, PREPROCESSOR, revision=folder.name)
+        _fetch_preprocessor(api, repo, folder.name)
         shards = _shards(path, faults) if weights.endswith(".json") else {}
         faults += [f"{weights} names {name}, which is not there" for name in shards if name not in names]
         _refuse_if(faults, f"{repo}@{folder.name}")
@@ -238,11 +237,13 @@ def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
         kind, refusal = _refusal(api.endpoint, repo, error)
         try:
             folder = Path(api.hf_hub_download(repo, CONFIG, local_files_only=True)).parent
-            return _open_folder(folder, f"{repo}@{folder.name}", formats)
+            source = _open_folder(folder, f"{repo}@{folder.name}", formats)
         except LocalEntryNotFoundError:
             raise kind(refusal) from error
         except ConversionError as fault:
             raise kind(f"{refusal}\nIn the cache there is only a part: {fault}") from error
+        _warn_of_no_preprocessor(repo, folder)
+        return source
     return _open_folder(folder, f"{repo}@{folder.name}", formats)
 
 
@@ -256,8 +257,10 @@ def read_hub_config(repo: str) -> tuple[dict[str, Any], bool]:
     faults: list[str] = []
     try:
         path = Path(api.hf_hub_download(repo, CONFIG))
-        with contextlib.suppress(EntryNotFoundError):
-            api.hf_hub_download(repo, PREPROCESSOR, revision=path.parent.name)
+        try:
+            _fetch_preprocessor(api, repo, path.parent.name)
+        except LocalEntryNotFoundError:  # no network
+            _warn_of_no_preprocessor(repo, path.parent)
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise ConversionError(f"{api.endpoint}/{repo} has no {CONFIG}: expected a model in its layout") from error
@@ -272,7 +275,31 @@ def read_hub_config(repo: str) -> tuple[dict[str, Any], bool]:
 def _normalises(folder: Path, faults: list[str]) -> bool:
     path = folder / PREPROCESSOR
     content = _read_json(path, faults) if path.is_file() else None
-    return content is not None and normalises(content)
+    try:
+        return content is not None and normalises(content)
+    except SystemConfigError as error:
+        faults.append(f"{path.name}: {error}")
+        return False
+
+
+def _fetch_preprocessor(api: HfApi, repo: str, commit: str) -> None:
+    """Fetch it if there is one; if not, the cache remembers that."""
+    try:
+        api.hf_hub_download(repo, PREPROCESSOR, revision=commit)
+    except LocalEntryNotFoundError:  # no network: one of the next
+        raise
+    except EntryNotFoundError:
+        pass
+
+
+def _warn_of_no_preprocessor(repo: str, folder: Path) -> None:
+    """Say so where the cache does not know if there is one."""
+    if try_to_load_from_cache(repo, PREPROCESSOR, revision=folder.name) is None:
+        warnings.warn(
+            f"{repo}: its {PREPROCESSOR} is not in the cache and cannot be fetched, so its input is taken as it is: "
+            "say normalise=True or False of the member, or try again with a network",
+            stacklevel=2,
+        )
 
 
 def _refusal(endpoint: str, repo: str, error: BaseException) -> tuple[type[ConversionError], str]:
@@ -404,7 +431,8 @@ def _fitting(file: _WeightFile, formats: Sequence[Format]) -> list[Format]:
     """The formats that a bare file may be in."""
     if file.under:
         wrapped = _wrapped(file.under, formats)
-        return [each for each in wrapped if each.table.recognises(file.shapes)] or wrapped
+        # If none recognises it: that of the oldest family, which says most of what others are.
+        return [each for each in wrapped if each.table.recognises(file.shapes)] or wrapped[::-1]
     return [each for each in formats if not each.table.wrapping and each.table.recognises(file.shapes)]
 
 
@@ -444,7 +472,9 @@ def _source(
     beside: Path,
     normalise: bool,
 ) -> Source:
-    paths = [file.path for file in files] + ([beside] if formats[0].table.config == CONFIG else [])
+    paths = [file.path for file in files]
+    if formats[0].table.config == CONFIG:
+        paths += [path for path in (beside, beside.with_name(PREPROCESSOR)) if path.is_file()]
     sha256: dict[str, str] = {}
     for path in sorted(paths, key=lambda path: path.name):
         with path.open("rb") as stream:
@@ -540,28 +570,46 @@ def _open_safetensors(path: Path, faults: list[str]) -> _WeightFile:
 
 def _open_hdf5(path: Path, faults: list[str]) -> _WeightFile:
     """A file of Keras 2, whose groups repeat the layer's name with a number that differs by file."""
-    import h5py
-
     shapes: dict[str, tuple[int, ...]] = {}
-
-    def visit(name: str, item: Any) -> None:  # links to other files are not followed
-        if not isinstance(item, h5py.Dataset):
-            return
-        if item.external or item.is_virtual or item.size * item.dtype.itemsize > path.stat().st_size:
-            faults.append(f"{path.name}: {name} is not in the file: expected an array that is")
-        elif item.dtype not in (np.float32, np.float16, np.float64):
-            faults.append(f"{path.name}: {name} is of {item.dtype}: expected floats of 16, 32 or 64 bits")
+    names: dict[str, str] = {}
+    for name, dataset in _datasets(path):
+        key = _keras_key(name)
+        if key in names:
+            faults.append(f"{path.name}: {names[key]} and {name} are both {key}: expected one of them")
+        names[key] = name
+        fault = _dataset_fault(dataset)
+        if fault:
+            faults.append(f"{path.name}: {name} is {fault}")
         else:
-            shapes[_keras_key(name)] = tuple(item.shape)
-
-    try:
-        with h5py.File(path, "r") as file:
-            file.visititems(visit)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ConversionError(f"{path.name} is no whole HDF5 file ({_first_line(error)}): fetch it again") from error
-    if not shapes:
+            shapes[key] = tuple(dataset.shape)
+    if not names:
         faults.append(f"{path.name} holds no tensors")
     return _WeightFile(path, None, shapes)
+
+
+def _dataset_fault(dataset: Any) -> str | None:
+    if dataset.shape is None or dataset.dtype not in (np.float16, np.float32, np.float64):
+        return f"of {dataset.dtype}: expected floats of 16, 32 or 64 bits"
+    if dataset.external or dataset.is_virtual or dataset.compression or dataset.compression_opts:
+        return "compressed, or in other files: expected numbers as they are"
+    if dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:  # claimed, and not written
+        return f"of shape {tuple(dataset.shape)}, which the file does not hold"
+    return None
+
+
+def _datasets(path: Path) -> Iterator[tuple[str, Any]]:
+    """Name and dataset of each; links to other files are not followed."""
+    import h5py
+
+    found: list[tuple[str, Any]] = []
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(lambda name, item: found.append((name, item)) if isinstance(item, h5py.Dataset) else None)
+            yield from found
+    except ConversionError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ConversionError(f"{path.name} is no whole HDF5 file ({_first_line(error)}): fetch it again") from error
 
 
 def _keras_key(name: str) -> str:
@@ -570,13 +618,9 @@ def _keras_key(name: str) -> str:
 
 
 def _read_hdf5(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    import h5py
-
-    names: dict[str, str] = {}
-    with h5py.File(path, "r") as file:
-        file.visit(lambda name: names.update({_keras_key(name): name}))
-        for key in keys:
-            yield key, np.array(file[names[key]], np.float32)
+    datasets = {_keras_key(name): np.array(dataset, np.float32) for name, dataset in _datasets(path)}
+    for key in keys:
+        yield key, datasets.pop(key)
 
 
 def _is_zip(path: Path) -> bool:

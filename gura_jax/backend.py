@@ -21,7 +21,7 @@ class Platform:
         fused_attention: cuDNN's attention for bfloat16.
         kernel_gradient_by_taps: gradients by the wave encoders' kernels as matrix products; else as XLA's convolutions.
         spectral_crepe: CREPE's convolutions as products in the frequency domain; else directly.
-        crepe_taps: of CREPE's direct convolutions at a time; None: all.
+        crepe_taps: of CREPE's second convolution at a time, and its first without a stride; None: both as they are.
         crepe_frames: in one pass of CREPE.
         batch_seconds: audio computed at once, by a device; with ``share_batch`` by all devices together.
         share_batch: the devices are parts of one processor.

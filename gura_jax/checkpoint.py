@@ -50,7 +50,7 @@ class Manifest:
     source_sha256: Mapping[str, str]
     converter_version: str
     arrays_sha256: Mapping[str, str]
-    normalise: bool = False  # the input, where a member does not say
+    normalise: bool = False  # whether clips are normalised first, unless a member says
     format_version: int = FORMAT_VERSION
 
     @property

@@ -114,7 +114,7 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
     for name in ENCODERS:
         source = find_preset(name).source
-        state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "from a file alone"
+        state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "convert a file"
         print(f"  {name:16} {state}")
 
 
@@ -188,10 +188,8 @@ def convert(
         start = time.perf_counter()
         print(f"{job_name}: converting {spec}", flush=True)
         converted = _convert_one(spec, job_name, architecture)
-        if job_name in ENCODERS:
-            print(
-                f"{job_name}: licence of the weights: {find_preset(job_name).licence or 'not known: ask the authors'}"
-            )
+        if job_name in ENCODERS and find_preset(job_name).source == spec:
+            print(f"{job_name}: licence of the weights: {find_preset(job_name).licence or 'not known'}")
         checkpoint.save(path, converted.params, converted.manifest, overwrite=overwrite)
         size = sum(array.nbytes for array in converted.params.values()) / 1e6
         print(

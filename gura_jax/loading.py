@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -325,14 +325,18 @@ def find_encoder(encoder: str) -> Found:
     if not is_hugging_face(folder):
         manifest = checkpoint.read_manifest(folder)
         return Found(folder, manifest.architecture, manifest.normalise)
-    path = folder / "config.json"
+    preprocessor = folder / PREPROCESSOR
+    normalise = preprocessor.is_file() and _read_object(preprocessor, normalises)
+    return Found(folder, _read_object(folder / "config.json", config_from_source), normalise)
+
+
+def _read_object(path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """What a function makes of a JSON object in a file; its errors say which file."""
     try:
         content = read_json(path)
         if not isinstance(content, dict):
             raise SystemConfigError(f"expected an object, found {type(content).__name__}")
-        preprocessor = folder / PREPROCESSOR
-        normalise = preprocessor.is_file() and normalises(read_json(preprocessor))
-        return Found(folder, config_from_source(content), normalise)
+        return read(content)
     except SystemConfigError as error:
         raise SystemConfigError(f"{path}: {error}") from None
     except InputError as error:
@@ -341,7 +345,7 @@ def find_encoder(encoder: str) -> Found:
 
 def _how_to_get(encoder: str, folder: Path) -> str:
     if encoder in ENCODERS and find_preset(encoder).source is None:
-        return f"there are no published weights of {encoder}: pass weights='random' or a path"
+        return f"no weights of {encoder} can be fetched by name: pass weights='random', or the path of a file of them"
     return (
         f"no pretrained weights of {encoder} at {folder}. Run\n    gura-jax convert {encoder}\n"
         "or pass weights='random' (--weights random) to try things out without them"

@@ -38,8 +38,8 @@ class Member:
         name: its key in ``load_model(weights={...})``; by default the encoder's name.
         scene: its contribution to scene embeddings: the mean of its ``"frames"``, or, if the architecture has one, its
             embedding of the whole clip (``"pooled"``).
-        normalise: whether each clip is given zero mean and unit variance first; None: as the encoder was published, but
-            for those of the paper, which it used without.
+        normalise: whether each clip is given zero mean and unit variance first; None: as the encoder was published,
+            except the paper's, which were used without.
     """
 
     encoder: str | Encoder

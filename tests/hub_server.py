@@ -94,6 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         if code:
             self.send_header("X-Error-Code", code)
+        if code == "EntryNotFound":  # by which huggingface_hub's cache remembers what there is not
+            self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
 
     def _send_info(self, repo: str) -> None:

@@ -95,9 +95,8 @@ def test_resampling_a_clip_equals_librosa(samples: int, rate: int, sample_rate: 
     found = resample(clip, rate, sample_rate)
     assert found.dtype == np.float32
     assert len(found) == resampled_length(samples, rate, sample_rate)
-    np.testing.assert_array_equal(
-        found, librosa.resample(clip, orig_sr=rate, target_sr=sample_rate, res_type="soxr_hq")
-    )
+    theirs = librosa.resample(clip, orig_sr=rate, target_sr=sample_rate, res_type="soxr_hq")
+    np.testing.assert_array_equal(found, theirs[: len(found)])  # which may have one more: it rounds up a float
 
 
 @given(st.integers(0, 10**13), st.integers(MIN_RATE, MAX_RATE), st.integers(MIN_RATE, MAX_RATE))

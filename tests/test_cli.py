@@ -235,7 +235,7 @@ def test_several_processes_do_not_overwrite(gura: Run, clip: Path, tmp_path: Pat
         (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "{clip}"), "{clip}"),
         (("embed", "{clip}", "-s", "crepe", "--weights", "random", "--out", "/proc/nope"), "/proc/nope"),
         (("convert", "{clip}"), "clip.flac"),
-        (("convert", "crepe-small"), "no weights of crepe-small can be fetched"),
+        (("convert", "aves-base"), "no weights of aves-base can be fetched"),
         (("convert", "crepe-tiny", "--name", "../evil"), "../evil"),
         (("convert", "crepe-tiny", "--name", "hubert-base"), "another architecture"),
         (("parity", "-s", "no_such_system"), "no_such_system"),

@@ -38,7 +38,7 @@ needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA plugin here: run make test-gpu"
 )
 # A small encoder of each kind; the blocks of all others are these.
-KINDS = ("hubert_base", "wav2vec2_large", "wavlm_large", "crepe-tiny")
+KINDS = ("hubert_base", "wavlm_large", "crepe-tiny")
 TOY = System("toy", (Member(Toy(), name="toy"),))
 
 

@@ -56,7 +56,9 @@ TONE_CENTS = 25  # a quarter of a semitone: the finest claim that one makes of C
 BFLOAT16_BOUND = 0.05  # relative; its numbers have 8 bits
 FRAMES = 3  # for parity: the full network takes 50 ms for each
 
-capacities = pytest.mark.parametrize("capacity", get_args(Capacity))
+capacities = pytest.mark.parametrize(
+    "capacity", [pytest.param(c, marks=pytest.mark.slow) if c == "large" else c for c in get_args(Capacity)]
+)
 spectral_or_direct = pytest.mark.parametrize("spectral", [False, True])
 
 

@@ -570,7 +570,7 @@ FUSED: Mapping[str, System] = {
     [
         ("interleave", "scene", ["wave-24000Hz", "faster-scene-frames", "crepe-tiny.last-24000Hz-random-scene-frames"]),
         ("interleave", "event", ["wave-24000Hz", "faster", "crepe-tiny.last-24000Hz-random"]),
-        ("average", "scene", ["wave", "crepe-tiny.last-random-scene-frames"]),
+        pytest.param("average", "scene", ["wave", "crepe-tiny.last-random-scene-frames"], marks=pytest.mark.slow),
         ("pooled", "scene", ["clip", "crepe-tiny.last-random", "wave-scene-frames"]),
         ("time", "event", ["wave", "crepe-tiny.last-random"]),
     ],

@@ -58,7 +58,7 @@ def clips(*lengths: int) -> list[np.ndarray]:
 # The table
 
 
-SAME_NETWORK = ("wav2vec2", "unispeech", "unispeech-sat", "mert_model")  # as HuBERT's
+SAME_NETWORK = ("wav2vec2", "unispeech", "unispeech-sat", "mert_model", "data2vec-audio")  # almost, as HuBERT's
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,9 @@ def whole(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str,
         ("append_row", 1),  # nothing is there
         ("append_row", 4),  # after a checkpoint in an epoch, which the log is ahead of
         ("save_head", 1),  # the model is ahead of the checkpoint
-        ("save", 2),
+        pytest.param("save", 2, marks=pytest.mark.slow),
         ("save", 3),
-        ("read_head", 1),  # all is trained
+        pytest.param("read_head", 1, marks=pytest.mark.slow),  # all is trained
     ],
 )
 def test_killed_and_resumed_it_is_the_same(

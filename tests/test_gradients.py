@@ -104,7 +104,9 @@ def assert_gradients(ours: Mapping[str, Any], single: Mapping[str, Any], double:
         assert relative(ours[name], exact) <= bound, name
 
 
-@pytest.mark.parametrize("variant", ["hubert base", "wav2vec2 large", "wavlm large"])
+@pytest.mark.parametrize(
+    "variant", ["hubert base", pytest.param("wav2vec2 large", marks=pytest.mark.slow), "wavlm large"]
+)
 def test_gradients_of_a_speech_encoder_are_pytorchs(variant: str) -> None:
     model = encoder(variant)
     config = model.config

@@ -82,7 +82,7 @@ def test_nothing_imports_torch(module: str) -> None:
 FLOORS = (
     ("errors",),
     ("backend", "targets", "counting", "audio", "files"),
-    ("convert.keys", "convert.fairseq", "convert.wav2vec2", "convert.crepe"),
+    ("convert.keys", "convert.fairseq", "convert.wav2vec2", "convert.wavlm", "convert.data2vec", "convert.crepe"),
     ("models", "batching", "convert.sources"),
     ("fusion", "parallel", "checkpoint", "convert.references"),
     ("systems", "convert"),

@@ -82,8 +82,8 @@ def test_missing_pretrained_weights(no_checkpoints: Path, system: str, missing: 
 
 
 def test_weights_that_nobody_published(no_checkpoints: Path) -> None:
-    message = refusal(CheckpointError, load_model, System("s", (Member("crepe-small"),)))
-    assert "crepe-small" in message
+    message = refusal(CheckpointError, load_model, System("s", (Member("aves-base"),)))
+    assert "aves-base" in message
     assert "gura-jax convert" not in message
 
 

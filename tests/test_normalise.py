@@ -14,7 +14,7 @@ from reference import PADDING_BOUND, VARIANTS, padded, precise_jit, relative, sp
 from refusals import refuses
 from toy import opened, write_clips
 
-from gura_jax import Member, System, SystemConfigError, checkpoint, load_model
+from gura_jax import ConversionError, Member, System, SystemConfigError, checkpoint, load_model
 from gura_jax.convert import convert
 from gura_jax.convert.parity import compare
 from gura_jax.loading import outline
@@ -88,6 +88,22 @@ def test_a_folder_says_so(preprocessor: dict[str, Any] | None, expected: bool, t
         assert member.options.normalise is expected, place
     (member,) = outline(System("own", (Member(str(path), normalise=not expected),))).fusion.members
     assert member.options.normalise is not expected
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[]", "object"),
+        ('{"do_normalize": 1}', "do_normalize: expected true or false, found 1"),
+        ("{", "JSON"),
+    ],
+)
+def test_a_preprocessor_that_makes_no_sense(text: str, named: str, tmp_path: Path) -> None:
+    path = folder(tmp_path / "model", None)
+    (path / "preprocessor_config.json").write_text(text)
+    for error, call in ((SystemConfigError, outline), (ConversionError, convert)):
+        with refuses(error, "preprocessor_config.json", named):
+            call(str(path))
 
 
 def test_manifests_of_earlier_versions_are_read(tmp_path: Path) -> None:

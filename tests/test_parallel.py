@@ -197,7 +197,13 @@ def sharded(devices: int) -> tuple[NamedSharding, NamedSharding]:
 
 
 @pytest.mark.parametrize(
-    ("system", "platform"), [("hubert_base", "cpu"), ("fusion_cat_xwc", "cpu"), ("crepe", "cpu"), ("crepe", "gpu")]
+    ("system", "platform"),
+    [
+        ("hubert_base", "cpu"),
+        ("fusion_cat_xwc", "cpu"),
+        pytest.param("crepe", "cpu", marks=pytest.mark.slow),
+        ("crepe", "gpu"),
+    ],
 )
 def test_a_sharded_batch_needs_no_communication(system: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``jax.jit(model.fuse)``, in several blocks and in both forms; and it computes what one device does."""

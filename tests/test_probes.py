@@ -175,7 +175,7 @@ def trained(rows: int, batch_size: int, points: list[Point], epochs: int = 2, se
     return probes.train(state, rates, data, plan, sizes=sizes, prediction="multilabel").probes, (x, y)
 
 
-@pytest.mark.parametrize(("rows", "batch_size"), [(7, 8), (16, 8), (19, 8), (6, 3)])
+@pytest.mark.parametrize(("rows", "batch_size"), [(7, 8), (19, 8), (6, 3)])
 def test_epochs_visit_every_row_in_its_batch(rows: int, batch_size: int) -> None:
     found, (x, y) = trained(rows, batch_size, [point(1, dropout=0.0)])
     wanted = probes.init(jax.random.split(jax.random.key(0), 1)[0], point(1), D, C)

@@ -53,10 +53,9 @@ def whole() -> list[Any]:
 @pytest.mark.parametrize(
     ("how", "platform"),
     [
-        ("fsdp beside model", "cpu"),
         ("fsdp", "tpu"),
         ("tensor", "tpu"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("fsdp", "cpu"), ("tensor", "cpu"))),
+        *(pytest.param(how, "cpu", marks=pytest.mark.slow) for how in ("fsdp beside model", "fsdp", "tensor")),
     ],
 )
 def test_results_are_those_of_whole_weights(how: str, platform: str, whole: list[Any]) -> None:

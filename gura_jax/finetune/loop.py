@@ -117,7 +117,7 @@ class _Run:
             "task": self.task.name,
             "labels": self.task.labels,
             "clips": digest.hexdigest(),
-            "system": dataclasses.asdict(self.model.system),
+            "system": _describe(self.model),
             "architectures": {m.name: dataclasses.asdict(m.config) for m in self.model.fusion.members},
             "weights": self.model.weights,
         }
@@ -237,6 +237,16 @@ class _Run:
             files.write_json(self.out, store.RESULT, result._asdict())
         _wait("finished")
         return result
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    """The system as JSON has it; members say if they normalise, and runs of earlier versions say nothing else."""
+    system = dataclasses.asdict(model.system)
+    for member, built in zip(system["members"], model.fusion.members, strict=True):
+        del member["normalise"]
+        if built.options.normalise:
+            member["normalise"] = True
+    return system
 
 
 def layer_weights(trained: Weights) -> dict[str, tuple[float, ...]]:

@@ -33,8 +33,8 @@ def attention(
     Args:
         q, k, v: [B, T, H, K].
         mask: [B, T], True for the keys that count.
-        platform: says how much is computed at once, and whether the library's fused attention is used, which it is
-            without a bias alone: it would want [T, T] of all heads.
+        platform: says how much is computed at once, and whether the library's fused attention is used; only without a
+            bias, as it would want [T, T] of all heads.
         bias: of the scores, by relative position.
 
     Returns:

@@ -128,12 +128,17 @@ def spectra_of(kernel: jax.Array, positions: int, shape: LayerShape) -> Spectra:
 
 
 class ConvLayer(nnx.Module):
-    """Convolution, ReLU, batch norm, max-pool by 2: [F, P, C] -> [F, P / 2, size]; spectral: [P, F, C] and so on."""
+    """Convolution, ReLU, batch norm, max-pool by 2.
+
+    [F, P, C] -> [F, P / 2, size]; where the platform is spectral, [P, F, C] -> [P / 2, F, size].
+    """
 
     def __init__(
         self, in_size: int, size: int, positions: int, shape: LayerShape, options: Options, *, rngs: nnx.Rngs
     ) -> None:
         self.shape, self.positions = shape, positions
+        # The first has a stride, and the second many channels: the others compile fast as they are.
+        taps = options.platform.crepe_taps if shape.stride > 1 or in_size > size else None
         self.positions_first = options.platform.spectral_crepe
         # A strided convolution gains nothing in the frequency domain.
         self.spectral = options.platform.spectral_crepe and shape.stride == 1
@@ -144,8 +149,7 @@ class ConvLayer(nnx.Module):
             strides=shape.stride,
             padding=(shape.padding,),
             dtype=_dtype(options),
-            # Of the others, with few channels, the compiler makes short work.
-            conv_general_dilated=_convolution(options if shape.stride > 1 or in_size > size else None),
+            conv_general_dilated=_convolution(taps),
             rngs=rngs,
         )
         self.batch_norm = nnx.BatchNorm(
@@ -170,9 +174,8 @@ class ConvLayer(nnx.Module):
         return jnp.maximum(x[0::2], x[1::2]) if self.positions_first else nnx.max_pool(x, (2,), (2,))
 
 
-def _convolution(options: Options | None) -> Any:
-    """As nnx.Conv calls it: XLA's, or of as many taps at a time as the options' platform has it."""
-    taps = options.platform.crepe_taps if options else None
+def _convolution(taps: int | None) -> Any:
+    """As nnx.Conv calls it: XLA's, or in parts of so many taps."""
     if taps is None:
         return jax.lax.conv_general_dilated
 

@@ -66,7 +66,7 @@ class PositionalLayer(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """[B, T, D], [B, T] -> [B, T, D]; zero past each clip's end, as if it stood alone."""
+        """[B, T, D], [B, T] -> [B, T, D]; what follows a clip counts as zero, as if it stood alone."""
         x = same_convolution(self.conv, jnp.where(mask[:, :, None], x, 0.0).astype(self.dtype), self.convolve)
         return self.activation(self.layer_norm(x))
 

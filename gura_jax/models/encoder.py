@@ -213,7 +213,7 @@ class Preset(NamedTuple):
     """A named encoder of a family, and where ``gura-jax convert`` finds its weights."""
 
     config: Any
-    source: str | None = None  # a hub id, or an asset of a package; None: no published weights
+    source: str | None = None  # a hub id, or an asset of a package; None: nothing to fetch by name
     normalise: bool = False  # members with this encoder, unless they say otherwise
     licence: str = ""  # of the weights, as their authors state it; empty: not known
 

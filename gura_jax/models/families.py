@@ -71,9 +71,17 @@ PREPROCESSOR = "preprocessor_config.json"  # beside a config.json
 
 
 def normalises(preprocessor: Mapping[str, Any]) -> bool:
-    """Whether the input is normalised, by a ``preprocessor_config.json``, in which this is the default."""
-    kind = preprocessor.get("feature_extractor_type", "Wav2Vec2FeatureExtractor")
-    return kind == "Wav2Vec2FeatureExtractor" and preprocessor.get("do_normalize", True) is True
+    """Whether the input is normalised, by a ``preprocessor_config.json``, in which this is the default.
+
+    Raises:
+        SystemConfigError: it says neither true nor false.
+    """
+    if preprocessor.get("feature_extractor_type", "Wav2Vec2FeatureExtractor") != "Wav2Vec2FeatureExtractor":
+        return False
+    found = preprocessor.get("do_normalize", True)
+    if not isinstance(found, bool):
+        raise SystemConfigError(f"do_normalize: expected true or false, found {found!r}")
+    return found
 
 
 def build_encoder(config: Any, options: Options) -> Encoder:

@@ -6,10 +6,11 @@ Paper: MERT (Li et al., 2024).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from gura_jax.audio import MAX_RATE, MIN_RATE, is_rate
 from gura_jax.convert.wav2vec2 import TRANSFORMERS
 from gura_jax.models.encoder import Family, Preset
 from gura_jax.models.wav2vec2 import LARGE, Wav2Vec2Encoder
@@ -27,6 +28,11 @@ class MertConfig(Wav2Vec2Config):
 
     model_type: str = "mert_model"
     sample_rate: int = 24_000  # pyright: ignore[reportIncompatibleVariableOverride] - in its config.json, and so a field
+
+    def _size_faults(self) -> Iterator[str]:
+        yield from super()._size_faults()
+        if not is_rate(self.sample_rate):
+            yield f"sample_rate: expected from {MIN_RATE} to {MAX_RATE} Hz, found {self.sample_rate!r}"
 
     @classmethod
     def from_source(cls, config: Mapping[str, Any]) -> Self:

@@ -484,7 +484,7 @@ def _preset(model_type: str, source: str | None, licence: str, *, normalise: boo
     return Preset(Wav2Vec2Config(model_type, **sizes), source, normalise, licence)
 
 
-# Normalised, where the name of the paper's encoders does not forbid it, as the published preprocessor has it.
+# Normalised as the published preprocessor says, except the paper's encoders, which it used without.
 HUBERT = Family(
     name="hubert",
     config=Wav2Vec2Config,

@@ -95,13 +95,13 @@ class Wav2Vec2Config:
             if getattr(self, name) not in choices:
                 yield f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}"
         for field in dataclasses.fields(self):
-            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+            if field.type in (bool, "bool") and not isinstance(getattr(self, field.name), bool):
                 yield f"{field.name}: expected true or false, found {getattr(self, field.name)!r}"
 
     def _size_faults(self) -> Iterator[str]:
         sizes: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         wrong = False
-        for name in (f.name for f in dataclasses.fields(self) if f.type is int):
+        for name in (f.name for f in dataclasses.fields(self) if f.type in (int, "int")):
             if not _is_size(sizes[name]):
                 wrong = True
                 yield f"{name}: expected a positive integer, found {sizes[name]!r}"

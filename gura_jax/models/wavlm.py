@@ -19,7 +19,7 @@ from gura_jax.convert.wavlm import KEYS
 from gura_jax.models.attention import RelativeBias
 from gura_jax.models.encoder import Family, Options, Preset
 from gura_jax.models.wav2vec2 import LARGE, Attention, EncoderLayer, Transformer, Wav2Vec2, Wav2Vec2Encoder
-from gura_jax.models.wav2vec2_config import NEUTRAL, Wav2Vec2Config
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 GATES = 8  # numbers that a head's two gates are made of, four each
 
@@ -29,7 +29,6 @@ class WavLMConfig(Wav2Vec2Config):
     """Sizes and kinds, as transformers has them; defaults are Base and Base+."""
 
     model_types: ClassVar[tuple[str, ...]] = ("wavlm",)
-    neutral: ClassVar[Any] = MappingProxyType(NEUTRAL)
 
     model_type: str = "wavlm"
     num_buckets: int = 320  # of relative positions
