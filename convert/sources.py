@@ -6,6 +6,7 @@ What the files of each library look like is in the key tables. Files are not tru
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -572,16 +573,17 @@ def _open_hdf5(path: Path, faults: list[str]) -> _WeightFile:
     """A file of Keras 2, whose groups repeat the layer's name with a number that differs by file."""
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
-    for name, dataset in _datasets(path):
-        key = _keras_key(name)
-        if key in names:
-            faults.append(f"{path.name}: {names[key]} and {name} are both {key}: expected one of them")
-        names[key] = name
-        fault = _dataset_fault(dataset)
-        if fault:
-            faults.append(f"{path.name}: {name} is {fault}")
-        else:
-            shapes[key] = tuple(dataset.shape)
+    with _datasets(path) as datasets:
+        for name, dataset in datasets.items():
+            key = _keras_key(name)
+            if key in names:
+                faults.append(f"{path.name}: {names[key]} and {name} are both {key}: expected one of them")
+            names[key] = name
+            fault = _dataset_fault(dataset)
+            if fault:
+                faults.append(f"{path.name}: {name} is {fault}")
+            else:
+                shapes[key] = tuple(dataset.shape)
     if not names:
         faults.append(f"{path.name} holds no tensors")
     return _WeightFile(path, None, shapes)
@@ -597,18 +599,17 @@ def _dataset_fault(dataset: Any) -> str | None:
     return None
 
 
-def _datasets(path: Path) -> Iterator[tuple[str, Any]]:
-    """Name and dataset of each; links to other files are not followed."""
+@contextlib.contextmanager
+def _datasets(path: Path) -> Iterator[dict[str, Any]]:
+    """The datasets by name, while the file is open; links to other files are not followed."""
     import h5py
 
-    found: list[tuple[str, Any]] = []
+    found: dict[str, Any] = {}
     try:
         with h5py.File(path, "r") as file:
-            file.visititems(lambda name, item: found.append((name, item)) if isinstance(item, h5py.Dataset) else None)
-            yield from found
-    except ConversionError:
-        raise
-    except Exception as error:  # a damaged file can raise anything
+            file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+            yield found
+    except Exception as error:  # a damaged file can raise anything, also when its datasets are looked at
         raise ConversionError(f"{path.name} is no whole HDF5 file ({_first_line(error)}): fetch it again") from error
 
 
@@ -618,9 +619,10 @@ def _keras_key(name: str) -> str:
 
 
 def _read_hdf5(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    datasets = {_keras_key(name): np.array(dataset, np.float32) for name, dataset in _datasets(path)}
-    for key in keys:
-        yield key, datasets.pop(key)
+    with _datasets(path) as datasets:
+        names = {_keras_key(name): name for name in datasets}
+        for key in keys:
+            yield key, np.array(datasets[names[key]], np.float32)
 
 
 def _is_zip(path: Path) -> bool:

@@ -528,6 +528,15 @@ def test_keras_links_are_not_followed(tmp_path: Path) -> None:
     assert not any("linked" in key for key in open_source(path).shapes)
 
 
+def test_keras_dataset_of_a_type_that_numpy_has_not(tmp_path: Path) -> None:
+    import h5py
+
+    def time(file: Any) -> None:
+        h5py.h5d.create(file.id, b"when", h5py.h5t.UNIX_D32LE, h5py.h5s.create_simple((2,)))
+
+    assert "weights.h5 is no whole HDF5 file" in refusal(write_keras(tmp_path / "weights.h5", time))
+
+
 def test_keras_file_that_is_cut(tmp_path: Path) -> None:
     path = write_keras(tmp_path / "weights.h5")
     path.write_bytes(path.read_bytes()[:100_000])
