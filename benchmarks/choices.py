@@ -26,8 +26,9 @@ from gura_jax.models import attention as blocks
 from gura_jax.models.crepe import CrepeConfig, CrepeEncoder
 from gura_jax.models.encoder import frame_mask
 from gura_jax.models.layers import layer_weights, weighted_sum
+from gura_jax.models.transformer import gelu
 from gura_jax.models.wav2vec2 import Wav2Vec2Encoder
-from gura_jax.models.wav2vec2_config import Wav2Vec2Config, gelu
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 from gura_jax.parallel import PRECISION
 
 ROUNDS = 7

@@ -15,6 +15,7 @@ class Platform:
         name: as JAX has it.
         frames: of the wave encoders' convolutions in a block, all clips of a device together; their first layer has
             64 times as many.
+        spectra: frames of spectrograms in a block, all clips of a device together.
         scores: bytes of attention scores held at once.
         tokens: in a block of a feed-forward layer.
         scan_layers: transformer blocks are stacked and scanned, not unrolled.
@@ -32,6 +33,7 @@ class Platform:
 
     name: str
     frames: int
+    spectra: int
     scores: int
     tokens: int
     scan_layers: bool
@@ -51,6 +53,7 @@ class Platform:
 _CPU = Platform(
     name="cpu",
     frames=64,
+    spectra=512,
     scores=16 << 20,
     tokens=2048,
     scan_layers=False,  # each step would copy its block's weights: 14 % of a batch of 200 frames
@@ -67,6 +70,7 @@ _CPU = Platform(
 _GPU = Platform(
     name="gpu",
     frames=1024,
+    spectra=1 << 13,
     scores=1 << 28,
     tokens=1 << 14,
     scan_layers=True,  # compiles one block, and holds one block's temporaries

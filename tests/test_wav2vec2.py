@@ -34,7 +34,8 @@ from gura_jax.models import attention
 from gura_jax.models.encoder import FrameGrid, Noise, Options, Output, frame_mask
 from gura_jax.models.families import FAMILIES, build_encoder
 from gura_jax.models.layers import Layers
-from gura_jax.models.wav2vec2 import Wav2Vec2Encoder, mask_spans
+from gura_jax.models.transformer import mask_spans
+from gura_jax.models.wav2vec2 import Wav2Vec2Encoder
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 TORCH_PADDING_FAULT = 1e-3  # PyTorch's group norm over padding is off by percents: far above rounding

@@ -14,6 +14,7 @@ from flax import nnx
 
 from gura_jax.convert.data2vec import KEYS
 from gura_jax.models.encoder import Family, Options, Preset
+from gura_jax.models.transformer import ACTIVATIONS
 from gura_jax.models.wav2vec2 import (
     LARGE,
     Transformer,
@@ -22,7 +23,7 @@ from gura_jax.models.wav2vec2 import (
     convolution_for,
     same_convolution,
 )
-from gura_jax.models.wav2vec2_config import ACTIVATIONS, Wav2Vec2Config
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 POSITION_NORM_EPS = 1e-5  # PyTorch's default: these norms ignore the config's layer_norm_eps
 

@@ -5,37 +5,31 @@ results never depend on the padding: group norm takes its statistics over each c
 Papers: wav2vec 2.0 (Baevski et al., 2020), HuBERT (Hsu et al., 2021).
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gura_jax.convert.wav2vec2 import KEYS
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.attention import RelativeBias, attention, over_frames, over_tokens
+from gura_jax.models.attention import over_frames
 from gura_jax.models.convolution import Convolution, convolution, convolution_by_taps, grouped_convolution
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
-    Functional,
-    ModuleEncoder,
     Noise,
     Options,
     Output,
     Params,
     Preset,
     frame_mask,
-    functional,
     masked_mean,
     normalised,
 )
-from gura_jax.models.layers import layer_weights, sum_of_states
-from gura_jax.models.wav2vec2_config import ACTIVATIONS, Wav2Vec2Config
+from gura_jax.models.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder, layer_norm
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 CONV_NORM_EPS = 1e-5  # PyTorch's default: the feature encoder ignores the config's layer_norm_eps
 BATCH_NORM_EPS = 1e-5  # PyTorch's default, for conv_pos_batch_norm
@@ -59,10 +53,6 @@ class MaskedGroupNorm(nnx.Module):
         mean, variance = (each[:, None, :] for each in statistics)
         scale = jax.lax.rsqrt(variance + CONV_NORM_EPS) * self.scale[...][None, None, :]
         return (x - mean) * scale + self.bias[...][None, None, :]
-
-
-def _layer_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(size, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 def convolution_for(options: Options) -> Convolution:
@@ -91,7 +81,7 @@ class ConvLayer(nnx.Module):
             rngs=rngs,
         )
         if config.feat_extract_norm == "layer":
-            self.norm = _layer_norm(size, CONV_NORM_EPS, rngs)
+            self.norm = layer_norm(size, CONV_NORM_EPS, rngs)
         else:
             self.norm = MaskedGroupNorm(size, rngs=rngs) if index == 0 else None
 
@@ -164,7 +154,7 @@ class FeatureProjection(nnx.Module):
     def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
         size = config.conv_dim[-1]
         use_norm = config.feat_proj_layer_norm
-        self.layer_norm = _layer_norm(size, config.layer_norm_eps, rngs) if use_norm else None
+        self.layer_norm = layer_norm(size, config.layer_norm_eps, rngs) if use_norm else None
         self.projection = nnx.Linear(size, config.hidden_size, dtype=options.compute_dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -202,84 +192,6 @@ def same_convolution(conv: nnx.Conv, x: jax.Array, convolve: Convolution) -> jax
     return grouped_convolution(x, kernel, conv.feature_group_count, convolve) + bias[None, None, :]
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention over each clip's own frames."""
-
-    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
-        size = config.hidden_size
-        self.num_heads, self.platform = config.num_attention_heads, options.platform
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nnx.Linear(size, size, dtype=options.compute_dtype, rngs=rngs) for _ in range(4)
-        )
-
-    def __call__(self, x: jax.Array, mask: jax.Array, shared: Any) -> jax.Array:
-        """[B, T, D], [B, T] -> [B, T, D]; ``shared`` is for :meth:`bias`."""
-        B, T, D = x.shape
-        q, k, v = (p(x).reshape(B, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = attention(q, k, v, mask, self.platform, self.bias(x, shared))  # [B, T, H, D / H]
-        return self.out_proj(out.reshape(B, T, D)).astype(jnp.float32)
-
-    def bias(self, x: jax.Array, shared: Any) -> RelativeBias | None:
-        """What is added to the scores, from the input [B, T, D] and what all blocks share; here nothing."""
-        return None
-
-
-class FeedForward(nnx.Module):
-    """Linear, activation, linear."""
-
-    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
-        size, inner, dtype = config.hidden_size, config.intermediate_size, options.compute_dtype
-        self.activation, self.tokens = ACTIVATIONS[config.hidden_act], options.platform.tokens
-        self.intermediate_dense = nnx.Linear(size, inner, dtype=dtype, rngs=rngs)
-        self.output_dense = nnx.Linear(inner, size, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        def some(x: jax.Array) -> jax.Array:
-            return self.output_dense(self.activation(self.intermediate_dense(x))).astype(jnp.float32)
-
-        return over_tokens(some, x, self.tokens)
-
-
-class Dropout(NamedTuple):
-    """Sets a share of the values to zero, and scales the others up."""
-
-    key: jax.Array
-    share: jax.Array  # []
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kept = jax.random.bernoulli(self.key, 1.0 - self.share, x.shape)
-        return jnp.where(kept, x / (1.0 - self.share), 0.0)
-
-
-def _dropouts(dropout: Dropout | None, number: int) -> list[Callable[[jax.Array], jax.Array]]:
-    """Independent ones, or functions that change nothing."""
-    if dropout is None:
-        return [lambda x: x] * number
-    return [Dropout(key, dropout.share) for key in jax.random.split(dropout.key, number)]
-
-
-class EncoderLayer(nnx.Module):
-    """A transformer block; layer norm after each part (post-norm) or before it (``do_stable_layer_norm``)."""
-
-    attention_class: type[Attention] = Attention
-
-    def __init__(self, config: Any, options: Options, *, rngs: nnx.Rngs) -> None:
-        self.pre_norm = config.do_stable_layer_norm
-        self.attention = self.attention_class(config, options, rngs=rngs)
-        self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.feed_forward = FeedForward(config, options, rngs=rngs)
-        self.final_layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-
-    def __call__(self, x: jax.Array, mask: jax.Array, shared: Any, dropout: Dropout | None = None) -> jax.Array:
-        """[B, T, D], [B, T], what :meth:`Transformer.shared` returned -> [B, T, D]."""
-        drop = _dropouts(dropout, 2)
-        if self.pre_norm:
-            x = x + drop[0](self.attention(self.layer_norm(x), mask, shared))
-            return x + drop[1](self.feed_forward(self.final_layer_norm(x)))
-        x = self.layer_norm(x + drop[0](self.attention(x, mask, shared)))
-        return self.final_layer_norm(x + drop[1](self.feed_forward(x)))
-
-
 class Transformer(nnx.Module):
     """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
 
@@ -289,7 +201,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
         self.pos_conv_embed = self.positional_class(config, options, rngs=rngs)
-        self.layer_norm = _layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
         self.layers = nnx.List(self.layer_class(config, options, rngs=rngs) for _ in range(num_blocks))
 
     def start(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -341,14 +253,7 @@ class Wav2Vec2(nnx.Module):
         return self.feature_projection(x), counts, frame_mask(counts, x.shape[1])
 
 
-def mask_spans(key: jax.Array, shape: tuple[int, int], share: float, length: int) -> jax.Array:
-    """[B, N] True within random spans: each place begins one with a probability of share / length."""
-    begins = jax.random.bernoulli(key, min(1.0, share / length), shape).astype(jnp.int32)
-    begun = jnp.cumsum(begins, axis=1)
-    return begun > jnp.pad(begun, ((0, 0), (length, 0)))[:, : shape[1]]  # within the last so many places
-
-
-class Wav2Vec2Encoder(ModuleEncoder):
+class Wav2Vec2Encoder(TransformerEncoder):
     """HuBERT or wav2vec 2.0 as a member: its chosen layers, combined.
 
     Hidden states are the transformer's input (after the positional convolution, and the layer norm of post-norm
@@ -358,25 +263,14 @@ class Wav2Vec2Encoder(ModuleEncoder):
     config: Wav2Vec2Config
     network_class: type[Wav2Vec2] = Wav2Vec2
     blocks = "encoder.layers"
-    # Heads and inner features are divided; the products that bring them together again are summed over the devices.
-    partition = MappingProxyType(
-        {
-            r"encoder\.layers\..*[qkv]_proj\.(kernel|bias)": -1,
-            r"encoder\.layers\..*out_proj\.kernel": -2,
-            r"encoder\.layers\..*intermediate_dense\.(kernel|bias)": -1,
-            r"encoder\.layers\..*output_dense\.kernel": -2,
-        }
-    )
+    last_norm = "encoder.layer_norm"
 
     def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
         super().__init__(config, options)
-        layer_weights(options.layers, config.num_hidden_layers)  # refuses layers that do not exist
         if options.hop is not None:
             raise SystemConfigError(f"hop: {config.model_type} has a frame every {config.hop} samples, and no choice")
         self.sample_rate = config.sample_rate
-        self.feature_size = config.hidden_size
         self.grid = FrameGrid(config.hop, config.window / 2, config.window)
-        self.num_states = config.num_hidden_layers + 1
         self.parts = (
             *(f"convolution {i}" for i in range(len(config.conv_dim))),
             "projection",
@@ -384,9 +278,14 @@ class Wav2Vec2Encoder(ModuleEncoder):
             *(f"state {i}" for i in range(self.num_states)),
         )
 
-    def module(self, rngs: nnx.Rngs) -> Wav2Vec2:
-        """The network with fresh weights."""
-        return self.network_class(self.config, self.options, self.config.num_hidden_layers, rngs=rngs)
+    @property
+    def layer_class(self) -> type[EncoderLayer]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the network's blocks."""
+        return self.network_class.transformer_class.layer_class
+
+    def network_of(self, num_blocks: int, rngs: nnx.Rngs) -> Wav2Vec2:
+        """The network with so many blocks, with fresh weights."""
+        return self.network_class(self.config, self.options, num_blocks, rngs=rngs)
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
         """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
@@ -401,36 +300,12 @@ class Wav2Vec2Encoder(ModuleEncoder):
         return normalised(audio, lengths) if self.options.normalise else audio
 
     def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
-        network = _without_blocks(self).merge(params)
+        network = self.without_blocks(params)
         x, counts, mask = network.project(self._given(audio, lengths), lengths)
-        dropouts = None
-        if noise is not None:
-            B, T, D = x.shape
-            by_time, by_feature, by_block = jax.random.split(noise.key, 3)
-            frames = mask_spans(by_time, (B, T), noise.mask_time, noise.mask_time_length)
-            features = mask_spans(by_feature, (B, D), noise.mask_features, noise.mask_features_length)
-            x = jnp.where(frames[:, :, None] | features[:, None, :], 0.0, x)
-            if noise.dropout:
-                keys = jax.random.split(by_block, self.config.num_hidden_layers)
-                dropouts = Dropout(keys, jnp.full(len(keys), noise.dropout, jnp.float32))
-
-        def block(arguments: tuple[Params, Dropout | None], x: jax.Array) -> jax.Array:
-            own, dropout = arguments
-            return _block(self).merge(own)(x, mask, shared, dropout)
-
-        weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
-        shared = network.encoder.shared(x.shape[1])
-        x, blocks = network.encoder.start(x, mask), self.block_arguments(params, dropouts)
-        frames = sum_of_states(self.options.rematerialise(block), x, blocks, weights, network.encoder.finish)
-        return Output(frames, counts)
-
-    def depths(self, params: Params) -> Mapping[str, np.ndarray]:
-        """By the block; the layer norm after the last one is part of it."""
-        depths = dict(super().depths(params))
-        if self.config.do_stable_layer_norm:
-            last = np.asarray(self.config.num_hidden_layers, np.int32)
-            depths |= {name: last for name in depths if name.startswith("encoder.layer_norm.")}
-        return depths
+        x, dropouts = self.disturb(x, noise)
+        transformer = network.encoder
+        x, shared = transformer.start(x, mask), transformer.shared(x.shape[1])
+        return Output(self.sum_of_states(params, x, mask, shared, transformer.finish, dropouts), counts)
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array
@@ -448,17 +323,6 @@ class Wav2Vec2Encoder(ModuleEncoder):
         yield "positional", network.encoder.pos_conv_embed(x, mask), counts
         for i, state in enumerate(network.encoder(x, mask)):
             yield f"state {i}", state, counts
-
-
-@functools.cache
-def _without_blocks(encoder: Wav2Vec2Encoder) -> Functional:
-    return functional(lambda rngs: encoder.network_class(encoder.config, encoder.options, 0, rngs=rngs))
-
-
-@functools.cache
-def _block(encoder: Wav2Vec2Encoder) -> Functional:
-    layer = encoder.network_class.transformer_class.layer_class
-    return functional(lambda rngs: layer(encoder.config, encoder.options, rngs=rngs))
 
 
 LARGE: dict[str, Any] = {

@@ -1,33 +1,13 @@
 """Configs of HuBERT, wav2vec 2.0 and their relatives: transformers' attributes, and which of them are handled."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
-import jax
-import jax.numpy as jnp
-
 from gura_jax.errors import SystemConfigError
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """By erf, as PyTorch has it; ``jax.nn.gelu`` takes erfc, which takes longer."""
-    half, root = (jnp.asarray(value, x.dtype) for value in (0.5, math.sqrt(0.5)))
-    return half * x * (1 + jax.lax.erf(x * root))
-
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-}
-
+from gura_jax.models.transformer import ACTIVATIONS
 
 # Attributes of config.json that change what the encoder computes, with the values that leave it unchanged.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {

@@ -18,7 +18,8 @@ from flax import nnx
 from gura_jax.convert.wavlm import KEYS
 from gura_jax.models.attention import RelativeBias
 from gura_jax.models.encoder import Family, Options, Preset
-from gura_jax.models.wav2vec2 import LARGE, Attention, EncoderLayer, Transformer, Wav2Vec2, Wav2Vec2Encoder
+from gura_jax.models.transformer import Attention, EncoderLayer
+from gura_jax.models.wav2vec2 import LARGE, Transformer, Wav2Vec2, Wav2Vec2Encoder
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 GATES = 8  # numbers that a head's two gates are made of, four each
@@ -69,8 +70,8 @@ class WavLMAttention(Attention):
         self.gru_rel_pos_linear = nnx.Linear(size, GATES, dtype=options.compute_dtype, rngs=rngs)
         self.gru_rel_pos_const = nnx.Param(jnp.ones(config.num_attention_heads, jnp.float32))
 
-    def bias(self, x: jax.Array, shared: jax.Array) -> RelativeBias:
-        """From the input [B, T, D] and the table [2 T - 1, H]."""
+    def bias(self, x: jax.Array, q: jax.Array, shared: jax.Array) -> RelativeBias:
+        """By gates from the input [B, T, D], of the table [2 T - 1, H]."""
         B, T, _ = x.shape
         parts = self.gru_rel_pos_linear(x.reshape(B, T, self.num_heads, -1)).astype(jnp.float32)
         gates = jax.nn.sigmoid(parts.reshape(B, T, self.num_heads, 2, GATES // 2).sum(axis=-1))
