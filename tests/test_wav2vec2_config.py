@@ -10,8 +10,9 @@ from transformers import Wav2Vec2Config as TransformersConfig
 
 from gura_jax import ENCODERS
 from gura_jax.errors import SystemConfigError
+from gura_jax.models.config import NEUTRAL
 from gura_jax.models.families import config_from_source
-from gura_jax.models.wav2vec2_config import NEUTRAL, TUPLE_FIELDS, Wav2Vec2Config
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 # Refused
 
@@ -101,6 +102,7 @@ def test_all_faults_are_listed_at_once() -> None:
     )
 
 
+TUPLE_FIELDS = ("conv_dim", "conv_kernel", "conv_stride")
 INT_FIELDS = [field.name for field in dataclasses.fields(Wav2Vec2Config) if field.type is int]
 
 

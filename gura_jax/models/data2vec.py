@@ -17,7 +17,7 @@ from gura_jax.models.encoder import Family, Options, Preset
 from gura_jax.models.transformer import ACTIVATIONS
 from gura_jax.models.wav2vec2 import (
     LARGE,
-    Transformer,
+    PositionalTransformer,
     Wav2Vec2,
     Wav2Vec2Encoder,
     convolution_for,
@@ -86,7 +86,7 @@ class PositionalLayers(nnx.Module):
         return x
 
 
-class Data2VecTransformer(Transformer):
+class Data2VecTransformer(PositionalTransformer):
     """Positions and blocks."""
 
     positional_class = PositionalLayers

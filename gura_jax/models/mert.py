@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Self
 
 from gura_jax.audio import MAX_RATE, MIN_RATE, is_rate
 from gura_jax.convert.wav2vec2 import TRANSFORMERS
+from gura_jax.models.config import NEUTRAL
 from gura_jax.models.encoder import Family, Preset
 from gura_jax.models.wav2vec2 import LARGE, Wav2Vec2Encoder
-from gura_jax.models.wav2vec2_config import NEUTRAL, Wav2Vec2Config
+from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 
 @dataclasses.dataclass(frozen=True)

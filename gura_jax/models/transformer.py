@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import RelativeBias, attention, over_tokens
-from gura_jax.models.encoder import Functional, ModuleEncoder, Noise, Options, Params, functional
+from gura_jax.models.encoder import FrameGrid, Functional, ModuleEncoder, Noise, Options, Output, Params, functional
 from gura_jax.models.layers import layer_weights, sum_of_states
 
 
@@ -127,6 +128,37 @@ class EncoderLayer(nnx.Module):
         return self.final_layer_norm(x + drop[1](self.feed_forward(x)))
 
 
+class Transformer(nnx.Module):
+    """Blocks, and a layer norm: of the last state in pre-norm networks, else of the first."""
+
+    layer_class: type[EncoderLayer] = EncoderLayer
+
+    def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
+        self.pre_norm = config.do_stable_layer_norm
+        self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.layers = nnx.List(self.layer_class(config, options, rngs=rngs) for _ in range(num_blocks))
+
+    def start(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """The first state [B, T, D], from what comes before; ``mask`` [B, T] says which frames count."""
+        return x if self.pre_norm else self.layer_norm(x)
+
+    def shared(self, num_frames: int) -> Any:
+        """What all blocks compute with beside their own weights; here nothing."""
+        return None
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """The last state, from the last block's output."""
+        return self.layer_norm(x) if self.pre_norm else x
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
+        """The L + 1 hidden states, one by one."""
+        x, shared = self.start(x, mask), self.shared(x.shape[1])
+        yield x
+        for i, layer in enumerate(self.layers, 1):
+            x = layer(x, mask, shared)
+            yield self.finish(x) if i == len(self.layers) else x
+
+
 def mask_spans(key: jax.Array, shape: tuple[int, int], share: float, length: int) -> jax.Array:
     """[B, N] True within random spans: each place begins one with a probability of share / length."""
     begins = jax.random.bernoulli(key, min(1.0, share / length), shape).astype(jnp.int32)
@@ -137,46 +169,78 @@ def mask_spans(key: jax.Array, shape: tuple[int, int], share: float, length: int
 class TransformerEncoder(ModuleEncoder):
     """Base of encoders with transformer blocks of one shape.
 
+    A family's encoder adds :meth:`inputs`, :meth:`states`, sizes, and :meth:`outputs` where what the blocks take is not
+    one state a frame.
+
     Attributes:
-        layer_class: of the blocks, which the network has as a list at ``blocks``.
-        config: has ``hidden_size``, ``num_hidden_layers`` and ``do_stable_layer_norm``, and what ``layer_class`` takes.
-        last_norm: dotted path of the layer norm after the last block, in pre-norm networks.
+        network_class: (config, options, number of blocks) -> a module with ``encoder``, a transformer of its
+            ``transformer_class``.
+        config: has ``hidden_size``, ``num_hidden_layers`` and ``do_stable_layer_norm``, and what the blocks take.
     """
 
-    layer_class: type[EncoderLayer] = EncoderLayer
-    last_norm = "layer_norm"
+    network_class: Any
+    blocks = "encoder.layers"
     # Heads and inner features are divided; the products that bring them together again are summed over the devices.
     partition = MappingProxyType(
         {
-            r"(encoder\.)?layers\..*[qkv]_proj\.(kernel|bias)": -1,
-            r"(encoder\.)?layers\..*out_proj\.kernel": -2,
-            r"(encoder\.)?layers\..*intermediate_dense\.(kernel|bias)": -1,
-            r"(encoder\.)?layers\..*output_dense\.kernel": -2,
+            r"encoder\.layers\..*[qkv]_proj\.(kernel|bias)": -1,
+            r"encoder\.layers\..*out_proj\.kernel": -2,
+            r"encoder\.layers\..*intermediate_dense\.(kernel|bias)": -1,
+            r"encoder\.layers\..*output_dense\.kernel": -2,
         }
     )
 
-    def __init__(self, config: Any, options: Options) -> None:
+    def __init__(self, config: Any, options: Options, grid: FrameGrid) -> None:
         super().__init__(config, options)
         layer_weights(options.layers, config.num_hidden_layers)  # refuses layers that do not exist
+        if options.hop is not None:
+            raise SystemConfigError(f"hop: {config.model_type} has a frame every {grid.hop} samples, and no choice")
+        self.grid = grid
         self.feature_size = config.hidden_size
         self.num_states = config.num_hidden_layers + 1
 
-    def network_of(self, num_blocks: int, rngs: nnx.Rngs) -> nnx.Module:
+    def network_of(self, num_blocks: int, rngs: nnx.Rngs) -> Any:
         """The network with so many blocks, with fresh weights."""
-        raise NotImplementedError
+        return self.network_class(self.config, self.options, num_blocks, rngs=rngs)
 
-    def module(self, rngs: nnx.Rngs) -> nnx.Module:
+    def module(self, rngs: nnx.Rngs) -> Any:
         """The network with fresh weights."""
         return self.network_of(self.config.num_hidden_layers, rngs)
 
-    def without_blocks(self, params: Params) -> Any:
-        """The network with these weights, but for its blocks, inside a compiled function."""
-        return _without_blocks(self).merge(params)
+    def inputs(self, network: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the transformer takes, from audio [B, N]: x [B', T', D], and the mask [B', T'] of what counts in it."""
+        raise NotImplementedError
 
-    def disturb(self, x: jax.Array, noise: Noise | None) -> tuple[jax.Array, Dropout | None]:
-        """What the blocks are given, with spans of it masked; and the dropout of each block."""
-        if noise is None:
-            return x, None
+    def outputs(self, x: jax.Array, audio: jax.Array, lengths: jax.Array) -> Output:
+        """The results, from the chosen states' sum [B', T', D]."""
+        return Output(x, self.grid.count(lengths))
+
+    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
+        """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
+        return self._embed(params, audio, lengths, None)
+
+    def disturbed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise) -> Output:
+        """The same with masked spans of what the transformer takes, and dropout in the blocks."""
+        return self._embed(params, audio, lengths, noise)
+
+    def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
+        network = _without_blocks(self).merge(params)
+        x, mask = self.inputs(network, audio, lengths)
+        x, dropouts = (x, None) if noise is None else self._disturb(x, noise)
+        transformer: Transformer = network.encoder
+        x, shared = transformer.start(x, mask), transformer.shared(x.shape[1])
+
+        def block(arguments: tuple[Params, Dropout | None], x: jax.Array) -> jax.Array:
+            own, dropout = arguments
+            return _block(self).merge(own)(x, mask, shared, dropout)
+
+        weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
+        blocks = self.block_arguments(params, dropouts)
+        x = sum_of_states(self.options.rematerialise(block), x, blocks, weights, transformer.finish)
+        return self.outputs(x, audio, lengths)
+
+    def _disturb(self, x: jax.Array, noise: Noise) -> tuple[jax.Array, Dropout | None]:
+        """Mask spans of [B', T', D]; and the dropout of each block."""
         B, T, D = x.shape
         by_time, by_feature, by_block = jax.random.split(noise.key, 3)
         frames = mask_spans(by_time, (B, T), noise.mask_time, noise.mask_time_length)
@@ -187,40 +251,12 @@ class TransformerEncoder(ModuleEncoder):
         keys = jax.random.split(by_block, self.config.num_hidden_layers)
         return x, Dropout(keys, jnp.full(len(keys), noise.dropout, jnp.float32))
 
-    def sum_of_states(
-        self,
-        params: Params,
-        x: jax.Array,
-        mask: jax.Array,
-        shared: Any,
-        finish: Callable[[jax.Array], jax.Array],
-        dropouts: Dropout | None,
-    ) -> jax.Array:
-        """The chosen layers of the blocks' states, [B, T, D].
-
-        Args:
-            params: the encoder's.
-            x: the first state [B, T, D].
-            mask: [B, T], of the frames that count.
-            shared: what all blocks share.
-            finish: from the last block's output to the last state.
-            dropouts: of each block.
-        """
-
-        def block(arguments: tuple[Params, Dropout | None], x: jax.Array) -> jax.Array:
-            own, dropout = arguments
-            return _block(self).merge(own)(x, mask, shared, dropout)
-
-        weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
-        blocks = self.block_arguments(params, dropouts)
-        return sum_of_states(self.options.rematerialise(block), x, blocks, weights, finish)
-
     def depths(self, params: Params) -> Mapping[str, np.ndarray]:
         """By the block; the layer norm after the last one is part of it."""
         depths = dict(super().depths(params))
         if self.config.do_stable_layer_norm:
             last = np.asarray(self.config.num_hidden_layers, np.int32)
-            depths |= {name: last for name in depths if name.startswith(f"{self.last_norm}.")}
+            depths |= {name: last for name in depths if name.startswith("encoder.layer_norm.")}
         return depths
 
 
@@ -231,4 +267,5 @@ def _without_blocks(encoder: TransformerEncoder) -> Functional:
 
 @functools.cache
 def _block(encoder: TransformerEncoder) -> Functional:
-    return functional(lambda rngs: encoder.layer_class(encoder.config, encoder.options, rngs=rngs))
+    layer = encoder.network_class.transformer_class.layer_class
+    return functional(lambda rngs: layer(encoder.config, encoder.options, rngs=rngs))

@@ -13,22 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gura_jax.convert.wav2vec2 import KEYS
-from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import over_frames
 from gura_jax.models.convolution import Convolution, convolution, convolution_by_taps, grouped_convolution
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
-    Noise,
     Options,
-    Output,
     Params,
     Preset,
     frame_mask,
     masked_mean,
     normalised,
 )
-from gura_jax.models.transformer import ACTIVATIONS, EncoderLayer, TransformerEncoder, layer_norm
+from gura_jax.models.transformer import ACTIVATIONS, Transformer, TransformerEncoder, layer_norm
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 CONV_NORM_EPS = 1e-5  # PyTorch's default: the feature encoder ignores the config's layer_norm_eps
@@ -192,38 +189,20 @@ def same_convolution(conv: nnx.Conv, x: jax.Array, convolve: Convolution) -> jax
     return grouped_convolution(x, kernel, conv.feature_group_count, convolve) + bias[None, None, :]
 
 
-class Transformer(nnx.Module):
-    """Positional convolution and blocks; yields the L + 1 hidden states one by one."""
+class PositionalTransformer(Transformer):
+    """Positional convolution and blocks."""
 
-    layer_class: type[EncoderLayer] = EncoderLayer
     positional_class: Any = ConvolutionalPositionalEmbedding
 
     def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
-        self.pre_norm = config.do_stable_layer_norm
         self.pos_conv_embed = self.positional_class(config, options, rngs=rngs)
-        self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.layers = nnx.List(self.layer_class(config, options, rngs=rngs) for _ in range(num_blocks))
+        super().__init__(config, options, num_blocks, rngs=rngs)
 
     def start(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """The first state, from the projected frames."""
         x = jnp.where(mask[:, :, None], x, 0.0)
         x = x + self.pos_conv_embed(x, mask)
         return x if self.pre_norm else self.layer_norm(x)
-
-    def shared(self, num_frames: int) -> Any:
-        """What all blocks compute with beside their own weights; here nothing."""
-        return None
-
-    def finish(self, x: jax.Array) -> jax.Array:
-        """The last state, from the last block's output."""
-        return self.layer_norm(x) if self.pre_norm else x
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> Iterator[jax.Array]:
-        x, shared = self.start(x, mask), self.shared(x.shape[1])
-        yield x
-        for i, layer in enumerate(self.layers, 1):
-            x = layer(x, mask, shared)
-            yield self.finish(x) if i == len(self.layers) else x
 
 
 class Wav2Vec2(nnx.Module):
@@ -232,7 +211,7 @@ class Wav2Vec2(nnx.Module):
     ``dtype`` is that of convolutions and matrix products; norms, softmax, residual sums and hidden states are float32.
     """
 
-    transformer_class: type[Transformer] = Transformer
+    transformer_class: type[PositionalTransformer] = PositionalTransformer
 
     def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.feature_extractor = FeatureExtractor(config, options, rngs=rngs)
@@ -261,16 +240,11 @@ class Wav2Vec2Encoder(TransformerEncoder):
     """
 
     config: Wav2Vec2Config
-    network_class: type[Wav2Vec2] = Wav2Vec2
-    blocks = "encoder.layers"
-    last_norm = "encoder.layer_norm"
+    network_class = Wav2Vec2
 
     def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
-        super().__init__(config, options)
-        if options.hop is not None:
-            raise SystemConfigError(f"hop: {config.model_type} has a frame every {config.hop} samples, and no choice")
+        super().__init__(config, options, FrameGrid(config.hop, config.window / 2, config.window))
         self.sample_rate = config.sample_rate
-        self.grid = FrameGrid(config.hop, config.window / 2, config.window)
         self.parts = (
             *(f"convolution {i}" for i in range(len(config.conv_dim))),
             "projection",
@@ -278,34 +252,14 @@ class Wav2Vec2Encoder(TransformerEncoder):
             *(f"state {i}" for i in range(self.num_states)),
         )
 
-    @property
-    def layer_class(self) -> type[EncoderLayer]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the network's blocks."""
-        return self.network_class.transformer_class.layer_class
-
-    def network_of(self, num_blocks: int, rngs: nnx.Rngs) -> Wav2Vec2:
-        """The network with so many blocks, with fresh weights."""
-        return self.network_class(self.config, self.options, num_blocks, rngs=rngs)
-
-    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
-        """Frames [B, T, D] and counts [B]; the layers' weighted sum is a running one."""
-        return self._embed(params, audio, lengths, None)
-
-    def disturbed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise) -> Output:
-        """The same with masked spans of the projected frames, and dropout in the blocks."""
-        return self._embed(params, audio, lengths, noise)
+    def inputs(self, network: Wav2Vec2, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The projected frames."""
+        x, _, mask = network.project(self._given(audio, lengths), lengths)
+        return x, mask
 
     def _given(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
         """What the network is given of the audio [B, N]."""
         return normalised(audio, lengths) if self.options.normalise else audio
-
-    def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
-        network = self.without_blocks(params)
-        x, counts, mask = network.project(self._given(audio, lengths), lengths)
-        x, dropouts = self.disturb(x, noise)
-        transformer = network.encoder
-        x, shared = transformer.start(x, mask), transformer.shared(x.shape[1])
-        return Output(self.sum_of_states(params, x, mask, shared, transformer.finish, dropouts), counts)
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array

@@ -19,7 +19,7 @@ from gura_jax.convert.wavlm import KEYS
 from gura_jax.models.attention import RelativeBias
 from gura_jax.models.encoder import Family, Options, Preset
 from gura_jax.models.transformer import Attention, EncoderLayer
-from gura_jax.models.wav2vec2 import LARGE, Transformer, Wav2Vec2, Wav2Vec2Encoder
+from gura_jax.models.wav2vec2 import LARGE, PositionalTransformer, Wav2Vec2, Wav2Vec2Encoder
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
 GATES = 8  # numbers that a head's two gates are made of, four each
@@ -85,7 +85,7 @@ class WavLMLayer(EncoderLayer):
     attention_class = WavLMAttention
 
 
-class WavLMTransformer(Transformer):
+class WavLMTransformer(PositionalTransformer):
     """Positional convolution and blocks, which share a table of biases by relative position."""
 
     layer_class = WavLMLayer
