@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.machinery
 import json
 import re
 import sys
@@ -30,17 +29,22 @@ _HUB_SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\w+))?")  # as conversion descr
 
 
 def _without_broken_torchaudio() -> None:
-    """Put an empty module in the place of a torchaudio that cannot be imported.
+    """Do without the compiled part of a torchaudio that cannot be imported.
 
-    transformers and torchcrepe import it where it is installed, which fails where it was built for another PyTorch;
-    neither needs it here.
+    transformers and others import it where it is installed, which fails where it was built for another PyTorch. What is
+    needed here, its spectrograms, is written in Python.
     """
     try:
         import torchaudio  # noqa: F401  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError, RuntimeError):
-        module = types.ModuleType("torchaudio")
-        module.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-        sys.modules["torchaudio"] = module
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        extension: Any = types.ModuleType("torchaudio._extension")
+        extension.__path__ = []
+        extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
+        extension._check_cuda_version = lambda: None
+        extension.fail_if_no_align = lambda function: function
+        sys.modules[extension.__name__] = extension
 
 
 _without_broken_torchaudio()
@@ -304,6 +308,48 @@ class WavLM(_Transformers):
     """transformers' ``WavLMModel``."""
 
     name = "WavLMModel"
+
+
+class Whisper(_Transformers):
+    """The encoder of transformers' ``WhisperModel``, of windows of 30 s."""
+
+    name = "WhisperModel"
+
+    def __init__(self, config: Any, model: Any = None) -> None:
+        if model is None:
+            kind = self._kind()
+            names = {ours: theirs for theirs, ours in config.renamed.items()}
+            fields = {names.get(k, k): v for k, v in dataclasses.asdict(config).items() if k != "model_type"}
+            decoder = {"decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 8}
+            tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+            model = kind(kind.config_class(**fields, **decoder, vocab_size=8, **tokens))
+        super().__init__(config, model)
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram of all windows, and the states but those of the silence at the end."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for clip in audio[0].split(self.config.window):
+            mel = self.log_mel(torch.nn.functional.pad(clip, (0, self.config.window - len(clip))))
+            out = self.model.encoder(mel[None], output_hidden_states=True)
+            states = {
+                f"state {i}": state[0] for i, state in enumerate((*out.hidden_states[:-1], out.last_hidden_state))
+            }
+            for name, value in ({"log-mel": mel.T} | states).items():
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            whole = torch.cat(values)
+            yield name, whole if name == "log-mel" else whole[: -(-audio.shape[1] // hop)]
+
+    def log_mel(self, window: torch.Tensor) -> torch.Tensor:
+        """[M, F], as ``WhisperFeatureExtractor`` computes it, in the precision of the window."""
+        from transformers.audio_utils import mel_filter_bank
+
+        taper = torch.hann_window(400, dtype=window.dtype)
+        power = torch.stft(window, 400, 160, window=taper, return_complex=True)[..., :-1].abs() ** 2
+        filters = mel_filter_bank(201, self.config.num_mel_bins, 0.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney")
+        mel = torch.from_numpy(filters).to(torch.float32).to(window.dtype).T @ power
+        mel = torch.clamp(mel, min=1e-10).log10()
+        return (torch.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
 
 
 class Crepe(Reference):

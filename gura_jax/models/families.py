@@ -16,9 +16,11 @@ from gura_jax.models.encoder import Encoder, Family, Options, Preset
 from gura_jax.models.mert import MERT
 from gura_jax.models.wav2vec2 import HUBERT, UNISPEECH, UNISPEECH_SAT, WAV2VEC2
 from gura_jax.models.wavlm import WAVLM
+from gura_jax.models.whisper import WHISPER
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT, CREPE)
+    family.name: family
+    for family in (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT, WHISPER, CREPE)
 }
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 

@@ -1,17 +1,22 @@
-"""Mel spectrograms as the published encoders have them: one row a front end, exact for each clip of a padded batch.
+"""Mel spectrograms as the published encoders have them, and the base of transformers that take one.
 
-Always float32: in bfloat16 the sums over frequencies would be off by half a per cent.
+A spectrogram is exact for each clip of a padded batch, and always float32: in bfloat16 the sums over frequencies would
+be off by half a per cent.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gura_jax.backend import Platform
+from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import over_frames
+from gura_jax.models.encoder import FrameGrid, Options, Params
+from gura_jax.models.transformer import TransformerEncoder
 
 Scale = Literal["htk", "slaney", "kaldi"]
 PRE_EMPHASIS = 0.97  # of Kaldi's frames
@@ -160,3 +165,41 @@ _SCALES = {  # Hz to mels, and back
     "slaney": (_slaney_mel, _slaney_hertz),
     "kaldi": (lambda f: 1127 * np.log(1 + f / 700), lambda m: 700 * (np.exp(m / 1127) - 1)),
 }
+
+
+class SpectrogramEncoder(TransformerEncoder):
+    """Base of encoders whose transformer takes a spectrogram.
+
+    A family's encoder adds the two that :meth:`inputs` calls, and :meth:`outputs` where a frame is several tokens.
+    """
+
+    def __init__(self, config: Any, options: Options, grid: FrameGrid, spectrogram: Spectrogram) -> None:
+        super().__init__(config, options, grid)
+        if options.normalise:
+            raise SystemConfigError(f"normalise: {config.model_type} normalises its spectrogram, and no clip")
+        self.spectrogram, self.sample_rate = spectrogram, spectrogram.sample_rate
+        self.parts = ("log-mel", *(f"state {i}" for i in range(self.num_states)))
+
+    def log_mel(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The spectrogram [B, F, M] as the network takes it, and each clip's number of its frames [B]."""
+        raise NotImplementedError
+
+    def tokens(self, network: Any, mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the transformer takes of it: x [B', T', D], and the mask [B', T'] of what counts."""
+        raise NotImplementedError
+
+    def inputs(self, network: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The spectrogram's tokens."""
+        mel, _ = self.log_mel(audio, lengths)
+        return self.tokens(network, mel, lengths)
+
+    def states(
+        self, params: Params, audio: jax.Array, lengths: jax.Array
+    ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+        """The spectrogram, and the states as frames."""
+        network = self.network(params)
+        mel, counts = self.log_mel(audio, lengths)
+        yield "log-mel", mel, counts
+        for i, state in enumerate(network.encoder(*self.tokens(network, mel, lengths))):
+            frames, counts, _ = self.outputs(state, audio, lengths)
+            yield f"state {i}", frames, counts
