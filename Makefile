@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 # The one large dependency, for reading PyTorch weights and for parity; a CPU build is enough.
 TORCH ?= torch==2.13.0
+# Encoders as their authors have them, to compare with; what else these ask for is for training.
+REFERENCES := dasheng==0.0.9 openbeats==0.1.1
 BIN := .venv/bin
 
 .PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page bench bench-gpu bench-long bench-collection bench-evaluate check format clean
@@ -15,6 +17,7 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[convert,evaluate,plot,ray,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES)
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tpu "$$($(BIN)/python -c "$$LIBTPU")" || \
 		echo "no libtpu for this machine: what it compiles for TPUs is not tested"
 	touch $@

@@ -263,6 +263,8 @@ def _run(reference: Reference, clip: np.ndarray, dtype: torch.dtype, built: Fuse
     encoder, scenes = built.encoder, built.scene_encoder
     with torch.inference_mode():
         parts = dict(reference.parts(audio, encoder.grid.hop))
+        if not encoder.pooled_size:  # of other layers than the reference's
+            parts.pop(POOLED, None)
         frames = _frames(parts, built)
         if built.scene == POOLED:
             scene = parts[POOLED]

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -180,7 +181,7 @@ def check_unchanged(source: str) -> None:
 def shake(model: torch.nn.Module) -> None:
     """Make fresh weights such that no tensor can be mistaken for another, or left out, without a difference."""
     for name, tensor in model.state_dict().items():
-        if "gru_rel_pos" in name or name.endswith("rel_attn_embed.weight"):  # a bias as large as the scores
+        if re.search(r"gru_rel_pos|grep_|(rel_attn_embed|relative_attention_bias)\.weight", name):  # as large as scores
             tensor.normal_(std=ATTENTION_SCALE)
         elif tensor.ndim == 1 and tensor.is_floating_point():  # biases and norms: off zero and one
             noise = 0.1 * torch.rand_like(tensor)
@@ -350,6 +351,188 @@ class Whisper(_Transformers):
         mel = torch.from_numpy(filters).to(torch.float32).to(window.dtype).T @ power
         mel = torch.clamp(mel, min=1e-10).log10()
         return (torch.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
+
+
+class AST(_Transformers):
+    """transformers' ``ASTModel``, of windows of 10.24 s."""
+
+    name = "ASTModel"
+
+    def __init__(self, config: Any, model: Any = None) -> None:
+        if model is None:
+            fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("model_type", "mean", "std")}
+            model = self._kind()(self._kind().config_class(**fields))
+        super().__init__(config, model)
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram of all windows, the states as means over frequency, and the mean of the two tokens."""
+        config, samples = self.config, audio.shape[1]
+        columns = (samples - 400) // 160 + 1
+        frames = (columns - config.patch_size) // config.time_stride + 1
+        found: dict[str, list[torch.Tensor]] = {}
+        weights = []
+        for first in range(0, frames, config.columns):
+            start = first * config.time_stride * 160
+            mel = self.log_mel(audio[:, start : start + (config.max_length - 1) * 160 + 400])
+            out = self.model(mel[None], output_hidden_states=True)
+            states = [*out.hidden_states[:-1], out.last_hidden_state]
+            patches = [state[0, 2:].reshape(config.rows, config.columns, -1).mean(dim=0) for state in states]
+            named = {f"state {i}": patch for i, patch in enumerate(patches)}
+            for name, value in ({"log-mel": mel, "pooled": out.pooler_output} | named).items():
+                found.setdefault(name, []).append(value)
+            weights.append(min(config.columns, frames - first) / frames)
+        for name, values in found.items():
+            if name == "pooled":
+                yield name, (torch.tensor(weights, dtype=audio.dtype)[:, None] * torch.cat(values)).sum(dim=0)
+            else:
+                whole = torch.cat(values)
+                yield name, whole if name == "log-mel" else whole[:frames]
+
+    def log_mel(self, window: torch.Tensor) -> torch.Tensor:
+        """[F, M], as ``ASTFeatureExtractor`` computes it, in the precision of the window [1, n]."""
+        fbank = imported("torchaudio.compliance.kaldi", "").fbank
+        with default_dtype(window.dtype):
+            mel = fbank(window, window_type="hanning", num_mel_bins=self.config.num_mel_bins)
+        mel = torch.nn.functional.pad(mel, (0, 0, 0, self.config.max_length - len(mel)))
+        return (mel - self.config.mean) / (2 * self.config.std)
+
+    def save(self, folder: Path) -> Path:
+        """As transformers does, with its feature extractor's settings."""
+        super().save(folder)
+        settings = {"feature_extractor_type": "ASTFeatureExtractor", "mean": self.config.mean, "std": self.config.std}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"do_normalize": True}))
+        return folder
+
+
+class Dasheng(Reference):
+    """The package ``dasheng``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.kind = imported("dasheng.pretrained.pretrained", "dasheng einops").Dasheng
+        self.model: Any = self.kind(
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            target_length=config.target_length,
+        ).eval()
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram in dB, and what the blocks return for each chunk."""
+        model = self.model
+        with default_dtype(audio.dtype):
+            front_end = self.kind(embed_dim=8, depth=1, num_heads=1).front_end
+        mel = front_end(audio)[:, None]  # [1, 1, M, F]
+        yield "log-mel", mel[0, 0].T
+        found: dict[str, list[torch.Tensor]] = {}
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(
+                model.blocks[0]
+                .register_forward_pre_hook(
+                    lambda _, inputs: found.setdefault("state 0", []).append(inputs[0][0].clone())
+                )
+                .remove
+            )
+            for i, block in enumerate((*model.blocks[:-1], model.norm), 1):
+                keep = functools.partial(_append, found, f"state {i}")
+                hooks.callback(block.register_forward_hook(keep).remove)
+            model.forward_spectrogram(model.init_bn(mel))
+        for name, chunks in found.items():
+            yield name, torch.cat(chunks)
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        names = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
+        settings = {theirs: getattr(self.config, ours) for theirs, ours in names.items()}
+        content = {"model": self.model.state_dict(), "config": settings | {"target_length": self.config.target_length}}
+        torch.save(content, folder / "dasheng.pt")
+        return folder / "dasheng.pt"
+
+    @classmethod
+    def load(cls, config: Any, source: str) -> Self:
+        """From the hub, or a folder in its layout."""
+        model = cls(config)
+        folder, repo, revision = find_source(source)
+        if folder is None:
+            from huggingface_hub import hf_hub_download
+
+            folder = Path(hf_hub_download(repo, WEIGHTS, revision=revision)).parent
+        state = {
+            k.removeprefix("encoder."): v for k, v in load_file(folder / WEIGHTS).items() if k.startswith("encoder.")
+        }
+        front_end = {k: v for k, v in model.model.state_dict().items() if k.startswith("front_end.")}  # not on the hub
+        model.model.load_state_dict(front_end | state)
+        return model
+
+
+def _append(found: dict[str, list[torch.Tensor]], name: str, *call: Any) -> None:
+    """A forward hook that keeps the output [1, T, D] of every call."""
+    found.setdefault(name, []).append(call[-1][0].clone())
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """In which torchaudio computes its filters: the oracle's are those of the formula, not of its rounding."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def imported(module: str, packages: str) -> Any:
+    """A module of packages that do not come with this one, imported only now.
+
+    Raises:
+        ConversionError: they are not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConversionError(
+            f"expected {module} to compare with, found none ({error}): pip install --no-deps torchaudio {packages}"
+        ) from None
+
+
+class BEATs(Reference):
+    """The encoder of the package ``openbeats``, ESPnet's, with BEATs' network."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        kind = imported("openbeats.beats_encoder", "openbeats").BeatsEncoder
+        statistics = {"fbank_mean": config.fbank_mean, "fbank_std": config.fbank_std}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the old form of weight norm, which the files have
+            self.model: Any = kind(input_size=0, beats_config=config.settings(), **statistics).eval()
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram, and the states as means over frequency."""
+        with default_dtype(audio.dtype):
+            mel = imported("torchaudio.compliance.kaldi", "").fbank(audio * 2**15, num_mel_bins=128)
+        mel = (mel - self.config.fbank_mean) / (2 * self.config.fbank_std)
+        yield "log-mel", mel
+        x = self.model.patch_embedding(mel[None, None]).flatten(2).transpose(1, 2)
+        x = self.model.layer_norm(x)
+        if self.model.post_extract_proj is not None:
+            x = self.model.post_extract_proj(x)
+        _, results = self.model.encoder(x, layer=self.config.num_hidden_layers - 1)
+        for i, (state, _) in enumerate(results):
+            yield f"state {i}", state[:, 0].unflatten(0, (-1, 8)).mean(dim=1)
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        settings = self.config.settings() | {"fbank_mean": self.config.fbank_mean, "fbank_std": self.config.fbank_std}
+        torch.save({"cfg": settings, "model": self.model.state_dict()}, folder / "beats.pt")
+        return folder / "beats.pt"
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all: their authors' files are on no hub."""
+        check_unchanged(source)
+        raise ConversionError(f"it was converted from the file {source}, which cannot be fetched by name")
 
 
 class Crepe(Reference):

@@ -267,20 +267,23 @@ def read_hub_config(repo: str) -> tuple[dict[str, Any], bool]:
             raise ConversionError(f"{api.endpoint}/{repo} has no {CONFIG}: expected a model in its layout") from error
         kind, refusal = _refusal(api.endpoint, repo, error)
         raise kind(refusal) from error
-    content, normalise = _read_json(path, faults), _normalises(path.parent, faults)
+    content, normalise = _described(path, faults)
     _refuse_if(faults, repo)
     assert content is not None
     return content, normalise
 
 
-def _normalises(folder: Path, faults: list[str]) -> bool:
-    path = folder / PREPROCESSOR
-    content = _read_json(path, faults) if path.is_file() else None
+def _described(path: Path, faults: list[str]) -> tuple[dict[str, Any] | None, bool]:
+    """A ``config.json``, with the preprocessor's beside it under that file's name; and whether clips are normalised."""
+    content, preprocessor = _read_json(path, faults), path.with_name(PREPROCESSOR)
+    own = _read_json(preprocessor, faults) if preprocessor.is_file() else None
+    if own is None:
+        return content, False
     try:
-        return content is not None and normalises(content)
+        return None if content is None else {**content, PREPROCESSOR: own}, normalises(own)
     except SystemConfigError as error:
-        faults.append(f"{path.name}: {error}")
-        return False
+        faults.append(f"{preprocessor.name}: {error}")
+        return content, False
 
 
 def _fetch_preprocessor(api: HfApi, repo: str, commit: str) -> None:
@@ -339,7 +342,7 @@ def _preferred(names: Iterable[str]) -> str | None:
 
 def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> Source:
     faults: list[str] = []
-    config, normalise = _read_json(folder / CONFIG, faults), _normalises(folder, faults)
+    config, normalise = _described(folder / CONFIG, faults)
     wrapping = _merged(formats)
     names = sorted(entry.name for entry in folder.iterdir())
     weights = _preferred(names)
@@ -418,7 +421,7 @@ def _open_file(path: Path, description: str, formats: Sequence[Format]) -> Sourc
         read = fitting[0].table.config
         fitting = [each for each in fitting if each.table.config == read]
         if read == CONFIG:
-            config, normalise = _read_json(beside, faults), _normalises(path.parent, faults)
+            config, normalise = _described(beside, faults)
         elif read is not None:
             config = dict(read(Contents(file.shapes, settings), faults))
             normalise = config.pop("do_normalize", False) is True

@@ -25,6 +25,7 @@ def _relative(layers: str, attention: str, const: str, linear: str, embedding: s
 _NAMES = ("gru_rel_pos_const", "gru_rel_pos_linear", "rel_attn_embed")
 _PACKED = r"encoder\.transformer\.layers\.(\d+)\.attention\.attention\."
 
+UNILM_RELATIVE = _relative(r"encoder\.layers", "self_attn", "grep_a", "grep_linear", "relative_attention_bias")
 _UNILM = Wrapping(state=("model",), settings=("cfg",))
 
 
@@ -56,7 +57,7 @@ KEYS: Mapping[str, KeyTable] = {
         FAIRSEQ,
         rows=(
             *FAIRSEQ.rows,
-            *_relative(r"encoder\.layers", "self_attn", "grep_a", "grep_linear", "relative_attention_bias"),
+            *UNILM_RELATIVE,
         ),
         prefix="",
         recognise=r"encoder\.layers\.\d+\.self_attn\.grep_linear",

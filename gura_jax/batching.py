@@ -75,7 +75,14 @@ def _pad_rows(x: Any, rows: int, value: int) -> Any:
 
 
 def pack(
-    lengths: Sequence[int], max_rows: int, devices: int, *, platform: Platform, sample_rate: int, exact: bool = True
+    lengths: Sequence[int],
+    max_rows: int,
+    devices: int,
+    *,
+    platform: Platform,
+    sample_rate: int,
+    exact: bool = True,
+    least: int = 0,
 ) -> list[Batch]:
     """Cut clips into the batches that cost least to compute, padding and silent rows included.
 
@@ -90,6 +97,7 @@ def pack(
         platform: its limits.
         sample_rate: of the lengths, in Hz.
         exact: see above.
+        least: samples that a shorter clip costs as much as.
 
     Returns:
         Batches, the longest clips first.
@@ -98,7 +106,8 @@ def pack(
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     one_length = exact and lengths[order[0]] == lengths[order[-1]]
     padded = [lengths[i] if one_length else bucket_length(lengths[i]) for i in order]
-    if one_length and len(order) <= max_rows and len(order) * padded[0] <= max(limit, padded[0]):
+    costs = [max(samples, least) for samples in padded]
+    if one_length and len(order) <= max_rows and len(order) * costs[0] <= max(limit, costs[0]):
         return [Batch(len(order), padded[0], tuple(order))]
     sizes = [devices]
     while 2 * sizes[-1] <= max_rows:
@@ -106,9 +115,9 @@ def pack(
     best: list[tuple[int, int]] = [(0, 0)] * (len(order) + 1)  # cost of the clips from i on, minus their first rows
     for i in reversed(range(len(order))):
         best[i] = min(
-            (rows * padded[i] + overhead + best[min(i + rows, len(order))][0], -rows)
+            (rows * costs[i] + overhead + best[min(i + rows, len(order))][0], -rows)
             for rows in sizes
-            if rows == devices or rows * padded[i] <= limit
+            if rows == devices or rows * costs[i] <= limit
         )
     batches, i = [], 0
     while i < len(order):

@@ -325,9 +325,11 @@ def find_encoder(encoder: str) -> Found:
     if not is_hugging_face(folder):
         manifest = checkpoint.read_manifest(folder)
         return Found(folder, manifest.architecture, manifest.normalise)
-    preprocessor = folder / PREPROCESSOR
-    normalise = preprocessor.is_file() and _read_object(preprocessor, normalises)
-    return Found(folder, _read_object(folder / "config.json", config_from_source), normalise)
+    path = folder / PREPROCESSOR
+    preprocessor = _read_object(path, dict) if path.is_file() else {}
+    normalise = path.is_file() and _read_object(path, normalises)
+    read = lambda content: config_from_source({**content, PREPROCESSOR: preprocessor})  # noqa: E731
+    return Found(folder, _read_object(folder / "config.json", read), normalise)
 
 
 def _read_object(path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:

@@ -65,6 +65,7 @@ class Model:
         scene_embedding_size: S, the size of a scene embedding.
         min_samples: the shortest clip that has a frame, in samples.
         min_scene_samples: the shortest clip that has a scene embedding, in samples.
+        least: samples that a shorter clip costs as much as, where a member fills clips up.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Model:
         groups = 0 if self._fixed_frames is not None else fusion.scene_groups - 1
         enough = samples_before(first.grid.window + groups * first.grid.hop, self.sample_rate, first.sample_rate)
         self.min_scene_samples = max(self.min_samples, enough)
+        self.least = max(samples_before(e.least, self.sample_rate, e.sample_rate) for e in encoders)
         frame_sizes = [m.encoder.feature_size for m in fusion.members]
         scene_sizes = [m.encoder.pooled_size if m.scene == "pooled" else m.encoder.feature_size for m in fusion.members]
         self.timestamp_embedding_size = fused_size(frame_sizes, fusion.combination, fusion.feature_size)
@@ -463,6 +465,7 @@ class Model:
             self.compilation.batch_devices,
             platform=self.platform,
             sample_rate=self.sample_rate,
+            least=self.least,
         ):
             chosen = [clips[i] for i in packed.clips]
             batch = batching.pad(chosen, packed.rows, packed.samples, sample_rate=self.sample_rate, rates=rates)

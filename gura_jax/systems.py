@@ -192,6 +192,16 @@ _OTHERS = (
     "unispeech-sat-large",
     "mert-95m",
     "mert-330m",
+    "whisper-tiny",
+    "whisper-base",
+    "whisper-small",
+    "whisper-medium",
+    "whisper-large-v2",
+    "whisper-large-v3",
+    "beats",
+    "dasheng-base",
+    "dasheng-06b",
+    "dasheng-12b",
 )
 
 
@@ -204,6 +214,8 @@ SYSTEMS: dict[str, System] = {
     **PUBLISHED,
     **_named(_base(system) for system in PUBLISHED.values() if system.name != "crepe"),
     **_named(itertools.chain.from_iterable(map(_alone, _OTHERS))),
+    "ast": System("ast", (Member("ast", scene="pooled"),)),
+    "fusion_ast": System("fusion_ast", (Member("ast", "mean"),)),
 }
 
 

@@ -82,7 +82,11 @@ def test_nothing_imports_torch(module: str) -> None:
 FLOORS = (
     ("errors",),
     ("backend", "targets", "counting", "audio", "files"),
-    ("convert.keys", "convert.fairseq", "convert.wav2vec2", "convert.wavlm", "convert.data2vec", "convert.crepe"),
+    (
+        "convert.keys",
+        *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "crepe")),
+        *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng")),
+    ),
     ("models", "batching", "convert.sources"),
     ("fusion", "parallel", "checkpoint", "convert.references"),
     ("systems", "convert"),

@@ -69,7 +69,11 @@ class Plan:
 
 
 def make_plan(
-    lengths: Sequence[int] | np.ndarray, clip_bytes: np.ndarray, batch_samples: int, limits: ShardLimits
+    lengths: Sequence[int] | np.ndarray,
+    clip_bytes: np.ndarray,
+    batch_samples: int,
+    limits: ShardLimits,
+    least: int = 0,
 ) -> Plan:
     """Plan the batches and shards of clips.
 
@@ -78,6 +82,7 @@ def make_plan(
         clip_bytes: [n], stored for each clip.
         batch_samples: computed at once, at most; a longer clip is a batch by itself.
         limits: of a shard.
+        least: samples that a shorter clip costs as much as.
     """
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -88,7 +93,7 @@ def make_plan(
     start = 0
     while start < readable:
         samples = int(buckets[np.searchsorted(buckets, ordered[start])])
-        rows = max(1, min(MAX_ROWS, batch_samples // samples))
+        rows = max(1, min(MAX_ROWS, batch_samples // max(samples, least)))
         stop = min(start + rows, readable)
         batches.append(PlannedBatch(start, stop, min(rows, readable - start), samples))
         start = stop

@@ -89,7 +89,8 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
         numbers += model.timestamp_embedding_size * np.array([model.num_frames(int(n)) if n else 0 for n in lengths])
     limits = ShardLimits(SHARD_CLIPS, int(settings.shard_hours * 3600 * model.sample_rate), SHARD_BYTES)
     size = np.dtype(settings.storage).itemsize
-    plan = make_plan(lengths, size * numbers, int(batch_seconds(model, settings) * model.sample_rate), limits)
+    batch_samples = int(batch_seconds(model, settings) * model.sample_rate)
+    plan = make_plan(lengths, size * numbers, batch_samples, limits, model.least)
     table = clips.take(pa.array(plan.order))
     problems = [samples if isinstance(samples, str) else None for samples in found]
     columns = _columns(plan, first_shard) | {"problem": pa.array([problems[i] for i in plan.order], pa.string())}

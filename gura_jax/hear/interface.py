@@ -175,7 +175,7 @@ def _embed(audio: torch.Tensor, model: HearModel, kind: Literal["frames", "scene
     # Sliced as torch views: JAX would compile a slice for every length.
     kept = slice(inner.num_frames(samples)) if kind == "frames" else slice(None)
     lengths = [bucket(n, samples, rate)] * n
-    batches = pack(lengths, BATCH_SIZE, 1, platform=inner.platform, sample_rate=rate, exact=False)
+    batches = pack(lengths, BATCH_SIZE, 1, platform=inner.platform, sample_rate=rate, exact=False, least=inner.least)
     results: list[torch.Tensor] = []
     for batch in batches:
         rows = audio[batch.clips[0] : batch.clips[-1] + 1]

@@ -28,7 +28,7 @@ IGNORED = re.compile(
     r"""
     # regularisation and masking, in training only
     layerdrop | apply_spec_augment | (no_)?mask_\w+ | freeze_feat_extract_train
-    | (hidden|activation|attention|final|feat\w*)_dropout(_prob)?
+    | (hidden|activation|attention(_probs)?|final|feat\w*)_dropout(_prob)?
     | gradient_checkpointing | initializer_(range|factor)
     # what is built on the encoder
     | ctc_\w+ | vocab_size | use_weighted_layer_sum | classifier_proj_size | tdnn_\w+ | xvector_output_dim
@@ -64,6 +64,7 @@ class EncoderConfig:
         ignored: regular expression of attributes that do not change it.
         renamed: attributes of ``config.json`` -> the fields that they are.
         activations: fields that name an activation.
+        preprocessor: attributes of ``preprocessor_config.json`` that are read like those of ``config.json``.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -71,6 +72,7 @@ class EncoderConfig:
     ignored: ClassVar[re.Pattern[str]] = IGNORED
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     activations: ClassVar[tuple[str, ...]] = ("hidden_act",)
+    preprocessor: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         refuse([*self._kind_faults(), *self._size_faults()])

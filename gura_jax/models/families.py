@@ -9,8 +9,11 @@ from typing import Any
 import jax
 
 from gura_jax.errors import SystemConfigError, expected
+from gura_jax.models.ast import AST_FAMILY
+from gura_jax.models.beats import BEATS
 from gura_jax.models.checks import check_family, check_row, config_of
 from gura_jax.models.crepe import CREPE
+from gura_jax.models.dasheng import DASHENG
 from gura_jax.models.data2vec import DATA2VEC
 from gura_jax.models.encoder import Encoder, Family, Options, Preset
 from gura_jax.models.mert import MERT
@@ -18,11 +21,13 @@ from gura_jax.models.wav2vec2 import HUBERT, UNISPEECH, UNISPEECH_SAT, WAV2VEC2
 from gura_jax.models.wavlm import WAVLM
 from gura_jax.models.whisper import WHISPER
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT, WHISPER, CREPE)
-}
+_WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT)
+_SPECTROGRAMS = (WHISPER, AST_FAMILY, BEATS, DASHENG)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_WAVES, *_SPECTROGRAMS, CREPE)}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+
+
+PREPROCESSOR = "preprocessor_config.json"  # beside a config.json
 
 
 def find_family(model_type: object) -> Family:
@@ -56,20 +61,22 @@ def find_preset(name: str) -> Preset:
 def config_from_source(content: Mapping[str, Any]) -> Any:
     """The config that a ``config.json`` describes, of the family that its ``model_type`` names.
 
+    Args:
+        content: of the file; the content of a ``preprocessor_config.json`` may be under that name.
+
     Raises:
         SystemConfigError: a family that is not known, or a config that it does not support.
     """
     model_type = content.get("model_type")
     kind = find_family(model_type).config
+    preprocessor = content.get(PREPROCESSOR, {})
+    more = {name: preprocessor[name] for name in getattr(kind, "preprocessor", ()) if name in preprocessor}
     try:
-        return kind.from_source(content)
+        return kind.from_source({k: v for k, v in content.items() if k != PREPROCESSOR} | more)
     except (TypeError, LookupError, AttributeError) as error:
         raise SystemConfigError(
             f"its config makes no {kind.__name__} of the family {model_type!r}: {type(error).__name__}: {error}"
         ) from None
-
-
-PREPROCESSOR = "preprocessor_config.json"  # beside a config.json
 
 
 def normalises(preprocessor: Mapping[str, Any]) -> bool:

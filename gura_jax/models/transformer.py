@@ -99,7 +99,7 @@ class Dropout(NamedTuple):
         return jnp.where(kept, x / (1.0 - self.share), 0.0)
 
 
-def _dropouts(dropout: Dropout | None, number: int) -> list[Callable[[jax.Array], jax.Array]]:
+def dropouts(dropout: Dropout | None, number: int) -> list[Callable[[jax.Array], jax.Array]]:
     """Independent ones, or functions that change nothing."""
     if dropout is None:
         return [lambda x: x] * number
@@ -120,7 +120,7 @@ class EncoderLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, shared: Any, dropout: Dropout | None = None) -> jax.Array:
         """[B, T, D], [B, T], what all blocks share -> [B, T, D]."""
-        drop = _dropouts(dropout, 2)
+        drop = dropouts(dropout, 2)
         if self.pre_norm:
             x = x + drop[0](self.attention(self.layer_norm(x), mask, shared))
             return x + drop[1](self.feed_forward(self.final_layer_norm(x)))

@@ -72,11 +72,13 @@ class WavLMAttention(Attention):
 
     def bias(self, x: jax.Array, q: jax.Array, shared: jax.Array) -> RelativeBias:
         """By gates from the input [B, T, D], of the table [2 T - 1, H]."""
-        B, T, _ = x.shape
-        parts = self.gru_rel_pos_linear(x.reshape(B, T, self.num_heads, -1)).astype(jnp.float32)
-        gates = jax.nn.sigmoid(parts.reshape(B, T, self.num_heads, 2, GATES // 2).sum(axis=-1))
-        update, reset = gates[..., 0], gates[..., 1]
-        return RelativeBias(update * (reset * self.gru_rel_pos_const[...][None, None, :] - 1.0) + 2.0, shared)
+        return RelativeBias(self.gate(x.reshape(q.shape)), shared)
+
+    def gate(self, heads: jax.Array) -> jax.Array:
+        """The scale [B, T, H] of each query's biases, from each head's part [B, T, H, K] of something."""
+        parts = self.gru_rel_pos_linear(heads).astype(jnp.float32)
+        update, reset = jnp.moveaxis(jax.nn.sigmoid(parts.reshape(*heads.shape[:3], 2, GATES // 2).sum(axis=-1)), -1, 0)
+        return update * (reset * self.gru_rel_pos_const[...][None, None, :] - 1.0) + 2.0
 
 
 class WavLMLayer(EncoderLayer):

@@ -1,8 +1,8 @@
 """Whisper's encoder, which always takes windows of 30 s.
 
-Follows transformers' ``WhisperEncoder`` and its feature extractor. A clip is filled up with silence, and the frames past
-its end are left out; a longer clip is embedded as windows of 30 s one after the other, each as if it were a clip by
-itself. Paper: Whisper (Radford et al., 2022).
+Follows transformers' ``WhisperEncoder`` and its feature extractor. A clip is filled up with silence, and the frames
+past its end are left out; a longer clip is embedded as windows of 30 s one after the other, each as if it were a clip
+by itself. Paper: Whisper (Radford et al., 2022).
 """
 
 import dataclasses
