@@ -5,6 +5,7 @@ be off by half a per cent.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class Spectrogram:
         if not self.kaldi:
             audio = reflected(audio, lengths, self.fft // 2)
         width = self.window if self.kaldi else self.fft
-        taper, filters = self._taper(), mel_filters(self)
+        taper, filters = self._taper(), by_factors(mel_filters(self), self.fft)
         num_frames = self.count(N)
 
         def some(samples: jax.Array, start: jax.Array) -> jax.Array:
@@ -90,9 +91,8 @@ class Spectrogram:
             if self.kaldi:
                 x = x - x.mean(axis=-1, keepdims=True)
                 x = x - PRE_EMPHASIS * jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
-            spectrum = jnp.fft.rfft(x * taper[None, None, :], self.fft)
-            power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)  # [B, F, K]
-            return jnp.einsum("bfk,km->bfm", power, filters, precision="highest")
+            power = power_spectrum(jnp.pad(x * taper[None, None, :], ((0, 0), (0, 0), (0, self.fft - width))))
+            return jnp.einsum("bfij,ijm->bfm", power, filters, precision="highest")
 
         x = over_frames(some, audio, num_frames, width, self.hop, platform.spectra)  # [B, n, F, mels]
         return x.reshape(B, -1, self.mels)[:, :num_frames]
@@ -105,6 +105,53 @@ class Spectrogram:
         hann = np.hanning(self.window + 1)[:-1]
         missing = self.fft - self.window
         return np.pad(hann, (missing // 2, missing - missing // 2)).astype(np.float32)
+
+
+def power_spectrum(x: jax.Array) -> jax.Array:
+    """Squared magnitudes of the discrete Fourier transform of real frames.
+
+    In two steps, of two factors K and L of N (Cooley and Tukey, 1965), each a matrix product: these are divided among
+    devices with the batch, for which XLA would gather a transform. It rounds as a fast transform does.
+
+    Args:
+        x: [B, F, N].
+
+    Returns:
+        [B, F, K, L // 2 + 1]: at i, j that of the frequency i + K * j, up to N // 2 and some beyond.
+    """
+    (B, F, N), precision = x.shape, "highest"
+    K = _factor(N)
+    k, l = np.arange(K), np.arange(N // K)  # samples are at l + L * k  # noqa: E741
+    first = _rotation(np.outer(k, k) / K)  # [K, K, 2], of k and i
+    twiddle = _rotation(np.outer(l, k) / N)  # [L, K, 2], of l and i
+    second = _rotation(np.outer(l, l[: len(l) // 2 + 1]) / len(l))  # [L, J, 2], of l and j
+    y = jnp.einsum("bfkl,kic->bflic", x.reshape(B, F, K, -1), first, precision=precision)
+    re, im, cos, sin = y[..., 0], y[..., 1], twiddle[None, None, ..., 0], twiddle[None, None, ..., 1]
+    y = jnp.stack([re * cos - im * sin, re * sin + im * cos], axis=-1)
+    # (a + b i)(c + d i): what each part of y adds to each part of the result.
+    cos, sin = second[..., 0], second[..., 1]
+    matrix = np.stack([np.stack([cos, sin], axis=-1), np.stack([-sin, cos], axis=-1)], axis=1)  # [L, 2, J, 2]
+    z = jnp.einsum("bflic,lcjd->bfijd", y, matrix, precision=precision)
+    return jnp.square(z).sum(axis=-1)
+
+
+def _factor(N: int) -> int:
+    """The largest factor up to its root."""
+    return max(k for k in range(1, math.isqrt(N) + 1) if N % k == 0)
+
+
+def by_factors(filters: np.ndarray, N: int) -> np.ndarray:
+    """Filters [N // 2 + 1, M] over frequencies as :func:`power_spectrum` has them: [K, L // 2 + 1, M]."""
+    K = _factor(N)
+    columns = N // K // 2 + 1
+    filters = np.pad(filters, ((0, K * columns - len(filters)), (0, 0)))
+    return filters.reshape(columns, K, -1).swapaxes(0, 1)
+
+
+def _rotation(turns: np.ndarray) -> np.ndarray:
+    """exp(-2 pi i turns), real and imaginary part on a last axis, rounded from float64."""
+    angle = 2 * np.pi * (turns % 1.0)
+    return np.stack([np.cos(angle), -np.sin(angle)], axis=-1).astype(np.float32)
 
 
 def reflected(audio: jax.Array, lengths: jax.Array, size: int) -> jax.Array:
