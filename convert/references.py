@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -471,6 +472,59 @@ def _append(found: dict[str, list[torch.Tensor]], name: str, *call: Any) -> None
     found.setdefault(name, []).append(call[-1][0].clone())
 
 
+class Panns(Reference):
+    """The package ``panns-hear``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        models = imported("panns_hear.models", "panns-hear torchlibrosa")
+        self.model: Any = models.Cnn14(32_000, 1024, 320, 64, 50, 14_000, 527).eval()
+        for i, (inputs, size) in enumerate(itertools.pairwise((1, *config.channels)), 1):
+            setattr(self.model, f"conv_block{i}", models.ConvBlock(inputs, size).eval())
+        self.model.fc1 = torch.nn.Linear(config.channels[-1], config.channels[-1])
+        self.model.fc_audioset = torch.nn.Linear(config.channels[-1], 1)
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram, the last block's mean over frequency, and both embeddings."""
+        frames = 1 + audio.shape[1] // hop
+        audio = torch.nn.functional.pad(audio, (0, max(0, 32_000 - audio.shape[1])))
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, *call: Any) -> None:
+            found[name] = call[-1][0].clone()
+
+        with contextlib.ExitStack() as hooks:
+            for name in ("logmel_extractor", "conv_block6"):
+                module = getattr(self.model, name)
+                hooks.callback(module.register_forward_hook(functools.partial(keep, name)).remove)
+            out = self.model(audio)
+        yield "log-mel", found["logmel_extractor"][0]
+        yield "segments", found["conv_block6"].mean(dim=2).T
+        yield "frames", out["sed_embedding"][0][:frames]
+        yield "pooled", out["embedding"][0]
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        torch.save({"iteration": 1, "model": self.model.state_dict()}, folder / "panns.pth")
+        return folder / "panns.pth"
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all: their authors' files are on no hub."""
+        refuse_file(source)
+
+
+def refuse_file(source: str) -> None:
+    """Refuse to compare with a file that cannot be fetched by name.
+
+    Raises:
+        ConversionError: always.
+    """
+    check_unchanged(source)
+    raise ConversionError(f"it was converted from the file {source}, which cannot be fetched by name")
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """In which torchaudio computes its filters: the oracle's are those of the formula, not of its rounding."""
@@ -531,8 +585,7 @@ class BEATs(Reference):
     @classmethod
     def check(cls, source: str) -> None:
         """Refuse all: their authors' files are on no hub."""
-        check_unchanged(source)
-        raise ConversionError(f"it was converted from the file {source}, which cannot be fetched by name")
+        refuse_file(source)
 
 
 class Crepe(Reference):

@@ -1,0 +1,194 @@
+"""PANNs' CNN14, as its HEAR submission embeds: a scene for each clip, and a timestamp embedding every 10 ms.
+
+Follows the package ``panns-hear`` for a clip by itself, but that times are in milliseconds; there they are in seconds,
+so that HEAR took them all for the first tenth of a second. Paper: PANNs (Kong et al., 2020).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gura_jax.convert.panns import KEYS
+from gura_jax.errors import SystemConfigError
+from gura_jax.models.attention import even_blocks
+from gura_jax.models.config import EncoderConfig
+from gura_jax.models.encoder import (
+    Family,
+    FrameGrid,
+    ModuleEncoder,
+    Options,
+    Output,
+    Params,
+    Preset,
+    frame_mask,
+    masked_mean,
+)
+from gura_jax.models.spectrogram import Spectrogram
+
+SAMPLE_RATE = 32_000  # Hz
+SHORTEST = 32_000  # samples: shorter clips are filled up with silence
+MELS, HOP = 64, 320
+POWER_FLOOR = 1e-10
+BATCH_NORM_EPS = 1e-5  # PyTorch's default
+POOLS = 5  # each halves time and bands
+STRIDE = 2**POOLS  # columns of a segment
+HALO = 4 * STRIDE  # columns that a segment's convolutions see beyond it, and a few more
+_SPECTROGRAM = Spectrogram(MELS, "slaney", 50, 14_000, 1024, 1024, HOP, area=True, sample_rate=SAMPLE_RATE)
+
+
+@dataclasses.dataclass(frozen=True)
+class PannsConfig(EncoderConfig):
+    """Sizes; defaults are those of CNN14."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("panns_cnn14",)
+    activations: ClassVar[tuple[str, ...]] = ()
+
+    model_type: str = "panns_cnn14"
+    channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # of each block
+
+    def _size_faults(self) -> Iterator[str]:
+        faults = list(super()._size_faults())
+        yield from faults
+        if not faults and len(self.channels) != POOLS + 1:
+            yield f"channels: expected {POOLS + 1} numbers, found {len(self.channels)}"
+
+    def tiny(self) -> Self:
+        """A small encoder of the same kind."""
+        return dataclasses.replace(self, channels=(4, 6, 8, 8, 12, 16))
+
+
+def batch_norm(size: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """With the statistics of training, in float32."""
+    return nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs)
+
+
+class ConvBlock(nnx.Module):
+    """Two convolutions, each with batch norm and ReLU."""
+
+    def __init__(self, in_size: int, size: int, options: Options, *, rngs: nnx.Rngs) -> None:
+        self.conv1, self.conv2 = (
+            nnx.Conv(inputs, size, (3, 3), use_bias=False, dtype=options.compute_dtype, rngs=rngs)
+            for inputs in (in_size, size)
+        )
+        self.bn1, self.bn2 = batch_norm(size, rngs), batch_norm(size, rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, T, M, C], [B, T] -> [B, T, M, C']; zero where the mask is false, as if the clip ended there."""
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
+            x = jnp.where(mask[:, :, None, None], jax.nn.relu(norm(conv(x))), 0.0)
+        return x
+
+
+class Cnn14(nnx.Module):
+    """Six blocks, of which five halve the resolution, and the layer that makes an embedding of the clip."""
+
+    def __init__(self, config: PannsConfig, options: Options, *, rngs: nnx.Rngs) -> None:
+        sizes = (1, *config.channels)
+        self.bn0 = batch_norm(MELS, rngs)
+        self.blocks = nnx.List(ConvBlock(a, b, options, rngs=rngs) for a, b in itertools.pairwise(sizes))
+        self.fc1 = nnx.Linear(sizes[-1], sizes[-1], dtype=options.compute_dtype, rngs=rngs)
+
+    def segments(self, mel: jax.Array, start: jax.Array, counts: jax.Array) -> jax.Array:
+        """Columns from ``start`` on, which may be before the clip: [B, W, M] -> [B, W // 32, D]."""
+        x = self.bn0(mel)[..., None]
+        for level, block in enumerate(self.blocks):
+            place = (start >> level) + jnp.arange(x.shape[1], dtype=jnp.int32)
+            mask = (place >= 0)[None, :] & (place[None, :] < (counts >> level)[:, None])
+            x = block(jnp.where(mask[:, :, None, None], x, 0.0), mask)
+            x = nnx.avg_pool(x, (2, 2), (2, 2)) if level < POOLS else x
+        return x.mean(axis=2)
+
+    def embedding(self, x: jax.Array, counts: jax.Array) -> jax.Array:
+        """Of a clip, from its segments: [B, T, D], [B] -> [B, D]."""
+        mask = frame_mask(counts, x.shape[1])
+        loudest = jnp.where(mask[:, :, None], x, -jnp.inf).max(axis=1)
+        return jax.nn.relu(self.fc1(loudest + masked_mean(x, mask)).astype(jnp.float32))
+
+
+class PannsEncoder(ModuleEncoder):
+    """CNN14 as a member: a frame every 10 ms, of which 32 are the same; pooled: the layer before its classes."""
+
+    config: PannsConfig
+
+    def __init__(self, config: PannsConfig, options: Options) -> None:
+        super().__init__(config, options)
+        _refuse(config.model_type, options)
+        self.sample_rate, self.grid, self.least = SAMPLE_RATE, FrameGrid(HOP, 0.0, 0), SHORTEST
+        self.feature_size = self.pooled_size = config.channels[-1]
+        self.parts = ("log-mel", "segments", "frames")
+
+    def module(self, rngs: nnx.Rngs) -> Cnn14:
+        """The network with fresh weights."""
+        return Cnn14(self.config, self.options, rngs=rngs)
+
+    def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
+        """Frames [B, T, D], counts [B] and pooled [B, D]."""
+        network: Cnn14 = self.network(params)
+        mel, columns = self._log_mel(audio, lengths)
+        segments = self._segments(network, mel, columns)
+        frames = self._frames(segments, columns, self.grid.count(audio.shape[1]))
+        return Output(frames, self.grid.count(lengths), network.embedding(segments, columns // STRIDE))
+
+    def states(
+        self, params: Params, audio: jax.Array, lengths: jax.Array
+    ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+        """The spectrogram in dB, the last block's output every 320 ms, and the frames."""
+        mel, columns = self._log_mel(audio, lengths)
+        yield "log-mel", mel, columns
+        segments = self._segments(self.network(params), mel, columns)
+        yield "segments", segments, columns // STRIDE
+        yield "frames", self._frames(segments, columns, self.grid.count(audio.shape[1])), self.grid.count(lengths)
+
+    def _log_mel(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, F, 64] in dB, and the number of columns of each clip."""
+        audio = jnp.pad(audio, ((0, 0), (0, max(0, SHORTEST - audio.shape[1]))))
+        lengths = jnp.maximum(lengths, SHORTEST)
+        power = _SPECTROGRAM(audio, lengths, self.options.platform)
+        return 10 * jnp.log10(jnp.maximum(power, POWER_FLOOR)), 1 + lengths // HOP
+
+    def _segments(self, network: Cnn14, mel: jax.Array, counts: jax.Array) -> jax.Array:
+        """[B, F, M] -> [B, F // 32, D], in blocks of columns that see what is around them."""
+        (B, F, _), T = mel.shape, mel.shape[1] // STRIDE
+        blocks, size = even_blocks(T, max(1, self.options.platform.spectra // (STRIDE * B)))
+        width = size * STRIDE + 2 * HALO
+        mel = jnp.pad(mel, ((0, 0), (HALO, max(0, blocks * size * STRIDE + HALO - F)), (0, 0)))
+
+        def block(start: jax.Array) -> jax.Array:
+            some = jax.lax.dynamic_slice_in_dim(mel, start, width, axis=1)
+            edge = HALO // STRIDE
+            return network.segments(some, start - HALO, counts)[:, edge : edge + size]
+
+        starts = size * STRIDE * jnp.arange(blocks, dtype=jnp.int32)
+        x = jax.lax.map(self.options.rematerialise(block), starts)  # [blocks, B, size, D]
+        return x.swapaxes(0, 1).reshape(B, blocks * size, -1)[:, :T]
+
+    def _frames(self, segments: jax.Array, columns: jax.Array, number: int) -> jax.Array:
+        """Each segment for each of its columns, the last one for those that are left: [B, number, D]."""
+        index = jnp.arange(number, dtype=jnp.int32)[None, :] // STRIDE
+        index = jnp.minimum(index, jnp.maximum(columns // STRIDE, 1)[:, None] - 1)
+        return jnp.take_along_axis(segments, index[:, :, None], axis=1, mode="clip")
+
+
+def _refuse(name: str, options: Options) -> None:
+    """Options that an encoder without layers does not have."""
+    if not isinstance(options.layers, str) or options.layers != "last":
+        raise SystemConfigError(f"layers: {name} has one embedding, and no choice of layers; found {options.layers!r}")
+    if options.hop is not None:
+        raise SystemConfigError(f"hop: {name} has one frame rate, and no choice")
+    if options.normalise:
+        raise SystemConfigError(f"normalise: {name} normalises its spectrogram, and no clip")
+
+
+PANNS = Family(
+    name="panns_cnn14",
+    config=PannsConfig,
+    build=PannsEncoder,
+    keys=KEYS,
+    reference="gura_jax.convert.references.Panns",
+    presets={"panns-cnn14": Preset(PannsConfig(), licence="CC-BY-4.0")},  # files of zenodo.org/records/3987831
+)
