@@ -515,6 +515,50 @@ class Panns(Reference):
         refuse_file(source)
 
 
+class Passt(Reference):
+    """The package ``hear21passt``, whose positions of the patches are as published."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        hub: Any = types.ModuleType("timm.models._hub")  # of which it wants the download alone
+        hub.download_cached_file = None
+        for name in ("timm", "timm.models", "timm.models._hub"):
+            sys.modules.setdefault(name, hub)
+        models = imported("hear21passt.models.passt", "hear21passt")
+        models.first_RUN = False  # else it prints
+        net = models.PaSST(
+            img_size=(128, 998), stride=10, in_chans=1, num_classes=config.classes, embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers, num_heads=config.num_attention_heads, distilled=True,
+        )  # fmt: skip
+        mel = imported("hear21passt.models.preprocess", "hear21passt").AugmentMelSTFT(
+            n_mels=128, sr=32_000, win_length=800, hopsize=320, n_fft=1024, fmax=15_000, fmin_aug_range=10,
+            fmax_aug_range=2000,
+        )  # fmt: skip
+        self.model: Any = imported("hear21passt.wrapper", "hear21passt").PasstBasicWrapper(mel, net).eval()
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram, timestamps and scene, as the submission has them."""
+        model = self.model
+        with default_dtype(audio.dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shorter clips, and of an older PyTorch's functions
+            yield "log-mel", model.mel(audio)[0].T
+            embedded = [model.get_timestamp_embeddings(audio, window_size=size)[0] for size in (5120, 20_480)]
+            embedded.append(model.get_timestamp_mels(audio, window_size=1920)[0])
+            yield "frames", torch.cat(embedded, dim=-1)[0]
+            yield "pooled", model.get_scene_embeddings(audio)[0]
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        torch.save(self.model.net.state_dict(), folder / "passt.pt")
+        return folder / "passt.pt"
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all: their authors' files are on no hub."""
+        refuse_file(source)
+
+
 def refuse_file(source: str) -> None:
     """Refuse to compare with a file that cannot be fetched by name.
 

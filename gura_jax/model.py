@@ -90,7 +90,7 @@ class Model:
         self.rates = fusion.rates
         self.sample_rate = static.system.sample_rate or self.rates[0]
         encoders = [e for m in fusion.members for e in (m.encoder, m.scene_encoder)]
-        windows = [samples_before(e.grid.window, self.sample_rate, e.sample_rate) for e in encoders]
+        windows = [samples_before(max(e.grid.window, e.shortest), self.sample_rate, e.sample_rate) for e in encoders]
         self.min_samples = max(min_samples(self.sample_rate), *windows)
         first = fusion.members[0].scene_encoder
         self._fixed_frames = COMBINATIONS[fusion.combination].fixed_frames(len(fusion.members))
@@ -443,7 +443,7 @@ class Model:
             out = jax.device_get(call(self._inputs(), *batch))
             return [[value[b, : counts[b]] for value, counts in out] for b in range(len(samples))]
 
-        shortest = samples_before(encoder.grid.window, self.sample_rate, rate)
+        shortest = samples_before(max(encoder.grid.window, encoder.shortest), self.sample_rate, rate)
         return self._batches(audio, compute, batch_size, shortest, (rate,))
 
     def _batches(

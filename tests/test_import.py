@@ -85,7 +85,7 @@ FLOORS = (
     (
         "convert.keys",
         *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "crepe")),
-        *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng", "panns")),
+        *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng", "panns", "passt")),
     ),
     ("models", "batching", "convert.sources"),
     ("fusion", "parallel", "checkpoint", "convert.references"),

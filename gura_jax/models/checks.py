@@ -151,7 +151,8 @@ def _is_count(value: object) -> bool:
 def _check_outputs(encoder: Encoder, where: str) -> None:
     """Run a small encoder on two clips alone and together, and compare."""
     grid = encoder.grid
-    lengths = [grid.window + n * grid.hop + grid.hop // 3 for n in _CHECKED_HOPS]
+    shortest = max(grid.window, encoder.shortest)
+    lengths = [shortest + n * grid.hop + grid.hop // 3 for n in _CHECKED_HOPS]
     rng = np.random.default_rng(0)
     clips = [(0.1 * rng.standard_normal(n)).astype(np.float32) for n in lengths]
     initial = initial_params(encoder, jax.random.key(0), where)
@@ -244,7 +245,7 @@ def check_traced(encoder: Encoder, params: Any, where: str) -> None:
         SystemConfigError: see above; or a call that JAX cannot trace.
     """
     B, D = 2, encoder.feature_size
-    samples = encoder.grid.window + max(_CHECKED_HOPS) * encoder.grid.hop
+    samples = max(encoder.grid.window, encoder.shortest) + max(_CHECKED_HOPS) * encoder.grid.hop
     shapes = jax.ShapeDtypeStruct((B, samples), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
     with _foreign(f"{where}: expected a call that JAX can trace"):
         out = jax.eval_shape(encoder, params, *shapes)

@@ -87,6 +87,7 @@ class Encoder(Protocol):
         feature_size: D, the size of a frame.
         grid: where its frames lie.
         num_states: hidden states that ``layers`` may choose from; 0: there is no choice.
+        shortest: samples that a clip needs, where these are more than the grid's window.
         least: samples that a shorter clip costs as much as, where clips are filled up to windows of a fixed length.
         pooled_size: P, the size of ``Output.pooled``; 0: it has none.
         parts: the names that :meth:`states` yields, in order.
@@ -98,6 +99,7 @@ class Encoder(Protocol):
     feature_size: int
     grid: FrameGrid
     num_states: int = 0
+    shortest: int = 0
     least: int = 0
     pooled_size: int = 0
     parts: tuple[str, ...] = ("frames",)

@@ -35,7 +35,7 @@ class Spectrogram:
         window: samples of a frame.
         fft: of the transform, at least as many; frames are filled up with zeros.
         hop: samples from one frame to the next.
-        taper: the window function: Hann's, periodic; or of Kaldi, whose frames each lose their mean and are
+        taper: the window function: Hann's, periodic or not; or of Kaldi, whose frames each lose their mean and are
             pre-emphasised.
         area: whether bands are divided by their width in Hz, as Slaney's.
         sample_rate: Hz.
@@ -48,14 +48,14 @@ class Spectrogram:
     window: int
     fft: int
     hop: int
-    taper: Literal["hann", "kaldi_hann", "kaldi_povey"] = "hann"
+    taper: Literal["hann", "hann_symmetric", "kaldi_hann", "kaldi_povey"] = "hann"
     area: bool = False
     sample_rate: int = 16_000
 
     @property
     def kaldi(self) -> bool:
         """Whether frames begin where the clip does; else they are centred, and the clip is reflected at its ends."""
-        return self.taper != "hann"
+        return self.taper.startswith("kaldi")
 
     @property
     def shortest(self) -> int:
@@ -102,7 +102,7 @@ class Spectrogram:
         if self.kaldi:
             hann = np.hanning(self.window)
             return (hann**0.85 if self.taper == "kaldi_povey" else hann).astype(np.float32)
-        hann = np.hanning(self.window + 1)[:-1]
+        hann = np.hanning(self.window) if self.taper == "hann_symmetric" else np.hanning(self.window + 1)[:-1]
         missing = self.fft - self.window
         return np.pad(hann, (missing // 2, missing - missing // 2)).astype(np.float32)
 

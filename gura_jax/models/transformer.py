@@ -207,6 +207,10 @@ class TransformerEncoder(ModuleEncoder):
         """The network with fresh weights."""
         return self.network_of(self.config.num_hidden_layers, rngs)
 
+    def without_blocks(self, params: Params) -> Any:
+        """The network with these weights, but for its blocks, inside a compiled function."""
+        return _without_blocks(self).merge(params)
+
     def inputs(self, network: Any, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the transformer takes, from audio [B, N]: x [B', T', D], and the mask [B', T'] of what counts in it."""
         raise NotImplementedError
@@ -224,10 +228,23 @@ class TransformerEncoder(ModuleEncoder):
         return self._embed(params, audio, lengths, noise)
 
     def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
-        network = _without_blocks(self).merge(params)
+        network = self.without_blocks(params)
         x, mask = self.inputs(network, audio, lengths)
         x, dropouts = (x, None) if noise is None else self._disturb(x, noise)
-        transformer: Transformer = network.encoder
+        return self.outputs(self.chosen_states(params, network.encoder, x, mask, dropouts), audio, lengths)
+
+    def chosen_states(
+        self, params: Params, transformer: Transformer, x: jax.Array, mask: jax.Array, dropouts: Dropout | None = None
+    ) -> jax.Array:
+        """The chosen states' sum [B, T, D], from what the transformer takes.
+
+        Args:
+            params: the encoder's.
+            transformer: without its blocks.
+            x: [B, T, D].
+            mask: [B, T], of what counts in it.
+            dropouts: of each block.
+        """
         x, shared = transformer.start(x, mask), transformer.shared(x.shape[1])
 
         def block(arguments: tuple[Params, Dropout | None], x: jax.Array) -> jax.Array:
@@ -236,8 +253,7 @@ class TransformerEncoder(ModuleEncoder):
 
         weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
         blocks = self.block_arguments(params, dropouts)
-        x = sum_of_states(self.options.rematerialise(block), x, blocks, weights, transformer.finish)
-        return self.outputs(x, audio, lengths)
+        return sum_of_states(self.options.rematerialise(block), x, blocks, weights, transformer.finish)
 
     def _disturb(self, x: jax.Array, noise: Noise) -> tuple[jax.Array, Dropout | None]:
         """Mask spans of [B', T', D]; and the dropout of each block."""
