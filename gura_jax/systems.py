@@ -205,6 +205,9 @@ _OTHERS = (
 )
 
 
+_POOLED = ("ast", "passt", "panns-cnn14")  # scenes are the encoder's own
+
+
 def base_name(name: str) -> str:
     """The name of a published system with Base-size speech encoders."""
     return name.removesuffix("_xlarge").removesuffix("_large") + "_base"
@@ -214,7 +217,7 @@ SYSTEMS: dict[str, System] = {
     **PUBLISHED,
     **_named(_base(system) for system in PUBLISHED.values() if system.name != "crepe"),
     **_named(itertools.chain.from_iterable(map(_alone, _OTHERS))),
-    "ast": System("ast", (Member("ast", scene="pooled"),)),
+    **_named(System(name.replace("-", "_"), (Member(name, scene="pooled"),)) for name in _POOLED),
     "fusion_ast": System("fusion_ast", (Member("ast", "mean"),)),
 }
 

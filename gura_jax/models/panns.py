@@ -84,6 +84,12 @@ class ConvBlock(nnx.Module):
         return x
 
 
+def _halved(x: jax.Array) -> jax.Array:
+    """Means of two by two: [B, T, M, C] -> [B, T // 2, M // 2, C]."""
+    B, T, M, C = x.shape
+    return x[:, : T // 2 * 2, : M // 2 * 2].reshape(B, T // 2, 2, M // 2, 2, C).mean(axis=(2, 4))
+
+
 class Cnn14(nnx.Module):
     """Six blocks, of which five halve the resolution, and the layer that makes an embedding of the clip."""
 
@@ -100,7 +106,7 @@ class Cnn14(nnx.Module):
             place = (start >> level) + jnp.arange(x.shape[1], dtype=jnp.int32)
             mask = (place >= 0)[None, :] & (place[None, :] < (counts >> level)[:, None])
             x = block(jnp.where(mask[:, :, None, None], x, 0.0), mask)
-            x = nnx.avg_pool(x, (2, 2), (2, 2)) if level < POOLS else x
+            x = _halved(x) if level < POOLS else x
         return x.mean(axis=2)
 
     def embedding(self, x: jax.Array, counts: jax.Array) -> jax.Array:
@@ -179,7 +185,7 @@ def _refuse(name: str, options: Options) -> None:
     if not isinstance(options.layers, str) or options.layers != "last":
         raise SystemConfigError(f"layers: {name} has one embedding, and no choice of layers; found {options.layers!r}")
     if options.hop is not None:
-        raise SystemConfigError(f"hop: {name} has one frame rate, and no choice")
+        raise SystemConfigError(f"hop: {name} has a frame every {HOP} samples, and no choice")
     if options.normalise:
         raise SystemConfigError(f"normalise: {name} normalises its spectrogram, and no clip")
 
