@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
+import math
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +24,7 @@ from gura_jax.loading import load_model, outline
 from gura_jax.model import Model
 from gura_jax.models.families import ENCODERS, find_preset, import_families
 from gura_jax.parallel import cache_compilations
-from gura_jax.systems import SYSTEMS, System, find_system
+from gura_jax.systems import SYSTEMS, System, find_system, group_of
 
 EXIT_FAILED = 1  # nothing, or not what was asked for, was done
 EXIT_SOME_INPUTS_FAILED = 3
@@ -99,23 +101,52 @@ def _parse_weights(values: Sequence[str] | None) -> Any:
 
 
 @app.command()
-def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show the systems: their members, sizes, and the checkpoints that they need."""
-    rows = [_system_row(system) for system in SYSTEMS.values()]
+def systems(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WORD...]",
+            help="Only those with these words in their name, group, members or licences: whisper, music, MIT.",
+        ),
+    ] = None,
+    converted: Annotated[bool, typer.Option("--converted", help="Only those whose checkpoints are all there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the systems: their sizes and members, and the checkpoints that they need."""
+    rows = [row for row in map(_system_row, SYSTEMS.values()) if _wanted(row, words or [], converted)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'system':26} {'Hz':>5} {'frame':>5} {'scene':>5}  members")
-    for row in rows:
-        members = f" {row['combination']} ".join(
-            m["encoder"] + (f" ({m['layers']})" if m["layers"] not in ("last", None) else "") for m in row["members"]
-        )
-        print(f"{row['name']:26} {row['sample_rate']:5} {row['frame_size']:5} {row['scene_size']:5}  {members}")
+    if not rows:
+        sought = " and ".join([*(words or []), *(["all its checkpoints"] if converted else [])])
+        raise SystemConfigError(f"no system has {sought}: 'gura-jax systems' shows all")
+    for group, own in itertools.groupby(rows, key=lambda row: row["group"]):
+        print(f"\n{group}\n  {'system':26} {'kHz':>4} {'frame':>5} {'scene':>5} {'weights':>8}  members")
+        for row in own:
+            members = f" {row['combination']} ".join(map(_member_text, row["members"]))
+            size = f"{row['parameters'] / 1e6:.0f} M" if row["parameters"] else ""
+            rate = f"{row['sample_rate'] / 1000:g}"
+            print(f"  {row['name']:26} {rate:>4} {row['frame_size']:5} {row['scene_size']:5} {size:>8}  {members}")
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
-    for name in ENCODERS:
+    named = {member["encoder"]: member for row in rows for member in row["members"] if member["encoder"] in ENCODERS}
+    others = {} if words or converted else {name: {"licence": find_preset(name).licence} for name in ENCODERS}
+    for name, member in (others | named).items():
         source = find_preset(name).source
         state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "convert a file"
-        print(f"  {name:16} {state}")
+        print(f"  {name:24} {state:42} {member['licence'] or 'licence not stated'}")
+
+
+def _wanted(row: Mapping[str, Any], words: Sequence[str], converted: bool) -> bool:
+    members = row["members"]
+    text = " ".join([row["name"], row["group"], *(f"{m['encoder']} {m['licence']}" for m in members)]).lower()
+    return all(word.lower() in text for word in words) and (not converted or all(m["converted"] for m in members))
+
+
+def _member_text(member: Mapping[str, Any]) -> str:
+    """Name, and what is not the default."""
+    told = [str(member["layers"])] if member["layers"] not in ("last", None) else []
+    told += ["pooled scenes"] if member["scene"] == "pooled" else []
+    return member["encoder"] + (f" ({', '.join(told)})" if told else "")
 
 
 def _have(encoder: str) -> bool:
@@ -127,6 +158,7 @@ def _system_row(system: System) -> dict[str, Any]:
     members = []
     for member, built in zip(system.members, model.fusion.members, strict=True):
         named = isinstance(member.encoder, str)
+        weights = built.encoder.abstract_params().values()
         members.append(
             {
                 "encoder": member.encoder if named else type(member.encoder).__qualname__,
@@ -134,16 +166,20 @@ def _system_row(system: System) -> dict[str, Any]:
                 "scene": member.scene,
                 "normalise": built.options.normalise,
                 "sample_rate": built.encoder.sample_rate,
+                "parameters": sum(math.prod(array.shape) for array in weights),
+                "licence": find_preset(str(member.encoder)).licence if member.encoder in ENCODERS else "",
                 "converted": _have(str(member.encoder)) if named else None,
             }
         )
     return {
         "name": system.name,
+        "group": group_of(system.name),
         "members": members,
         "combination": system.combination,
         "sample_rate": model.sample_rate,
         "frame_size": model.timestamp_embedding_size,
         "scene_size": model.scene_embedding_size,
+        "parameters": sum(member["parameters"] for member in members),
     }
 
 

@@ -184,42 +184,67 @@ def _alone(encoder: str) -> list[System]:
     return [System(name, (Member(encoder),)), System(f"fusion_{name}", (Member(encoder, "mean"),))]
 
 
-_OTHERS = (
-    "wavlm-base",
-    "wavlm-base-plus",
-    "wavlm-large",
-    "data2vec-audio-large",
-    "unispeech-sat-large",
-    "mert-95m",
-    "mert-330m",
-    "whisper-tiny",
-    "whisper-base",
-    "whisper-small",
-    "whisper-medium",
-    "whisper-large-v2",
-    "whisper-large-v3",
-    "beats",
-    "dasheng-base",
-    "dasheng-06b",
-    "dasheng-12b",
-)
-
-
-_POOLED = ("ast", "passt", "panns-cnn14")  # scenes are the encoder's own
-
-
 def base_name(name: str) -> str:
     """The name of a published system with Base-size speech encoders."""
     return name.removesuffix("_xlarge").removesuffix("_large") + "_base"
 
 
-SYSTEMS: dict[str, System] = {
-    **PUBLISHED,
-    **_named(_base(system) for system in PUBLISHED.values() if system.name != "crepe"),
-    **_named(itertools.chain.from_iterable(map(_alone, _OTHERS))),
-    **_named(System(name.replace("-", "_"), (Member(name, scene="pooled"),)) for name in _POOLED),
-    "fusion_ast": System("fusion_ast", (Member("ast", "mean"),)),
+def _both(*encoders: str) -> list[System]:
+    return list(itertools.chain.from_iterable(map(_alone, encoders)))
+
+
+def _pooled(*encoders: str) -> list[System]:
+    """Encoders whose scenes are their own embeddings of the clip."""
+    return [System(name.replace("-", "_"), (Member(name, scene="pooled"),)) for name in encoders]
+
+
+_WAVLM_MEAN, _BEATS_MEAN = Member("wavlm-large", "mean"), Member("beats", "mean")
+
+GROUPS: Mapping[str, Mapping[str, System]] = {
+    "the paper's": PUBLISHED,
+    "the paper's, with Base-size encoders": _named(
+        _base(system) for system in PUBLISHED.values() if system.name != "crepe"
+    ),
+    "the baselines of the paper's Table 2": _named(_pooled("passt", "panns-cnn14")),
+    "speech": _named(
+        _both(
+            "wavlm-base",
+            "wavlm-base-plus",
+            "wavlm-large",
+            "data2vec-audio-large",
+            "unispeech-sat-large",
+            "whisper-tiny",
+            "whisper-base",
+            "whisper-small",
+            "whisper-medium",
+            "whisper-large-v2",
+            "whisper-large-v3",
+        )
+    ),
+    "music": _named(_both("mert-95m", "mert-330m")),
+    "general audio": _named(
+        [
+            *_pooled("ast"),
+            System("fusion_ast", (Member("ast", "mean"),)),
+            *_both("beats", "dasheng-base", "dasheng-06b", "dasheng-12b"),
+        ]
+    ),
+    "of today's encoders; nobody has evaluated them yet": _named(
+        [
+            _interleaved("speech_wavlm_hubert", (_WAVLM_MEAN, _HUBERT_MEAN)),
+            _interleaved("music_mert_panns_crepe", (Member("mert-330m", "mean"), Member("panns-cnn14"), _CREPE)),
+            _interleaved("general_wavlm_beats_crepe", (_WAVLM_MEAN, _BEATS_MEAN, _CREPE)),
+        ]
+    ),
 }
+"""The named systems, by what they are for."""
+
+SYSTEMS: dict[str, System] = {name: system for group in GROUPS.values() for name, system in group.items()}
+
+
+def group_of(name: str) -> str:
+    """The group of a named system; those that were added by hand are "others"."""
+    return next((group for group, systems in GROUPS.items() if name in systems), "others")
 
 
 def find_system(system: "str | Path | System", layers: Layers | None = None) -> System:

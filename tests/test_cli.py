@@ -98,6 +98,13 @@ def test_systems(gura: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "run: gura-jax convert hubert-xlarge" in text
     assert not any(member["converted"] for member in rows["fusion_hubert_xlarge"]["members"])
     assert all(name in text for name in rows)
+    assert text.index("the paper's\n") < text.index("speech\n") < text.index("others\n") < text.index("checkpoints in")
+    assert rows["fusion_cat_xwc"]["parameters"] == sum(m["parameters"] for m in rows["fusion_cat_xwc"]["members"])
+    some = json.loads(gura("systems", "CREPE", "cc-by-nc", "--json").stdout)
+    assert [row["name"] for row in some] == ["music_mert_panns_crepe"]
+    found = gura("systems", "whisper", "base").stdout
+    assert "fusion_whisper_base" in found and "whisper_small" not in found and "whisper-small" not in found
+    assert "no system has whisper and all its checkpoints" in gura("systems", "whisper", "--converted", code=1).stderr
 
 
 def test_convert_then_embed(gura: Run, clip: Path, checkpoints: Path, tmp_path: Path) -> None:

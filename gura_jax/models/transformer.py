@@ -207,6 +207,15 @@ class TransformerEncoder(ModuleEncoder):
         """The network with fresh weights."""
         return self.network_of(self.config.num_hidden_layers, rngs)
 
+    def abstract_params(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every weight in a checkpoint, from one block: tracing all of them takes long."""
+        blocks = {
+            f"{self.blocks}.{i}.{name}": shape
+            for i in range(self.config.num_hidden_layers)
+            for name, shape in _block(self).abstract.items()
+        }
+        return _without_blocks(self).abstract | blocks
+
     def without_blocks(self, params: Params) -> Any:
         """The network with these weights, but for its blocks, inside a compiled function."""
         return _without_blocks(self).merge(params)
