@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import types
+import unittest.mock
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -557,6 +558,102 @@ class Passt(Reference):
     def check(cls, source: str) -> None:
         """Refuse all: their authors' files are on no hub."""
         refuse_file(source)
+
+
+class Byols(Reference):
+    """AudioNTT2020 and the embeddings of BYOL-S' submission, which is in no package: a twin of its code."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: list[torch.nn.Module] = []
+        for inputs in (1, config.channels, config.channels):
+            layers += [torch.nn.Conv2d(inputs, config.channels, 3, padding=1), torch.nn.BatchNorm2d(config.channels)]
+            layers += [torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+        self.features = torch.nn.Sequential(*layers)
+        size = config.hidden_size
+        hidden, last = torch.nn.Linear(8 * config.channels, size), torch.nn.Linear(size, size)
+        self.fc = torch.nn.Sequential(hidden, torch.nn.ReLU(), torch.nn.Dropout(0.3), last, torch.nn.ReLU())
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The clip's spectrogram, timestamps and scene, for a clip by itself."""
+        kind = imported("torchaudio.transforms", "").MelSpectrogram
+        with default_dtype(audio.dtype):
+            to_mel = kind(16_000, n_fft=1024, win_length=400, hop_length=160, n_mels=64, f_min=60, f_max=7800)
+        mel = (to_mel(audio) + torch.finfo(torch.float32).eps).log()
+        mel = (mel - mel.mean()) / mel.std()
+        yield "log-mel", mel[0].T
+        windows = torch.nn.functional.pad(audio, (8000, 8000)).unfold(1, 16_000, hop)[0]
+        mels = (to_mel(windows) + torch.finfo(torch.float32).eps).log()
+        mels = (mels - mels.mean() / len(mels)) / (mels.std() / len(mels))
+        yield "frames", self._embed(mels)
+        yield "pooled", self._embed(mel)[0]
+
+    def _embed(self, mel: torch.Tensor) -> torch.Tensor:
+        """[B, M, F] -> [B, D]."""
+        x = self.features(mel[:, None]).permute(0, 3, 2, 1).flatten(2)
+        x = self.fc(x)
+        return x.mean(dim=1) + x.amax(dim=1)
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        torch.save(self.state_dict(), folder / "byols.pth")
+        return folder / "byols.pth"
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all: their authors' files are on no hub."""
+        refuse_file(source)
+
+
+class EfficientNet(Reference):
+    """The package ``efficientnet_pytorch``, and the embeddings of ``efficient_latent``, which is in no package."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        package = imported("efficientnet_pytorch", "efficientnet-pytorch")
+        stages, shared = package.utils.get_model_params("efficientnet-b2", {"include_top": False})
+        shared = shared._replace(width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=1)
+        stem, *sizes, head = config.sizes
+        inputs = [stem, *sizes]
+        stages = [
+            stage._replace(num_repeat=number, input_filters=inputs[i], output_filters=sizes[i])
+            for i, (stage, number) in enumerate(zip(stages, config.blocks, strict=True))
+        ]
+        with unittest.mock.patch.object(package.model, "round_filters", lambda size, _: _rounded(size, stem, head)):
+            self.model: Any = package.EfficientNet(stages, shared).eval()
+            self.model._change_in_channels(1)
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram in dB, the network's output, both embeddings."""
+        transforms = imported("torchaudio.transforms", "")
+        with default_dtype(audio.dtype):
+            mel = transforms.MelSpectrogram(16_000, 512, 512, 160, f_min=0.0, n_mels=64)(audio)
+        mel = transforms.AmplitudeToDB(top_db=120)(mel)
+        yield "log-mel", mel[0].T
+        segments = self.model.extract_features(mel[:, None])[0].mean(dim=1).T
+        yield "segments", segments
+        frames, number = segments.repeat_interleave(32, dim=0), mel.shape[2]
+        first = max(0, len(frames) // 2 - number // 2)
+        frames = torch.cat([frames, frames[-1:].expand(max(0, number - len(frames)), -1)])
+        yield "frames", frames[first : first + number]
+        yield "pooled", segments.mean(dim=0)
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        torch.save(self.model.state_dict(), folder / "effb2.pt")
+        return folder / "effb2.pt"
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all: their authors' files are on no hub."""
+        refuse_file(source)
+
+
+def _rounded(size: int, stem: int, head: int) -> int:
+    """What the package's own sizes of stem and head become; the others stay."""
+    return {32: stem, 1280: head}.get(size, size)
 
 
 def refuse_file(source: str) -> None:

@@ -36,6 +36,7 @@ def module(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
+@pytest.mark.slow
 def test_the_suite_runs_without_audio_libraries(tmp_path: Path) -> None:
     for name in NOT_CORE:
         (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)\n")

@@ -85,7 +85,8 @@ FLOORS = (
     (
         "convert.keys",
         *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "crepe")),
-        *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng", "panns", "passt")),
+        *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng")),
+        *(f"convert.{name}" for name in ("panns", "passt", "byols", "efficientnet")),
     ),
     ("models", "batching", "convert.sources"),
     ("fusion", "parallel", "checkpoint", "convert.references"),

@@ -90,6 +90,7 @@ def workers() -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_one_process(cluster: str, clips: Path, whole: Path, tmp_path: Path) -> None:
     result = gura(clips, "--out", tmp_path / "out", "--engine", "ray", "--address", cluster)
     assert contents(tmp_path / "out") == contents(whole)

@@ -108,12 +108,21 @@ VARIANTS: Mapping[str, Any] = {
     "beats": tiny("beats"),
     "panns": tiny("panns-cnn14"),
     "passt": tiny("passt"),
+    "byol-s": tiny("byol-s"),
+    "efficientnet": tiny("efficientnet-b2"),
     "beats, no deep norm": tiny("beats", deep_norm=False, patch_embed_dim=32, num_buckets=16, max_bucket_distance=20),
 }
 CLIPS = [speech(n, n) for n in (37_000, 16_000, 11_001)]  # of 2.3 s, which is several windows of the first three
 variants = pytest.mark.parametrize("variant", VARIANTS)
-FAMILY_OF = ("whisper", "ast", "dasheng", "beats", "panns", "passt")
-each_family = pytest.mark.parametrize("variant", FAMILY_OF)
+BASELINES = ("panns", "passt", "byol-s", "efficientnet")
+SLOW = ("passt", "efficientnet")  # to compile
+each_family = pytest.mark.parametrize(
+    "variant",
+    [
+        *("whisper", "ast", "dasheng", "beats", "panns", "byol-s"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+    ],
+)
 
 
 @functools.cache
@@ -128,8 +137,8 @@ def made(variant: str) -> tuple[Reference, Mapping[str, np.ndarray]]:
 
 
 def built(variant: str, layers: Any = "last", **options: Any) -> Encoder:
-    """PANNs and PaSST have no choice of layers."""
-    return build_encoder(VARIANTS[variant], Options("last" if variant in ("panns", "passt") else layers, **options))
+    """The baselines have no choice of layers."""
+    return build_encoder(VARIANTS[variant], Options("last" if variant in BASELINES else layers, **options))
 
 
 def reference_parts(reference: Reference, clip: np.ndarray, dtype: torch.dtype) -> dict[str, np.ndarray]:
@@ -197,7 +206,7 @@ def test_gradients_and_noise(variant: str) -> None:
     (value, gradient), disturbed = precise_jit(
         lambda params: (jax.value_and_grad(total)(params, None), total(params, noise))
     )(held)
-    assert (abs(disturbed - value) > 1e-3 * abs(value)) == (variant not in ("panns", "passt"))
+    assert (abs(disturbed - value) > 1e-3 * abs(value)) == (variant not in BASELINES)
     for name, by in gradient.items():
         assert np.isfinite(by).all(), name
         # Softmax is blind to a bias of all keys; the norm's statistics are constants in training as well.
@@ -241,7 +250,8 @@ def test_short_clips_cost_a_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "samples"), [("ast", 2799), ("beats", 2799), ("dasheng_base", 479), ("passt", 10_240)]
+    ("name", "samples"),
+    [("ast", 2799), ("beats", 2799), ("dasheng_base", 479), ("passt", 10_240), ("byol_s", 1119)],
 )
 def test_clips_shorter_than_a_patch(name: str, samples: int) -> None:
     model = load_model(name, weights="random", size="tiny")
@@ -251,7 +261,7 @@ def test_clips_shorter_than_a_patch(name: str, samples: int) -> None:
     assert np.isfinite(scene).all()
 
 
-@pytest.mark.parametrize("name", ["panns-cnn14", "passt"])
+@pytest.mark.parametrize("name", ["panns-cnn14", "passt", "byol-s", "efficientnet-b2"])
 def test_embeddings_without_layers(name: str) -> None:
     with refuses(SystemConfigError, "layers:", "found 'mean'"):
         build_encoder(ENCODERS[name].config, Options("mean"))
@@ -269,7 +279,7 @@ def test_passt_beyond_ten_seconds() -> None:
         assert relative(out.frames[b, : out.counts[b]], single["frames"]) < PARITY_BOUND
 
 
-@pytest.mark.parametrize("name", ["whisper-base", "ast", "beats", "dasheng-base", "panns-cnn14", "passt"])
+@pytest.mark.parametrize("name", ["whisper-base", "ast", "beats", "dasheng-base", "panns-cnn14", "passt", "byol-s"])
 def test_options_that_they_do_not_have(name: str) -> None:
     with refuses(SystemConfigError, "normalise:", "normalises its spectrogram"):
         outline(System("n", (Member(name, normalise=True),)))

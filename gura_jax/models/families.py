@@ -11,10 +11,12 @@ import jax
 from gura_jax.errors import SystemConfigError, expected
 from gura_jax.models.ast import AST_FAMILY
 from gura_jax.models.beats import BEATS
+from gura_jax.models.byols import BYOLS
 from gura_jax.models.checks import check_family, check_row, config_of
 from gura_jax.models.crepe import CREPE
 from gura_jax.models.dasheng import DASHENG
 from gura_jax.models.data2vec import DATA2VEC
+from gura_jax.models.efficientnet import EFFICIENTNET
 from gura_jax.models.encoder import Encoder, Family, Options, Preset
 from gura_jax.models.mert import MERT
 from gura_jax.models.panns import PANNS
@@ -24,7 +26,7 @@ from gura_jax.models.wavlm import WAVLM
 from gura_jax.models.whisper import WHISPER
 
 _WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT)
-_SPECTROGRAMS = (WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS)
+_SPECTROGRAMS = (WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS, BYOLS, EFFICIENTNET)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_WAVES, *_SPECTROGRAMS, CREPE)}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 

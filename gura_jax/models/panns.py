@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gura_jax.convert.panns import KEYS
-from gura_jax.errors import SystemConfigError
-from gura_jax.models.attention import even_blocks
 from gura_jax.models.config import EncoderConfig
+from gura_jax.models.convnets import batch_norm, loudest, over_columns, places_within, refuse_options, within
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -62,11 +61,6 @@ class PannsConfig(EncoderConfig):
         return dataclasses.replace(self, channels=(4, 6, 8, 8, 12, 16))
 
 
-def batch_norm(size: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """With the statistics of training, in float32."""
-    return nnx.BatchNorm(size, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs)
-
-
 class ConvBlock(nnx.Module):
     """Two convolutions, each with batch norm and ReLU."""
 
@@ -75,12 +69,12 @@ class ConvBlock(nnx.Module):
             nnx.Conv(inputs, size, (3, 3), use_bias=False, dtype=options.compute_dtype, rngs=rngs)
             for inputs in (in_size, size)
         )
-        self.bn1, self.bn2 = batch_norm(size, rngs), batch_norm(size, rngs)
+        self.bn1, self.bn2 = batch_norm(size, BATCH_NORM_EPS, rngs), batch_norm(size, BATCH_NORM_EPS, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, T, M, C], [B, T] -> [B, T, M, C']; zero where the mask is false, as if the clip ended there."""
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
-            x = jnp.where(mask[:, :, None, None], jax.nn.relu(norm(conv(x))), 0.0)
+            x = within(jax.nn.relu(norm(conv(x))), mask)
         return x
 
 
@@ -95,7 +89,7 @@ class Cnn14(nnx.Module):
 
     def __init__(self, config: PannsConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         sizes = (1, *config.channels)
-        self.bn0 = batch_norm(MELS, rngs)
+        self.bn0 = batch_norm(MELS, BATCH_NORM_EPS, rngs)
         self.blocks = nnx.List(ConvBlock(a, b, options, rngs=rngs) for a, b in itertools.pairwise(sizes))
         self.fc1 = nnx.Linear(sizes[-1], sizes[-1], dtype=options.compute_dtype, rngs=rngs)
 
@@ -103,17 +97,15 @@ class Cnn14(nnx.Module):
         """Columns from ``start`` on, which may be before the clip: [B, W, M] -> [B, W // 32, D]."""
         x = self.bn0(mel)[..., None]
         for level, block in enumerate(self.blocks):
-            place = (start >> level) + jnp.arange(x.shape[1], dtype=jnp.int32)
-            mask = (place >= 0)[None, :] & (place[None, :] < (counts >> level)[:, None])
-            x = block(jnp.where(mask[:, :, None, None], x, 0.0), mask)
+            mask = places_within(start >> level, x.shape[1], counts >> level)
+            x = block(within(x, mask), mask)
             x = _halved(x) if level < POOLS else x
         return x.mean(axis=2)
 
     def embedding(self, x: jax.Array, counts: jax.Array) -> jax.Array:
         """Of a clip, from its segments: [B, T, D], [B] -> [B, D]."""
-        mask = frame_mask(counts, x.shape[1])
-        loudest = jnp.where(mask[:, :, None], x, -jnp.inf).max(axis=1)
-        return jax.nn.relu(self.fc1(loudest + masked_mean(x, mask)).astype(jnp.float32))
+        mean = masked_mean(x, frame_mask(counts, x.shape[1]))
+        return jax.nn.relu(self.fc1(loudest(x, counts) + mean).astype(jnp.float32))
 
 
 class PannsEncoder(ModuleEncoder):
@@ -123,7 +115,7 @@ class PannsEncoder(ModuleEncoder):
 
     def __init__(self, config: PannsConfig, options: Options) -> None:
         super().__init__(config, options)
-        _refuse(config.model_type, options)
+        refuse_options(config.model_type, options, HOP)
         self.sample_rate, self.grid, self.least = SAMPLE_RATE, FrameGrid(HOP, 0.0, 0), SHORTEST
         self.feature_size = self.pooled_size = config.channels[-1]
         self.parts = ("log-mel", "segments", "frames")
@@ -159,35 +151,14 @@ class PannsEncoder(ModuleEncoder):
 
     def _segments(self, network: Cnn14, mel: jax.Array, counts: jax.Array) -> jax.Array:
         """[B, F, M] -> [B, F // 32, D], in blocks of columns that see what is around them."""
-        (B, F, _), T = mel.shape, mel.shape[1] // STRIDE
-        blocks, size = even_blocks(T, max(1, self.options.platform.spectra // (STRIDE * B)))
-        width = size * STRIDE + 2 * HALO
-        mel = jnp.pad(mel, ((0, 0), (HALO, max(0, blocks * size * STRIDE + HALO - F)), (0, 0)))
-
-        def block(start: jax.Array) -> jax.Array:
-            some = jax.lax.dynamic_slice_in_dim(mel, start, width, axis=1)
-            edge = HALO // STRIDE
-            return network.segments(some, start - HALO, counts)[:, edge : edge + size]
-
-        starts = size * STRIDE * jnp.arange(blocks, dtype=jnp.int32)
-        x = jax.lax.map(self.options.rematerialise(block), starts)  # [blocks, B, size, D]
-        return x.swapaxes(0, 1).reshape(B, blocks * size, -1)[:, :T]
+        block = self.options.rematerialise(lambda some, start: network.segments(some, start, counts))
+        return over_columns(block, mel, STRIDE, HALO, self.options.platform.spectra)
 
     def _frames(self, segments: jax.Array, columns: jax.Array, number: int) -> jax.Array:
         """Each segment for each of its columns, the last one for those that are left: [B, number, D]."""
         index = jnp.arange(number, dtype=jnp.int32)[None, :] // STRIDE
         index = jnp.minimum(index, jnp.maximum(columns // STRIDE, 1)[:, None] - 1)
         return jnp.take_along_axis(segments, index[:, :, None], axis=1, mode="clip")
-
-
-def _refuse(name: str, options: Options) -> None:
-    """Options that an encoder without layers does not have."""
-    if not isinstance(options.layers, str) or options.layers != "last":
-        raise SystemConfigError(f"layers: {name} has one embedding, and no choice of layers; found {options.layers!r}")
-    if options.hop is not None:
-        raise SystemConfigError(f"hop: {name} has a frame every {HOP} samples, and no choice")
-    if options.normalise:
-        raise SystemConfigError(f"normalise: {name} normalises its spectrogram, and no clip")
 
 
 PANNS = Family(

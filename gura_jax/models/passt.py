@@ -163,7 +163,7 @@ class PasstEncoder(TransformerEncoder):
 
         add = self.options.rematerialise(add)
         total, _ = jax.lax.scan(add, jnp.zeros_like(whole), jnp.arange(number, dtype=jnp.int32))
-        return jnp.where((lengths <= LONGEST)[:, None], whole, total / counts[:, None])
+        return jnp.where((lengths <= LONGEST)[:, None], whole, total / counts[:, None].astype(jnp.float32))
 
     def _frames(self, params: Params, audio: jax.Array, lengths: jax.Array) -> jax.Array:
         """[B, N], [B] -> [B, T, D], some timestamps at a time."""

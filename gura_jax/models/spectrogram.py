@@ -84,6 +84,7 @@ class Spectrogram:
         taper, filters = self._taper(), by_factors(mel_filters(self), self.fft)
         num_frames = self.count(N)
 
+        @jax.named_scope("spectrogram")
         def some(samples: jax.Array, start: jax.Array) -> jax.Array:
             frames = (samples.shape[1] - width) // self.hop + 1
             index = np.arange(frames, dtype=np.int32)[:, None] * self.hop + np.arange(width, dtype=np.int32)[None, :]

@@ -1,0 +1,74 @@
+"""What encoders made of two-dimensional convolutions share: masks, blocks of columns, options that they do not have."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gura_jax.errors import SystemConfigError
+from gura_jax.models.attention import even_blocks
+from gura_jax.models.encoder import Options, frame_mask
+
+
+def batch_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """With the statistics of training, in float32."""
+    return nnx.BatchNorm(size, use_running_average=True, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+
+
+def refuse_options(name: str, options: Options, hop: int) -> None:
+    """Refuse those that an encoder of a spectrogram without layers does not have.
+
+    Raises:
+        SystemConfigError: a choice of layers, another hop, or normalised input.
+    """
+    if not isinstance(options.layers, str) or options.layers != "last":
+        raise SystemConfigError(f"layers: {name} has one embedding, and no choice of layers; found {options.layers!r}")
+    if options.hop is not None:
+        raise SystemConfigError(f"hop: {name} has a frame every {hop} samples, and no choice")
+    if options.normalise:
+        raise SystemConfigError(f"normalise: {name} normalises its spectrogram, and no clip")
+
+
+def within(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, T, M, C], [B, T] -> [B, T, M, C], zero where the mask is false, as if the clip ended there."""
+    return jnp.where(mask[:, :, None, None], x, 0.0)
+
+
+def over_columns(
+    function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, stride: int, halo: int, size: int
+) -> jax.Array:
+    """Call a function of a spectrogram's columns in blocks that see what is around them.
+
+    Args:
+        function: (columns [B, W, M], place of the first, which may be before the clip) -> [B, W // stride, D].
+        x: [B, F, M].
+        stride: columns of a result.
+        halo: columns that a result sees before and after its own, at most; a multiple of ``stride``.
+        size: columns in a block, about, those of all clips together.
+
+    Returns:
+        [B, F // stride, D].
+    """
+    (B, F, _), total = x.shape, x.shape[1] // stride
+    blocks, results = even_blocks(total, max(1, size // (stride * B)))
+    x = jnp.pad(x, ((0, 0), (halo, max(0, blocks * results * stride + halo - F)), (0, 0)))
+
+    def block(start: jax.Array) -> jax.Array:
+        some = jax.lax.dynamic_slice_in_dim(x, start, results * stride + 2 * halo, axis=1)
+        return function(some, start - halo)[:, halo // stride : halo // stride + results]
+
+    out = jax.lax.map(block, results * stride * jnp.arange(blocks, dtype=jnp.int32))  # [blocks, B, results, D]
+    return out.swapaxes(0, 1).reshape(B, blocks * results, -1)[:, :total]
+
+
+def places_within(start: jax.Array, number: int, counts: jax.Array) -> jax.Array:
+    """Which of so many places from ``start`` on are in each clip: [], [B] -> [B, number]."""
+    place = start + jnp.arange(number, dtype=jnp.int32)
+    return (place >= 0)[None, :] & (place[None, :] < counts[:, None])
+
+
+def loudest(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Maximum over each clip's frames: [B, T, D], [B] -> [B, D]; of no frames, zero."""
+    highest = jnp.where(frame_mask(counts, x.shape[1])[:, :, None], x, -jnp.inf).max(axis=1)
+    return jnp.where((counts > 0)[:, None], highest, 0.0)
