@@ -41,6 +41,7 @@ NOT_COMPARED = (
     "panns_cnn14",
     "byol_s",
     "efficientnet_b2",
+    "wav2clip",
 )
 SAME_PROGRAM = 1e-6  # relative, float32: jit and pmap differ in rounding alone
 WARM_UP = 2  # calls after the first that are not timed

@@ -543,9 +543,10 @@ class Passt(Reference):
         with default_dtype(audio.dtype), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shorter clips, and of an older PyTorch's functions
             yield "log-mel", model.mel(audio)[0].T
-            embedded = [model.get_timestamp_embeddings(audio, window_size=size)[0] for size in (5120, 20_480)]
-            embedded.append(model.get_timestamp_mels(audio, window_size=1920)[0])
-            yield "frames", torch.cat(embedded, dim=-1)[0]
+            if audio.shape[1] > 10_240:  # shorter ones cannot be reflected by as much
+                embedded = [model.get_timestamp_embeddings(audio, window_size=size)[0] for size in (5120, 20_480)]
+                embedded.append(model.get_timestamp_mels(audio, window_size=1920)[0])
+                yield "frames", torch.cat(embedded, dim=-1)[0]
             yield "pooled", model.get_scene_embeddings(audio)[0]
 
     def save(self, folder: Path) -> Path:
@@ -654,6 +655,48 @@ class EfficientNet(Reference):
 def _rounded(size: int, stem: int, head: int) -> int:
     """What the package's own sizes of stem and head become; the others stay."""
     return {32: stem, 1280: head}.get(size, size)
+
+
+class Wav2Clip(Reference):
+    """The package ``wav2clip``, and the windows of its HEAR submission."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        models = imported("wav2clip.model.encoder", "wav2clip librosa")
+        self.model: Any = models.ResNetExtractor(scenario="supervise")
+        blocks = imported("wav2clip.model.resnet", "wav2clip librosa")
+        encoder = self.model.encoder
+        first, *_ = config.channels
+        encoder.conv1, encoder.bn1 = torch.nn.Conv2d(1, first, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(first)
+        encoder.inplanes = first
+        for i, size in enumerate(config.channels):
+            setattr(encoder, f"layer{i + 1}", encoder._make_layer(blocks.BasicBlock, size, 2, stride=1 + (i > 0)))
+        self.model.transform = models.MLPLayers([config.channels[-1], config.hidden_size, config.embedding_size])
+        self.model.eval()
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The clip's spectrogram, the windows that follow each timestamp, and the scene."""
+        spectrogram = imported("torchaudio.transforms", "").Spectrogram
+        with default_dtype(audio.dtype):
+            self.model.encoder.spectrogram = spectrogram(n_fft=512, hop_length=353)
+        x = (self.model.encoder.spectrogram(audio) + 1e-7).log()
+        yield "spectrogram", ((x - x.mean()) / (x.std() + 1e-9))[0].T
+        windows = audio.unfold(1, 16_000, hop)[0] if audio.shape[1] >= 16_000 else audio.new_zeros(0, 16_000)
+        yield "frames", self.model(windows) if len(windows) else audio.new_zeros(0, self.config.embedding_size)
+        yield "pooled", self.model(audio)[0]
+
+    def save(self, folder: Path) -> Path:
+        """As the authors do."""
+        folder.mkdir(parents=True)
+        parts = {"audio_encoder": self.model.encoder, "audio_transform": self.model.transform}
+        state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        torch.save(state, folder / "wav2clip.pt")
+        return folder / "wav2clip.pt"
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all: their authors' files are on no hub."""
+        refuse_file(source)
 
 
 def refuse_file(source: str) -> None:

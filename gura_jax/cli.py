@@ -658,7 +658,7 @@ def parity(
     model = outline(system, size=size)
     rate = model.sample_rate
     clip = load_audio(audio, sample_rate=rate) if audio else parity_module.synthetic_clip(sample_rate=rate)
-    clips = [clip, clip[: max(model.min_scene_samples, len(clip) * 3 // 5)]]
+    clips = [clip, clip[: max(model.shortest(frames=True, scenes=True), len(clip) * 3 // 5)]]
     start = time.perf_counter()
     rows = []
     if not as_json:

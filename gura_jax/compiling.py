@@ -255,7 +255,7 @@ def compile_report(program: Program, clips: int, seconds: float) -> Report:
         TargetError: the compiler fails.
     """
     model, memory = program.model, program.target.device.memory
-    shortest = model.min_scene_samples / model.sample_rate
+    shortest = model.shortest(frames=True, scenes=True) / model.sample_rate
     if not shortest <= seconds <= MAX_SECONDS:
         raise AudioError(
             f"expected clips of {shortest:g} to {MAX_SECONDS:g} s for {model.system.name}, found {seconds:g} s"

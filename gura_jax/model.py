@@ -89,21 +89,34 @@ class Model:
         fusion = static.fusion
         self.rates = fusion.rates
         self.sample_rate = static.system.sample_rate or self.rates[0]
-        encoders = [e for m in fusion.members for e in (m.encoder, m.scene_encoder)]
-        windows = [samples_before(max(e.grid.window, e.shortest), self.sample_rate, e.sample_rate) for e in encoders]
-        self.min_samples = max(min_samples(self.sample_rate), *windows)
+        self.min_samples = max(self._shortest(m, pooled=False) for m in fusion.members)
         first = fusion.members[0].scene_encoder
         self._fixed_frames = COMBINATIONS[fusion.combination].fixed_frames(len(fusion.members))
         # With a fixed number of frames, every clip has enough for the groups.
         groups = 0 if self._fixed_frames is not None else fusion.scene_groups - 1
         enough = samples_before(first.grid.window + groups * first.grid.hop, self.sample_rate, first.sample_rate)
-        self.min_scene_samples = max(self.min_samples, enough)
+        needed = [self._shortest(m, pooled=m.scene == "pooled") for m in fusion.members]
+        self.min_scene_samples = max(*needed, enough if groups else 0)
+        encoders = [e for m in fusion.members for e in (m.encoder, m.scene_encoder)]
         self.least = max(samples_before(e.least, self.sample_rate, e.sample_rate) for e in encoders)
         frame_sizes = [m.encoder.feature_size for m in fusion.members]
         scene_sizes = [m.encoder.pooled_size if m.scene == "pooled" else m.encoder.feature_size for m in fusion.members]
         self.timestamp_embedding_size = fused_size(frame_sizes, fusion.combination, fusion.feature_size)
         scene_size = fused_size(scene_sizes, fusion.combination, fusion.feature_size)
         self.scene_embedding_size = fusion.scene_groups * scene_size
+
+    def _shortest(self, member: FusedMember, *, pooled: bool) -> int:
+        """Samples that a member needs for a frame, or for its embedding of the clip."""
+        needed = [min_samples(self.sample_rate)]
+        for encoder in (member.encoder, member.scene_encoder):
+            own = encoder.shortest_pooled if pooled else None
+            own = max(encoder.grid.window, encoder.shortest) if own is None else own
+            needed.append(samples_before(own, self.sample_rate, encoder.sample_rate))
+        return max(needed)
+
+    def shortest(self, *, frames: bool, scenes: bool) -> int:
+        """Samples that a clip needs for what is asked for."""
+        return max(self.min_samples if frames else 0, self.min_scene_samples if scenes else 0)
 
     def tree_flatten(self) -> tuple[tuple[Any], _Static]:
         """The weights, and the rest."""
@@ -247,7 +260,7 @@ class Model:
                 for b, n in enumerate(samples)
             ]
 
-        shortest = self.min_scene_samples if scenes else self.min_samples
+        shortest = self.shortest(frames=frames, scenes=scenes)
         return self._batches(audio, compute, batch_size, shortest, self.rates)
 
     def timestamp_embeddings(self, audio: Audio, *, batch_size: int = BATCH_SIZE) -> tuple[Any, Any]:

@@ -205,7 +205,9 @@ GROUPS: Mapping[str, Mapping[str, System]] = {
     "the paper's, with Base-size encoders": _named(
         _base(system) for system in PUBLISHED.values() if system.name != "crepe"
     ),
-    "the baselines of the paper's Table 2": _named(_pooled("passt", "panns-cnn14", "byol-s", "efficientnet-b2")),
+    "the baselines of the paper's Table 2": _named(
+        _pooled("passt", "panns-cnn14", "wav2clip", "byol-s", "efficientnet-b2")
+    ),
     "speech": _named(
         _both(
             "wavlm-base",

@@ -86,7 +86,7 @@ FLOORS = (
         "convert.keys",
         *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "crepe")),
         *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng")),
-        *(f"convert.{name}" for name in ("panns", "passt", "byols", "efficientnet")),
+        *(f"convert.{name}" for name in ("panns", "passt", "byols", "efficientnet", "wav2clip")),
     ),
     ("models", "batching", "convert.sources"),
     ("fusion", "parallel", "checkpoint", "convert.references"),

@@ -284,11 +284,12 @@ class _Computation:
         self.run, self.number, self.batch, self.clips = run, number, batch, clips
         self.long: list[int] = []  # clips longer than their headers said: each is computed by itself
         rows: list[np.ndarray | None] = [None] * len(clips)
+        shortest = run.model.shortest(frames=run.settings.timestamps, scenes=True)
         for row, clip in enumerate(clips):
             if isinstance(clip, AudioError):
                 continue
-            if len(clip) < run.model.min_scene_samples:
-                clips[row] = AudioError(too_short(run.model, len(clip)))
+            if len(clip) < shortest:
+                clips[row] = AudioError(too_short(run.model, len(clip), shortest))
             elif len(clip) > batch.samples:
                 self.long.append(row)
             else:

@@ -78,11 +78,12 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
     # Of a file that will be cut into windows, the length does not matter.
     longest = float("inf") if settings.window else settings.max_duration
     found = probe([Clip(*row) for row in clip_rows(clips)], model.sample_rate, longest)
+    shortest = model.shortest(frames=settings.timestamps, scenes=True)
     if settings.window is not None:
-        clips, found = _cut(model, clips, found, settings.window)
+        clips, found = _cut(model, clips, found, settings.window, shortest / model.sample_rate)
     for i, samples in enumerate(found):
-        if isinstance(samples, int) and samples < model.min_scene_samples:
-            found[i] = too_short(model, samples)
+        if isinstance(samples, int) and samples < shortest:
+            found[i] = too_short(model, samples, shortest)
     lengths = np.array([samples if isinstance(samples, int) else 0 for samples in found], np.int64)
     numbers = model.scene_embedding_size + np.zeros(len(lengths), np.int64)
     if settings.timestamps:
@@ -106,10 +107,10 @@ def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None]]:
     return zip(*(clips[name].to_pylist() for name in ("path", "offset", "duration")), strict=True)
 
 
-def too_short(model: Model, samples: int) -> str:
-    """Return the reason why a clip of so many samples is refused."""
+def too_short(model: Model, samples: int, shortest: int) -> str:
+    """Return the reason why a clip of so many samples is refused, where more are needed."""
     return (
-        f"expected at least {model.min_scene_samples} samples at {kilohertz(model.sample_rate)} for "
+        f"expected at least {shortest} samples at {kilohertz(model.sample_rate)} for "
         f"{model.system.name}, found {samples}"
     )
 
@@ -133,13 +134,15 @@ def windows(offset: float, duration: float, window: float, shortest: float) -> I
         yield offset + start, (window if i < count - 1 else duration - start)
 
 
-def _cut(model: Model, clips: "pa.Table", found: list[int | str], window: float) -> tuple["pa.Table", list[int | str]]:
+def _cut(
+    model: Model, clips: "pa.Table", found: list[int | str], window: float, shortest: float
+) -> tuple["pa.Table", list[int | str]]:
     """Replace longer clips by windows: of id ``ID#NUMBER``, with the clip's id in the column ``source``."""
     import pyarrow as pa
 
     if "source" in clips.column_names:
         raise InputError("expected a manifest without the column source, which --window writes: rename it")
-    rate, shortest = model.sample_rate, model.min_scene_samples / model.sample_rate
+    rate = model.sample_rate
     keep: list[int] = []
     lengths: list[int | str] = []
     ids, offsets, durations = [], [], []

@@ -66,10 +66,11 @@ def load(task: Task, model: Model, fold: Fold, batch_size: int) -> Data:
         files = [(name, file) for name in names for file in task.clips[name]]
         clips = tuple(where[task.clip_id(name, file)] for name, file in files)
         found = probe(clips, model.sample_rate, MAX_SECONDS)
+        shortest = model.shortest(frames=True, scenes=True)
         wrong = [
-            f"{decoded(clip.path)}: {samples if isinstance(samples, str) else too_short(model, samples)}"
+            f"{decoded(clip.path)}: {samples if isinstance(samples, str) else too_short(model, samples, shortest)}"
             for clip, samples in zip(clips, found, strict=True)
-            if isinstance(samples, str) or samples < model.min_scene_samples
+            if isinstance(samples, str) or samples < shortest
         ]
         if wrong:
             raise InputError(

@@ -17,7 +17,16 @@ from flax import nnx
 from gura_jax.convert.byols import KEYS
 from gura_jax.models.attention import even_blocks
 from gura_jax.models.config import EncoderConfig
-from gura_jax.models.convnets import batch_norm, loudest, over_columns, places_within, refuse_options, within
+from gura_jax.models.convnets import (
+    batch_norm,
+    combined_moments,
+    loudest,
+    moments,
+    over_columns,
+    places_within,
+    refuse_options,
+    within,
+)
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -119,7 +128,7 @@ class ByolsEncoder(ModuleEncoder):
         """[B, F, M], of zero mean and unit deviation over each clip."""
         x = self._logarithm(audio, lengths)
         mask = frame_mask(1 + lengths // COLUMN_HOP, x.shape[1])
-        mean, squares = _moments(x, mask)
+        mean, squares = moments(x, mask)
         number = (MELS * (1 + lengths // COLUMN_HOP)).astype(jnp.float32)
         deviation = jnp.sqrt(squares / (number - 1))
         return (x - mean[:, None, None]) / deviation[:, None, None]
@@ -151,18 +160,14 @@ class ByolsEncoder(ModuleEncoder):
 
             return jax.lax.map(self.options.rematerialise(block), size * jnp.arange(blocks, dtype=jnp.int32))
 
-        def moments(x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            mask = places_within(start, size, counts)  # [B, F]
+        def some_moments(x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            mask = jnp.repeat(places_within(start, size, counts), columns, axis=1)
             # Column by column: sums of few numbers round less.
-            mean, squares = _moments(x.reshape(B, size * columns, MELS), jnp.repeat(mask, columns, axis=1))
-            return mask.sum(axis=1, dtype=x.dtype), mean, squares
+            return mask.sum(axis=1, dtype=x.dtype) * MELS, *moments(x.reshape(B, size * columns, MELS), mask)
 
-        number, means, squares = over_windows(moments)  # [blocks, B] each, combined as in Chan et al. (1983)
-        total = number.sum(axis=0)
-        mean = (number * means).sum(axis=0) / total
-        values = columns * MELS
-        spread = squares.sum(axis=0) + values * (number * jnp.square(means - mean[None])).sum(axis=0)
-        mean, deviation = mean / total, jnp.sqrt(spread / (values * total - 1)) / total
+        total, mean, squares = combined_moments(*over_windows(some_moments))
+        number = counts.astype(jnp.float32)
+        mean, deviation = mean / number, jnp.sqrt(squares / (total - 1)) / number
 
         def embedded(x: jax.Array, start: jax.Array) -> jax.Array:
             x = (x - mean[:, None, None, None]) / deviation[:, None, None, None]
@@ -172,14 +177,6 @@ class ByolsEncoder(ModuleEncoder):
 
         x = over_windows(embedded)  # [blocks, B, F, D]
         return x.swapaxes(0, 1).reshape(B, blocks * size, -1)[:, :T]
-
-
-def _moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean, and sum of the squares around it, of what is within each clip: [B, F, M], [B, F] -> [B], [B]."""
-    mean = masked_mean(x, mask).mean(axis=1)
-    centred = jnp.where(mask[:, :, None], x - mean[:, None, None], 0.0)
-    size = mask.sum(axis=1, dtype=x.dtype) * x.shape[2]
-    return mean, masked_mean(jnp.square(centred), mask).mean(axis=1) * size
 
 
 BYOLS = Family(

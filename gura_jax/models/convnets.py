@@ -8,7 +8,7 @@ from flax import nnx
 
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import even_blocks
-from gura_jax.models.encoder import Options, frame_mask
+from gura_jax.models.encoder import Options, frame_mask, masked_mean
 
 
 def batch_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -72,3 +72,19 @@ def loudest(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Maximum over each clip's frames: [B, T, D], [B] -> [B, D]; of no frames, zero."""
     highest = jnp.where(frame_mask(counts, x.shape[1])[:, :, None], x, -jnp.inf).max(axis=1)
     return jnp.where((counts > 0)[:, None], highest, 0.0)
+
+
+def moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean, and sum of the squares around it, of what is within each clip: [B, F, M], [B, F] -> [B], [B]."""
+    mean = masked_mean(x, mask).mean(axis=1)
+    centred = jnp.where(mask[:, :, None], x - mean[:, None, None], 0.0)
+    size = mask.sum(axis=1, dtype=x.dtype) * x.shape[2]
+    return mean, masked_mean(jnp.square(centred), mask).mean(axis=1) * size
+
+
+def combined_moments(number: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those of several parts together (Chan et al., 1983): how many values, mean and squares, [n, B] -> [B] each."""
+    total = number.sum(axis=0)
+    overall = (number * mean).sum(axis=0) / jnp.maximum(total, 1)
+    between = (number * jnp.square(mean - overall[None])).sum(axis=0)
+    return total, overall, squares.sum(axis=0) + between

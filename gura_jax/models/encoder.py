@@ -88,6 +88,7 @@ class Encoder(Protocol):
         grid: where its frames lie.
         num_states: hidden states that ``layers`` may choose from; 0: there is no choice.
         shortest: samples that a clip needs, where these are more than the grid's window.
+        shortest_pooled: those that ``Output.pooled`` needs, where these are fewer; None: as many.
         least: samples that a shorter clip costs as much as, where clips are filled up to windows of a fixed length.
         pooled_size: P, the size of ``Output.pooled``; 0: it has none.
         parts: the names that :meth:`states` yields, in order.
@@ -100,6 +101,7 @@ class Encoder(Protocol):
     grid: FrameGrid
     num_states: int = 0
     shortest: int = 0
+    shortest_pooled: int | None = None
     least: int = 0
     pooled_size: int = 0
     parts: tuple[str, ...] = ("frames",)

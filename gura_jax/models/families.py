@@ -21,12 +21,13 @@ from gura_jax.models.encoder import Encoder, Family, Options, Preset
 from gura_jax.models.mert import MERT
 from gura_jax.models.panns import PANNS
 from gura_jax.models.passt import PASST
+from gura_jax.models.wav2clip import WAV2CLIP
 from gura_jax.models.wav2vec2 import HUBERT, UNISPEECH, UNISPEECH_SAT, WAV2VEC2
 from gura_jax.models.wavlm import WAVLM
 from gura_jax.models.whisper import WHISPER
 
 _WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT)
-_SPECTROGRAMS = (WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS, BYOLS, EFFICIENTNET)
+_SPECTROGRAMS = (WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS, BYOLS, EFFICIENTNET, WAV2CLIP)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_WAVES, *_SPECTROGRAMS, CREPE)}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 

@@ -111,6 +111,7 @@ class PasstEncoder(TransformerEncoder):
             raise SystemConfigError("normalise: PaSST normalises its spectrogram, and no clip")
         self.sample_rate = SAMPLE_RATE
         self.shortest = WINDOWS[-1] // 2 + 1  # so that it can be reflected
+        self.shortest_pooled = 2 + (PATCH - 1) * COLUMN_HOP  # a patch, after pre-emphasis
         self.num_states = 0
         self.pooled_size = config.classes + config.hidden_size
         self.feature_size = len(WINDOWS) * self.pooled_size + MELS * (MEL_WINDOW // COLUMN_HOP)

@@ -19,7 +19,7 @@ from gura_jax.models.attention import over_frames
 from gura_jax.models.encoder import FrameGrid, Options, Params
 from gura_jax.models.transformer import TransformerEncoder
 
-Scale = Literal["htk", "slaney", "kaldi"]
+Scale = Literal["htk", "slaney", "kaldi", "linear"]
 PRE_EMPHASIS = 0.97  # of Kaldi's frames
 FLOAT32_EPS = float(np.finfo(np.float32).eps)  # floor of Kaldi's energies
 
@@ -30,7 +30,7 @@ class Spectrogram:
 
     Attributes:
         mels: number of bands.
-        scale: of frequencies.
+        scale: of frequencies; linear: the transform's own, without bands.
         low, high: Hz, of the lowest and the highest band's edges.
         window: samples of a frame.
         fft: of the transform, at least as many; frames are filled up with zeros.
@@ -180,6 +180,8 @@ def mel_filters(row: Spectrogram) -> np.ndarray:
 
     Computed in float64. torchaudio computes them in float32, and is up to 1e-5 off.
     """
+    if row.scale == "linear":
+        return np.eye(row.mels, dtype=np.float32)
     to_mel, to_hertz = _SCALES[row.scale]
     low, high = to_mel(np.array([row.low, row.high]))
     edges = np.linspace(low, high, row.mels + 2)
