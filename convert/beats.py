@@ -20,7 +20,9 @@ _UNREAD = (
 def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
     cfg = contents.settings.get("cfg")
     if not isinstance(cfg, dict):
-        faults.append("no settings beside the weights: expected the cfg of BEATs' authors")
+        faults.append(
+            "no settings beside the weights: expected the entry cfg: give the checkpoint as its authors publish it"
+        )
         return {}
     return {"model_type": "beats"} | {name: value for name, value in cfg.items() if name not in _UNREAD}
 

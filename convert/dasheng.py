@@ -13,7 +13,9 @@ _FREQUENCY = Transform((0, 1, 2, 3), dropped=(0, 2, 3))  # [1, D, 1, 1] -> [D]
 def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
     config = contents.settings.get("config")
     if not isinstance(config, dict):
-        faults.append("no settings beside the weights: expected the config of Dasheng's authors")
+        faults.append(
+            "no settings beside the weights: expected the entry config: give the checkpoint as its authors publish it"
+        )
         return {}
     return {"model_type": "dasheng", "encoder_kwargs": config}
 

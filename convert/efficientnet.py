@@ -12,11 +12,12 @@ _POINT = Transform((1, 0, 2, 3), dropped=(2, 3))  # [out, in, 1, 1] -> [in, out]
 
 def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
     """From the shapes: the file has no settings. The stages are those of B2, by the sizes of the blocks."""
-    shapes, sizes = contents.shapes, []
+    shapes = {key: shape for key, shape in contents.shapes.items() if len(shape) == 4}
+    sizes: list[int] = []
     while f"_blocks.{len(sizes)}._project_conv.weight" in shapes:
         sizes.append(shapes[f"_blocks.{len(sizes)}._project_conv.weight"][0])
     stem, head = (shapes.get(f"{name}.weight", (0,))[0] for name in ("_conv_stem", "_conv_head"))
-    kernels = [shapes.get(f"_blocks.{i}._depthwise_conv.weight", (0, 0, 0, 0))[2] for i in range(len(sizes))]
+    kernels = [shapes.get(f"_blocks.{i}._depthwise_conv.weight", (0, 0, 0))[2] for i in range(len(sizes))]
     expands = [f"_blocks.{i}._expand_conv.weight" in shapes for i in range(len(sizes))]
     alike = itertools.groupby(zip(sizes, kernels, expands, strict=True))
     stages = [(size, len(list(own))) for (size, _, _), own in alike]

@@ -15,10 +15,13 @@ _GRID = (12, 99)  # of patches, in the files whose spectrogram this is
 def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
     """From the shapes: the files have no settings."""
     shapes = {key.removeprefix("net."): shape for key, shape in contents.shapes.items()}
-    rows, columns, head = (shapes.get(f"{name}", ()) for name in _NAMES)
+    rows, columns, head = (shapes.get(name, ()) for name in _NAMES)
     grid = (rows[2], columns[3]) if len(rows) == len(columns) == 4 else None
     if grid != _GRID or len(head) != 2:
-        faults.append(f"{', '.join(_NAMES)}: expected a PaSST of {_GRID[0]} by {_GRID[1]} patches, found {grid}")
+        faults.append(
+            f"{', '.join(_NAMES)}: expected a PaSST of {_GRID[0]} by {_GRID[1]} patches and a layer of classes, found "
+            f"the shapes {rows}, {columns} and {head}"
+        )
         return {}
     return {
         "model_type": "passt",

@@ -473,7 +473,17 @@ def _append(found: dict[str, list[torch.Tensor]], name: str, *call: Any) -> None
     found.setdefault(name, []).append(call[-1][0].clone())
 
 
-class Panns(Reference):
+class OfFile(Reference):
+    """A reference whose published weights are files on no hub, so that they cannot be fetched by name again."""
+
+    @classmethod
+    def check(cls, source: str) -> None:
+        """Refuse all."""
+        check_unchanged(source)
+        raise ConversionError(f"it was converted from the file {source}, which cannot be fetched by name")
+
+
+class Panns(OfFile):
     """The package ``panns-hear``."""
 
     def __init__(self, config: Any) -> None:
@@ -510,22 +520,16 @@ class Panns(Reference):
         torch.save({"iteration": 1, "model": self.model.state_dict()}, folder / "panns.pth")
         return folder / "panns.pth"
 
-    @classmethod
-    def check(cls, source: str) -> None:
-        """Refuse all: their authors' files are on no hub."""
-        refuse_file(source)
 
-
-class Passt(Reference):
+class Passt(OfFile):
     """The package ``hear21passt``, whose positions of the patches are as published."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         hub: Any = types.ModuleType("timm.models._hub")  # of which it wants the download alone
         hub.download_cached_file = None
-        for name in ("timm", "timm.models", "timm.models._hub"):
-            sys.modules.setdefault(name, hub)
-        models = imported("hear21passt.models.passt", "hear21passt")
+        with unittest.mock.patch.dict(sys.modules, dict.fromkeys(("timm", "timm.models", "timm.models._hub"), hub)):
+            models = imported("hear21passt.models.passt", "hear21passt")
         models.first_RUN = False  # else it prints
         net = models.PaSST(
             img_size=(128, 998), stride=10, in_chans=1, num_classes=config.classes, embed_dim=config.hidden_size,
@@ -555,13 +559,8 @@ class Passt(Reference):
         torch.save(self.model.net.state_dict(), folder / "passt.pt")
         return folder / "passt.pt"
 
-    @classmethod
-    def check(cls, source: str) -> None:
-        """Refuse all: their authors' files are on no hub."""
-        refuse_file(source)
 
-
-class Byols(Reference):
+class Byols(OfFile):
     """AudioNTT2020 and the embeddings of BYOL-S' submission, which is in no package: a twin of its code."""
 
     def __init__(self, config: Any) -> None:
@@ -601,13 +600,8 @@ class Byols(Reference):
         torch.save(self.state_dict(), folder / "byols.pth")
         return folder / "byols.pth"
 
-    @classmethod
-    def check(cls, source: str) -> None:
-        """Refuse all: their authors' files are on no hub."""
-        refuse_file(source)
 
-
-class EfficientNet(Reference):
+class EfficientNet(OfFile):
     """The package ``efficientnet_pytorch``, and the embeddings of ``efficient_latent``, which is in no package."""
 
     def __init__(self, config: Any) -> None:
@@ -646,18 +640,13 @@ class EfficientNet(Reference):
         torch.save(self.model.state_dict(), folder / "effb2.pt")
         return folder / "effb2.pt"
 
-    @classmethod
-    def check(cls, source: str) -> None:
-        """Refuse all: their authors' files are on no hub."""
-        refuse_file(source)
-
 
 def _rounded(size: int, stem: int, head: int) -> int:
     """What the package's own sizes of stem and head become; the others stay."""
     return {32: stem, 1280: head}.get(size, size)
 
 
-class Wav2Clip(Reference):
+class Wav2Clip(OfFile):
     """The package ``wav2clip``, and the windows of its HEAR submission."""
 
     def __init__(self, config: Any) -> None:
@@ -693,21 +682,6 @@ class Wav2Clip(Reference):
         torch.save(state, folder / "wav2clip.pt")
         return folder / "wav2clip.pt"
 
-    @classmethod
-    def check(cls, source: str) -> None:
-        """Refuse all: their authors' files are on no hub."""
-        refuse_file(source)
-
-
-def refuse_file(source: str) -> None:
-    """Refuse to compare with a file that cannot be fetched by name.
-
-    Raises:
-        ConversionError: always.
-    """
-    check_unchanged(source)
-    raise ConversionError(f"it was converted from the file {source}, which cannot be fetched by name")
-
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -734,7 +708,7 @@ def imported(module: str, packages: str) -> Any:
         ) from None
 
 
-class BEATs(Reference):
+class BEATs(OfFile):
     """The encoder of the package ``openbeats``, ESPnet's, with BEATs' network."""
 
     def __init__(self, config: Any) -> None:
@@ -765,11 +739,6 @@ class BEATs(Reference):
         settings = self.config.settings() | {"fbank_mean": self.config.fbank_mean, "fbank_std": self.config.fbank_std}
         torch.save({"cfg": settings, "model": self.model.state_dict()}, folder / "beats.pt")
         return folder / "beats.pt"
-
-    @classmethod
-    def check(cls, source: str) -> None:
-        """Refuse all: their authors' files are on no hub."""
-        refuse_file(source)
 
 
 class Crepe(Reference):

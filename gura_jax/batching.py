@@ -97,7 +97,7 @@ def pack(
         platform: its limits.
         sample_rate: of the lengths, in Hz.
         exact: see above.
-        least: samples that a shorter clip costs as much as.
+        least: a clip of fewer samples costs as much as one of so many.
 
     Returns:
         Batches, the longest clips first.

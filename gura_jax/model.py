@@ -65,7 +65,7 @@ class Model:
         scene_embedding_size: S, the size of a scene embedding.
         min_samples: the shortest clip that has a frame, in samples.
         min_scene_samples: the shortest clip that has a scene embedding, in samples.
-        least: samples that a shorter clip costs as much as, where a member fills clips up.
+        least: a clip of fewer samples costs as much as one of so many, where a member fills clips up.
     """
 
     def __init__(

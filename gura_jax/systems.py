@@ -202,7 +202,7 @@ _WAVLM_MEAN, _BEATS_MEAN = Member("wavlm-large", "mean"), Member("beats", "mean"
 
 GROUPS: Mapping[str, Mapping[str, System]] = {
     "the paper's": PUBLISHED,
-    "the paper's, with Base-size encoders": _named(
+    "the paper's, with smaller encoders": _named(
         _base(system) for system in PUBLISHED.values() if system.name != "crepe"
     ),
     "the baselines of the paper's Table 2": _named(
@@ -221,6 +221,7 @@ GROUPS: Mapping[str, Mapping[str, System]] = {
             "whisper-medium",
             "whisper-large-v2",
             "whisper-large-v3",
+            "whisper-large-v3-turbo",
         )
     ),
     "music": _named(_both("mert-95m", "mert-330m")),
@@ -231,7 +232,7 @@ GROUPS: Mapping[str, Mapping[str, System]] = {
             *_both("beats", "dasheng-base", "dasheng-06b", "dasheng-12b"),
         ]
     ),
-    "of today's encoders; nobody has evaluated them yet": _named(
+    "ensembles of today's encoders, not evaluated yet": _named(
         [
             _interleaved("speech_wavlm_hubert", (_WAVLM_MEAN, _HUBERT_MEAN)),
             _interleaved("music_mert_panns_crepe", (Member("mert-330m", "mean"), Member("panns-cnn14"), _CREPE)),

@@ -105,7 +105,8 @@ def test_systems(gura: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = gura("systems", "whisper", "base").stdout
     assert "fusion_whisper_base" in found
     assert "whisper_small" not in found
-    assert "no system has whisper and all its checkpoints" in gura("systems", "whisper", "--converted", code=1).stderr
+    refused = gura("systems", "whisper", "--converted", "--json", code=1).stderr
+    assert "no system has whisper and all its checkpoints" in refused
 
 
 def test_convert_then_embed(gura: Run, clip: Path, checkpoints: Path, tmp_path: Path) -> None:

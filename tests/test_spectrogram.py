@@ -25,6 +25,9 @@ from gura_jax.backend import PLATFORMS
 from gura_jax.convert import convert
 from gura_jax.convert.references import AST, Dasheng, Reference, Whisper, default_dtype, find_reference, imported
 from gura_jax.errors import AudioError, ConversionError, SystemConfigError
+from gura_jax.finetune.optimiser import member_scales
+from gura_jax.finetune.settings import Settings
+from gura_jax.fusion import FusedMember
 from gura_jax.loading import outline
 from gura_jax.models.encoder import Noise
 from gura_jax.models.families import FAMILIES, build_encoder, config_from_source
@@ -241,6 +244,19 @@ def test_pooled_is_of_the_last_state() -> None:
         outline(System("a", (Member("ast", "mean", scene="pooled"),)))
 
 
+def test_rates_of_passts_weights() -> None:
+    """It has blocks but no choice of layers; its classes follow the last block."""
+    encoder = built("passt")
+    params = encoder.prepare({name: jnp.asarray(value) for name, value in made("passt")[1].items()})
+    member = FusedMember("passt", encoder, encoder)
+    last = member_scales(member, params, Settings(train="last:1").part, 0.5)
+    assert [last[name].max() for name in ("projection.kernel", "encoder.layers.0.layer_norm.scale")] == [0, 0]
+    assert [last[name].max() for name in ("encoder.layers.1.layer_norm.scale", "head.kernel")] == [0.5, 0.5]
+    with refuses(SystemConfigError, "expected at most last:2"):
+        member_scales(member, params, Settings(train="last:3").part, 0.5)
+    assert not any(s.any() for s in member_scales(member, params, Settings(train="layer-weights").part, 0.5).values())
+
+
 # Windows and short clips
 
 
@@ -268,6 +284,20 @@ def test_clips_shorter_than_a_patch(name: str, samples: int) -> None:
 def test_embeddings_without_layers(name: str) -> None:
     with refuses(SystemConfigError, "layers:", "found 'mean'"):
         build_encoder(ENCODERS[name].config, Options("mean"))
+
+
+@pytest.mark.parametrize("variant", ["byol-s", "wav2clip"])
+def test_silence_is_not_decided_by_rounding(variant: str) -> None:
+    """Its spectrogram is constant, and zero once normalised; PyTorch divides by zero, or by a rounding."""
+    encoder, (_, params) = built(variant), made(variant)
+    audio = np.zeros((3, 20_000), np.float32)
+    lengths = np.array([16_000, 17_111, 19_997], np.int32)
+    parts = {name: value for name, value, _ in encoder.states(params, jnp.asarray(audio), jnp.asarray(lengths))}
+    for b, count in enumerate(np.asarray(encoder.grid.count(lengths))):
+        spectrogram = np.asarray(parts[encoder.parts[0]][b, : lengths[b] // 353])
+        assert np.abs(spectrogram).max() < 1e-5
+        frames = np.asarray(parts["frames"][b, :count])
+        assert relative(frames, np.broadcast_to(frames[:1], frames.shape)) < PARITY_BOUND
 
 
 @pytest.mark.slow
@@ -471,7 +501,8 @@ def test_published_configs(name: str) -> None:
         ("beats", {"layer_norm_first": True}, "layer_norm_first = True changes the computation"),
         ("beats", {"num_buckets": 3200}, "num_buckets, max_distance: expected 4 or more"),
         ("beats", {"activation_fn": "glu"}, "hidden_act: expected one of gelu"),
-        ("beats", {"fbank_std": -1.0}, "fbank_mean, fbank_std: expected numbers"),
+        ("beats", {"fbank_mean": "x"}, "fbank_mean: expected a number, found 'x'"),
+        ("beats", {"fbank_std": -1.0}, "fbank_std: expected a positive number, found -1.0"),
     ],
 )
 def test_configs_that_are_refused(name: str, changes: dict[str, Any], words: str) -> None:

@@ -82,7 +82,7 @@ def make_plan(
         clip_bytes: [n], stored for each clip.
         batch_samples: computed at once, at most; a longer clip is a batch by itself.
         limits: of a shard.
-        least: samples that a shorter clip costs as much as.
+        least: a clip of fewer samples costs as much as one of so many.
     """
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(-lengths, kind="stable")

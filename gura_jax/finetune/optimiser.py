@@ -29,14 +29,15 @@ def member_scales(member: FusedMember, params: Mapping[str, Any], part: Part, de
     Raises:
         SystemConfigError: it has fewer blocks.
     """
-    blocks = max(0, member.encoder.num_states - 1)
+    depths = member.encoder.depths(params)
+    blocks = max((int(depth.max()) for depth in depths.values()), default=0)
     if part.kind == "last" and 0 < blocks < part.blocks:
         raise SystemConfigError(
             f"train: expected at most last:{blocks}, as {member.name} has {blocks} blocks, found last:{part.blocks}"
         )
     first = {"all": 0, "last": max(1, blocks - part.blocks + 1), "layer-weights": blocks + 1}[part.kind]
     scales = {}
-    for name, depth in member.encoder.depths(params).items():
+    for name, depth in depths.items():
         trained = (depth >= first) & (not name.endswith(STATISTICS))
         scales[name] = np.where(trained, float(decay) ** (blocks + 1 - depth), 0.0).astype(np.float32)
     return scales

@@ -6,7 +6,6 @@ before it end. Paper: AST (Gong et al., 2021).
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -60,9 +59,6 @@ class ASTConfig(EncoderConfig):
         yield from self._multiples("hidden_size", ["num_attention_heads"])
         if min(self.num_mel_bins, self.max_length) < self.patch_size:
             yield f"patch_size: expected at most num_mel_bins and max_length, found {self.patch_size}"
-        for name, value, low in (("mean", self.mean, -math.inf), ("std", self.std, 0.0)):
-            if not (isinstance(value, float) and low < value < math.inf):
-                yield f"{name}: expected a {'positive ' if low == 0 else ''}number, found {value!r}"
 
     def tiny(self) -> Self:
         """A small encoder of the same kind, with windows of 1 s."""

@@ -20,6 +20,7 @@ from gura_jax.models.config import EncoderConfig
 from gura_jax.models.convnets import (
     batch_norm,
     combined_moments,
+    deviation,
     loudest,
     moments,
     over_columns,
@@ -43,7 +44,6 @@ from gura_jax.models.spectrogram import FLOAT32_EPS, Spectrogram
 SAMPLE_RATE = 16_000  # Hz
 MELS, COLUMN_HOP = 64, 160
 HOP, WINDOW = 800, 16_000  # samples from one timestamp to the next, and around each
-BATCH_NORM_EPS = 1e-5  # PyTorch's default
 LAYERS = 3  # each halves time and bands
 STRIDE = 2**LAYERS  # columns of a step
 HALO = STRIDE  # columns that a step's convolutions see beyond it, and one more
@@ -72,7 +72,7 @@ class AudioNTT(nnx.Module):
     def __init__(self, config: ByolsConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         size, dtype = config.channels, options.compute_dtype
         self.convs = nnx.List(nnx.Conv(size if i else 1, size, (3, 3), dtype=dtype, rngs=rngs) for i in range(LAYERS))
-        self.norms = nnx.List(batch_norm(size, BATCH_NORM_EPS, rngs) for _ in range(LAYERS))
+        self.norms = nnx.List(batch_norm(size, rngs) for _ in range(LAYERS))
         self.fc1 = nnx.Linear(size * MELS // STRIDE, config.hidden_size, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
@@ -130,8 +130,7 @@ class ByolsEncoder(ModuleEncoder):
         mask = frame_mask(1 + lengths // COLUMN_HOP, x.shape[1])
         mean, squares = moments(x, mask)
         number = (MELS * (1 + lengths // COLUMN_HOP)).astype(jnp.float32)
-        deviation = jnp.sqrt(squares / (number - 1))
-        return (x - mean[:, None, None]) / deviation[:, None, None]
+        return (x - mean[:, None, None]) / deviation(squares, number)[:, None, None]
 
     def _steps(self, network: AudioNTT, mel: jax.Array, counts: jax.Array) -> jax.Array:
         """[B, F, M] -> [B, F // 8, D]."""
@@ -167,10 +166,10 @@ class ByolsEncoder(ModuleEncoder):
 
         total, mean, squares = combined_moments(*over_windows(some_moments))
         number = counts.astype(jnp.float32)
-        mean, deviation = mean / number, jnp.sqrt(squares / (total - 1)) / number
+        mean, spread = mean / number, deviation(squares, total) / number
 
         def embedded(x: jax.Array, start: jax.Array) -> jax.Array:
-            x = (x - mean[:, None, None, None]) / deviation[:, None, None, None]
+            x = (x - mean[:, None, None, None]) / spread[:, None, None, None]
             whole = jnp.full(B * size, columns, jnp.int32)
             steps = network.steps(x.reshape(B * size, columns, MELS), jnp.zeros((), jnp.int32), whole)
             return (steps.mean(axis=1) + steps.max(axis=1)).reshape(B, size, -1)

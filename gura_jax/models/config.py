@@ -1,6 +1,7 @@
 """What configs of encoders have in common: checks of their fields, and reading a ``config.json``."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -55,10 +56,11 @@ IGNORED = re.compile(
 class EncoderConfig:
     """Base of configs, which are frozen dataclasses with the field ``model_type``.
 
-    Fields are checked by their types: integers and lists of them are positive, floats between 0 and 1.
+    Fields are checked by their types: integers and lists of them are positive, floats finite, and epsilons small; and
+    whole numbers that JSON has for floats become floats.
 
     Attributes:
-        model_types: that the config is of.
+        model_types: values of ``model_type`` that are accepted.
         neutral: attributes of ``config.json`` that change what the encoder computes -> the values that leave it
             unchanged.
         ignored: regular expression of attributes that do not change it.
@@ -75,6 +77,10 @@ class EncoderConfig:
     preprocessor: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        for name, kind in _field_types(type(self)).items():
+            value = getattr(self, name)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))
         refuse([*self._kind_faults(), *self._size_faults()])
 
     def _kind_faults(self) -> Iterator[str]:
@@ -96,8 +102,13 @@ class EncoderConfig:
                 yield f"{name}: expected a positive integer, found {value!r}"
             if get_origin(kind) is tuple and not (isinstance(value, tuple) and value and all(map(_is_size, value))):
                 yield f"{name}: expected a list of positive integers, found {value!r}"
-            if name.endswith("_eps") and not (isinstance(value, float) and 0 < value < 1):
-                yield f"{name}: expected a small positive number, found {value!r}"
+            if name.endswith("_eps"):
+                if not (isinstance(value, float) and 0 < value < 1):
+                    yield f"{name}: expected a small positive number, found {value!r}"
+            elif kind is float:
+                positive = name.endswith("std")
+                if not (isinstance(value, float) and math.isfinite(value) and (value > 0 or not positive)):
+                    yield f"{name}: expected a {'positive ' if positive else ''}number, found {value!r}"
 
     def _multiples(self, name: str, divisors: Iterable[str]) -> Iterator[str]:
         """Faults where a size is no multiple of others, once all are positive integers."""
@@ -122,7 +133,7 @@ class EncoderConfig:
             elif attribute in cls.neutral:
                 if value not in cls.neutral[attribute]:
                     faults.append(f"{attribute} = {value!r} changes the computation and is not supported")
-            elif not cls.ignored.fullmatch(attribute):
+            elif not (isinstance(attribute, str) and cls.ignored.fullmatch(attribute)):
                 faults.append(f"{attribute} = {value!r} is not an attribute that this converter knows")
         if known.get("model_type") not in cls.model_types:
             faults.insert(0, f"model_type: expected {' or '.join(cls.model_types)}, found {known.get('model_type')!r}")

@@ -10,8 +10,11 @@ from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import even_blocks
 from gura_jax.models.encoder import Options, frame_mask, masked_mean
 
+MIN_VARIANCE = 1e-8  # of logarithms: below it is rounding, as of silence
+BATCH_NORM_EPS = 1e-5  # PyTorch's default
 
-def batch_norm(size: int, epsilon: float, rngs: nnx.Rngs) -> nnx.BatchNorm:
+
+def batch_norm(size: int, rngs: nnx.Rngs, epsilon: float = BATCH_NORM_EPS) -> nnx.BatchNorm:
     """With the statistics of training, in float32."""
     return nnx.BatchNorm(size, use_running_average=True, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
@@ -43,9 +46,9 @@ def over_columns(
     Args:
         function: (columns [B, W, M], place of the first, which may be before the clip) -> [B, W // stride, D].
         x: [B, F, M].
-        stride: columns of a result.
+        stride: columns for each result.
         halo: columns that a result sees before and after its own, at most; a multiple of ``stride``.
-        size: columns in a block, about, those of all clips together.
+        size: roughly how many columns a block has, those of all clips counted together.
 
     Returns:
         [B, F // stride, D].
@@ -80,6 +83,15 @@ def moments(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     centred = jnp.where(mask[:, :, None], x - mean[:, None, None], 0.0)
     size = mask.sum(axis=1, dtype=x.dtype) * x.shape[2]
     return mean, masked_mean(jnp.square(centred), mask).mean(axis=1) * size
+
+
+def deviation(squares: jax.Array, number: jax.Array) -> jax.Array:
+    """The unbiased one, of so many values and the sum of their squares around the mean; of equal values, one.
+
+    Rounding leaves equal values a tiny one, and would decide what is divided by it.
+    """
+    variance = squares / jnp.maximum(number - 1, 1)
+    return jnp.where(variance > MIN_VARIANCE, jnp.sqrt(jnp.maximum(variance, MIN_VARIANCE)), 1.0)
 
 
 def combined_moments(number: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

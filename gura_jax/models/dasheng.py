@@ -15,6 +15,7 @@ from flax import nnx
 
 from gura_jax.convert.dasheng import KEYS
 from gura_jax.models.config import NEUTRAL, EncoderConfig
+from gura_jax.models.convnets import batch_norm
 from gura_jax.models.encoder import Family, FrameGrid, Options, Output, Preset, frame_mask
 from gura_jax.models.spectrogram import Spectrogram, SpectrogramEncoder
 from gura_jax.models.transformer import Transformer
@@ -23,7 +24,6 @@ COLUMN, COLUMN_HOP = 512, 160  # samples of a column of the spectrogram, and fro
 MELS, PATCH = 64, 4  # a patch is all bands of so many columns
 POWER_FLOOR = 1e-10
 RANGE = 120.0  # dB below a clip's loudest value, at which it is cut off
-BATCH_NORM_EPS = 1e-5  # PyTorch's default
 
 _NAMES = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
 # What config.json may leave out where it has the encoder's name.
@@ -116,9 +116,7 @@ class Dasheng(nnx.Module):
 
     def __init__(self, config: DashengConfig, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         size = config.hidden_size
-        self.batch_norm = nnx.BatchNorm(
-            MELS, use_running_average=True, epsilon=BATCH_NORM_EPS, dtype=jnp.float32, rngs=rngs
-        )
+        self.batch_norm = batch_norm(MELS, rngs)
         patch = MELS, PATCH
         self.projection = nnx.Conv(
             1, size, patch, strides=patch, padding="VALID", dtype=options.compute_dtype, rngs=rngs

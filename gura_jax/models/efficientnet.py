@@ -132,7 +132,7 @@ class Convolution(nnx.Module):
             in_size, size, (window.kernel,) * 2, strides=window.stride, padding=(around, around),
             feature_group_count=groups, use_bias=False, dtype=options.compute_dtype, rngs=rngs,
         )  # fmt: skip
-        self.norm = batch_norm(size, BATCH_NORM_EPS, rngs)
+        self.norm = batch_norm(size, rngs, BATCH_NORM_EPS)
 
     def __call__(self, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, T, M, C], [B] -> [B, T', M', C'], [B]; zero past each clip's end."""

@@ -89,7 +89,7 @@ class Encoder(Protocol):
         num_states: hidden states that ``layers`` may choose from; 0: there is no choice.
         shortest: samples that a clip needs, where these are more than the grid's window.
         shortest_pooled: those that ``Output.pooled`` needs, where these are fewer; None: as many.
-        least: samples that a shorter clip costs as much as, where clips are filled up to windows of a fixed length.
+        least: a clip of fewer samples costs as much as one of so many, as where clips are filled up to a window.
         pooled_size: P, the size of ``Output.pooled``; 0: it has none.
         parts: the names that :meth:`states` yields, in order.
         partition: pattern of weights' names -> the axis, counted from the end, that several devices share when each

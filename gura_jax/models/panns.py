@@ -33,7 +33,6 @@ SAMPLE_RATE = 32_000  # Hz
 SHORTEST = 32_000  # samples: shorter clips are filled up with silence
 MELS, HOP = 64, 320
 POWER_FLOOR = 1e-10
-BATCH_NORM_EPS = 1e-5  # PyTorch's default
 POOLS = 5  # each halves time and bands
 STRIDE = 2**POOLS  # columns of a segment
 HALO = 4 * STRIDE  # columns that a segment's convolutions see beyond it, and a few more
@@ -69,7 +68,7 @@ class ConvBlock(nnx.Module):
             nnx.Conv(inputs, size, (3, 3), use_bias=False, dtype=options.compute_dtype, rngs=rngs)
             for inputs in (in_size, size)
         )
-        self.bn1, self.bn2 = batch_norm(size, BATCH_NORM_EPS, rngs), batch_norm(size, BATCH_NORM_EPS, rngs)
+        self.bn1, self.bn2 = batch_norm(size, rngs), batch_norm(size, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, T, M, C], [B, T] -> [B, T, M, C']; zero where the mask is false, as if the clip ended there."""
@@ -89,7 +88,7 @@ class Cnn14(nnx.Module):
 
     def __init__(self, config: PannsConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         sizes = (1, *config.channels)
-        self.bn0 = batch_norm(MELS, BATCH_NORM_EPS, rngs)
+        self.bn0 = batch_norm(MELS, rngs)
         self.blocks = nnx.List(ConvBlock(a, b, options, rngs=rngs) for a, b in itertools.pairwise(sizes))
         self.fc1 = nnx.Linear(sizes[-1], sizes[-1], dtype=options.compute_dtype, rngs=rngs)
 

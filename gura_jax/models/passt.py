@@ -7,7 +7,7 @@ with the spectrogram of the 60 ms around it. What lies beyond a clip is its refl
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Self
 
 import jax
@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from gura_jax.convert.passt import KEYS
-from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import even_blocks
 from gura_jax.models.config import EncoderConfig
+from gura_jax.models.convnets import refuse_options
 from gura_jax.models.encoder import Family, FrameGrid, Noise, Options, Output, Params, Preset, frame_mask
 from gura_jax.models.spectrogram import PRE_EMPHASIS, Spectrogram, reflected
 from gura_jax.models.transformer import Transformer, TransformerEncoder, layer_norm
@@ -104,11 +104,8 @@ class PasstEncoder(TransformerEncoder):
     network_class = Passt
 
     def __init__(self, config: PasstConfig, options: Options) -> None:
+        refuse_options(config.model_type, options, HOP)
         super().__init__(config, options, FrameGrid(HOP, 0.0, 0))
-        if not isinstance(options.layers, str) or options.layers != "last":
-            raise SystemConfigError(f"layers: PaSST's embeddings are of the last alone; found {options.layers!r}")
-        if options.normalise:
-            raise SystemConfigError("normalise: PaSST normalises its spectrogram, and no clip")
         self.sample_rate = SAMPLE_RATE
         self.shortest = WINDOWS[-1] // 2 + 1  # so that it can be reflected
         self.shortest_pooled = 2 + (PATCH - 1) * COLUMN_HOP  # a patch, after pre-emphasis
@@ -118,13 +115,19 @@ class PasstEncoder(TransformerEncoder):
         self.parts = ("log-mel", "frames")
 
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
-        """Frames [B, T, D], counts [B] and pooled [B, P]."""
+        """Frames [B, T, 2 P + 768], counts [B] and pooled [B, P]: P is the number of classes and of features."""
         frames = self._frames(params, audio, lengths)
         return Output(frames, self.grid.count(lengths), self._scene(params, audio, lengths))
 
     def disturbed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise) -> Output:
-        """Without noise: there are no hidden states to disturb that timestamps share."""
+        """The same: noise is not defined for windows that overlap."""
         return self(params, audio, lengths)
+
+    def depths(self, params: Params) -> Mapping[str, np.ndarray]:
+        """By the block; the classes' layers follow the last one."""
+        last = np.asarray(self.config.num_hidden_layers, np.int32)
+        after = {name: last for name in params if name.startswith(("head.", "head_norm."))}
+        return {**super().depths(params), **after}
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array
@@ -149,6 +152,7 @@ class PasstEncoder(TransformerEncoder):
         return network.scores(self.chosen_states(params, network.encoder, x, mask))
 
     def _scene(self, params: Params, audio: jax.Array, lengths: jax.Array) -> jax.Array:
+        """[B, N], [B] -> [B, P]."""
         whole = self._embed_clips(params, audio[:, :LONGEST], jnp.minimum(lengths, LONGEST))
         if audio.shape[1] <= LONGEST:
             return whole

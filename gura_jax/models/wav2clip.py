@@ -19,6 +19,7 @@ from gura_jax.models.config import EncoderConfig
 from gura_jax.models.convnets import (
     batch_norm,
     combined_moments,
+    deviation,
     moments,
     places_within,
     refuse_options,
@@ -41,7 +42,6 @@ SAMPLE_RATE = 16_000  # Hz
 COLUMN_HOP, BINS = 353, 257
 HOP, WINDOW = 800, 16_000  # samples from one timestamp to the next, and after each
 POWER_FLOOR, DEVIATION_FLOOR = 1e-7, 1e-9  # added
-BATCH_NORM_EPS = 1e-5  # PyTorch's default
 _SPECTROGRAM = Spectrogram(BINS, "linear", 0, 8000, 512, 512, COLUMN_HOP)
 
 
@@ -77,7 +77,7 @@ class Convolution(nnx.Module):
             dtype=options.compute_dtype,
             rngs=rngs,
         )
-        self.norm = batch_norm(size, BATCH_NORM_EPS, rngs)
+        self.norm = batch_norm(size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, M, C] -> [B, (T - 1) // stride + 1, (M - 1) // stride + 1, C']."""
@@ -175,8 +175,8 @@ class Wav2ClipEncoder(ModuleEncoder):
         """[B, F, 257], of zero mean and unit deviation over each clip."""
         x, counts = self._logarithm(audio, lengths), 1 + lengths // COLUMN_HOP
         mean, squares = moments(x, frame_mask(counts, x.shape[1]))
-        deviation = jnp.sqrt(squares / (BINS * counts - 1).astype(jnp.float32)) + DEVIATION_FLOOR
-        return (x - mean[:, None, None]) / deviation[:, None, None]
+        spread = deviation(squares, (BINS * counts).astype(jnp.float32)) + DEVIATION_FLOOR
+        return (x - mean[:, None, None]) / spread[:, None, None]
 
     def _frames(self, network: Wav2Clip, audio: jax.Array, lengths: jax.Array) -> jax.Array:
         """[B, N], [B] -> [B, T, D], some windows at a time: first their mean and deviation, then what they embed to."""
@@ -206,10 +206,10 @@ class Wav2ClipEncoder(ModuleEncoder):
             return mask.sum(axis=1, dtype=x.dtype) * BINS, *moments(x, mask)
 
         total, mean, squares = combined_moments(*over_windows(some_moments))
-        deviation = jnp.sqrt(squares / jnp.maximum(total - 1, 1)) + DEVIATION_FLOOR
+        spread = deviation(squares, total) + DEVIATION_FLOOR
 
         def embedded(x: jax.Array, start: jax.Array) -> jax.Array:
-            x = (x - mean[:, None, None]) / deviation[:, None, None]
+            x = (x - mean[:, None, None]) / spread[:, None, None]
             out = network(x.reshape(B * size, columns, BINS), jnp.full(B * size, columns, jnp.int32))
             return out.reshape(B, size, -1)
 
