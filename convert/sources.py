@@ -17,7 +17,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,13 +130,14 @@ class Source:
             yield from _read(file, [key for key in wanted if key in file.shapes])
 
 
-def open_source(spec: str | Path, formats: Iterable[Format]) -> Source:
+def open_source(spec: str | Path, formats: Iterable[Format], language: str | None = None) -> Source:
     """Open PyTorch weights, check them and hash them, without keeping them in memory.
 
     Args:
         spec: ``PACKAGE:NAME``, weights inside an installed package that some key table names; a folder or a file;
             or else, where it is text, the hub id ``owner/name``.
         formats: that can be read.
+        language: whose adapters take the place of those beside the other weights, in a folder or on the hub (MMS).
 
     Raises:
         ConversionError: nothing there, no network, files that are incomplete, damaged, malicious or of an
@@ -144,18 +145,22 @@ def open_source(spec: str | Path, formats: Iterable[Format]) -> Source:
             wrong.
     """
     try:
-        return _open(spec, os.fspath(spec), list(formats))
+        return _open(spec, os.fspath(spec), list(formats), language)
     except OSError as error:
         raise ConversionError(f"cannot read {spec}: {error.strerror or error}") from error
 
 
-def _open(spec: str | Path, text: str, formats: Sequence[Format]) -> Source:
+def _open(spec: str | Path, text: str, formats: Sequence[Format], language: str | None) -> Source:
     assets = {name: path for _, table in formats for name, path in table.assets.items()}
     if text.split(":")[0] in {name.split(":")[0] for name in assets}:
         return _open_asset(text, assets, formats)
     place = os.path.expanduser(text)
+    if language is not None and not _LANGUAGE.fullmatch(language):
+        raise ConversionError(f"language: expected the name of an adapter, such as fra, found {language!r}")
     if os.path.isdir(place):
-        return _open_folder(Path(place), Path(place).resolve().name, formats)
+        return _open_folder(Path(place), Path(place).resolve().name, formats, language)
+    if language is not None and os.path.isfile(place):
+        raise ConversionError(f"language {language}: expected a folder or a hub id, with a file of its adapters")
     if os.path.isfile(place):
         return _open_file(Path(place), Path(place).name, formats)
     if isinstance(spec, Path) or text.startswith((".", "/", "~")) or text.endswith(_WEIGHT_SUFFIXES):
@@ -169,7 +174,7 @@ def _open(spec: str | Path, text: str, formats: Sequence[Format]) -> Source:
             f"{text!r} is no file or folder, and not a hub id either (expected owner/name, such as "
             f"facebook/hubert-base-ls960), nor one of {_either(assets)}"
         ) from error
-    return _open_hub(text, formats)
+    return _open_hub(text, formats, language)
 
 
 def _either(names: Iterable[str]) -> str:
@@ -211,7 +216,7 @@ def _open_asset(name: str, assets: Mapping[str, str], formats: Sequence[Format])
     return _open_file(path, f"{package} {distribution.version} {path.name}", formats)
 
 
-def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
+def _open_hub(repo: str, formats: Sequence[Format], language: str | None) -> Source:
     api = HfApi()
     faults: list[str] = []
     try:
@@ -230,6 +235,8 @@ def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
         shards = _shards(path, faults) if weights.endswith(".json") else {}
         faults += [f"{weights} names {name}, which is not there" for name in shards if name not in names]
         _refuse_if(faults, f"{repo}@{folder.name}")
+        if language is not None:
+            shards[_adapter(language, names, f"{repo}@{folder.name}")] = set()
         for name in shards:
             api.hf_hub_download(repo, name, revision=folder.name)
     except ConversionError:
@@ -238,14 +245,14 @@ def _open_hub(repo: str, formats: Sequence[Format]) -> Source:
         kind, refusal = _refusal(api.endpoint, repo, error)
         try:
             folder = Path(api.hf_hub_download(repo, CONFIG, local_files_only=True)).parent
-            source = _open_folder(folder, f"{repo}@{folder.name}", formats)
+            source = _open_folder(folder, f"{repo}@{folder.name}", formats, language)
         except LocalEntryNotFoundError:
             raise kind(refusal) from error
         except ConversionError as fault:
             raise kind(f"{refusal}\nIn the cache there is only a part: {fault}") from error
         _warn_of_no_preprocessor(repo, folder)
         return source
-    return _open_folder(folder, f"{repo}@{folder.name}", formats)
+    return _open_folder(folder, f"{repo}@{folder.name}", formats, language)
 
 
 def read_hub_config(repo: str) -> tuple[dict[str, Any], bool]:
@@ -340,7 +347,7 @@ def _preferred(names: Iterable[str]) -> str | None:
 # Folders and files
 
 
-def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> Source:
+def _open_folder(folder: Path, description: str, formats: Sequence[Format], language: str | None) -> Source:
     faults: list[str] = []
     config, normalise = _described(folder / CONFIG, faults)
     wrapping = _merged(formats)
@@ -354,6 +361,13 @@ def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> S
         files = _open_shards(folder / weights, wrapping, faults) if weights.endswith(".json") else []
         if not weights.endswith(".json") and (opened := _open_weights(folder / weights, wrapping, faults)):
             files = [opened[0]]
+    if language is not None:
+        adapter = _open_weights(folder / _adapter(language, names, description), wrapping, faults)
+        if adapter is not None:
+            own = adapter[0].shapes
+            files = [replace(f, shapes={k: v for k, v in f.shapes.items() if k not in own}) for f in files]
+            files.append(adapter[0])
+            description = f"{description} with the adapters of {language}"
     for file in files:
         if file.under:
             libraries = _either(library for library, _ in _wrapped(file.under, formats))
@@ -363,6 +377,23 @@ def _open_folder(folder: Path, description: str, formats: Sequence[Format]) -> S
     _refuse_if(faults, description)
     fitting = [each for each in formats if each.table.config == CONFIG]
     return _source(fitting, description, files, config, folder / CONFIG, normalise)
+
+
+_LANGUAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MAX_NAMED = 20  # languages in an error: MMS has a thousand
+_ADAPTER = re.compile(r"adapter\.([A-Za-z0-9_-]+)\.(?:safetensors|bin)")
+
+
+def _adapter(language: str, names: Iterable[str], description: str) -> str:
+    """The file of a language's adapters."""
+    found = {match[1]: name for name in sorted(names) if (match := _ADAPTER.fullmatch(name))}
+    if language not in found:
+        some = ", ".join(sorted(found)[:MAX_NAMED]) or "none"
+        raise ConversionError(
+            f"{description}: language: expected one that it has adapters of, {some}"
+            f"{', ...' if len(found) > MAX_NAMED else ''}, found {language!r}"
+        )
+    return found[language]
 
 
 def _open_shards(index: Path, wrapping: Wrapping, faults: list[str]) -> list[_WeightFile]:

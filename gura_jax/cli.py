@@ -210,6 +210,9 @@ def convert(
     architecture: Annotated[
         str | None, typer.Option(help="For files that do not say what they are (torchaudio's): the encoder's name.")
     ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of MMS: the language whose adapters to take, such as fra.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Checkpoint folder.", show_default="$GURA_JAX_CHECKPOINTS, ...")
     ] = None,
@@ -217,6 +220,8 @@ def convert(
 ) -> None:
     """Convert PyTorch weights to checkpoints."""
     jobs = [(job_name, spec) for source in sources for job_name, spec in _conversions(source)]
+    if language is not None:
+        jobs = [(f"{job_name}-{language}", spec) for job_name, spec in jobs]
     if name is not None:
         if len(jobs) != 1:
             raise CheckpointError(f"--name: expected one source, found {len(jobs)}")
@@ -234,7 +239,7 @@ def convert(
             continue
         start = time.perf_counter()
         print(f"{job_name}: converting {spec}", flush=True)
-        converted = _convert_one(spec, job_name, architecture)
+        converted = _convert_one(spec, job_name, architecture, language)
         if job_name in ENCODERS and find_preset(job_name).source == spec:
             print(f"{job_name}: licence of the weights: {find_preset(job_name).licence or 'not known'}")
         checkpoint.save(path, converted.params, converted.manifest, overwrite=overwrite)
@@ -268,10 +273,10 @@ def _conversions(source: str) -> Iterator[tuple[str, str]]:
         yield (registered[0] if registered else own.replace(":", "-")), source
 
 
-def _convert_one(spec: str, name: str, architecture: str | None) -> Any:
+def _convert_one(spec: str, name: str, architecture: str | None, language: str | None) -> Any:
     from gura_jax.convert import convert
 
-    converted = convert(spec, architecture=architecture)
+    converted = convert(spec, architecture=architecture, language=language)
     if name in ENCODERS:
         checkpoint.check_architecture(
             name, find_preset(name).config, converted.manifest.architecture, converted.manifest.source

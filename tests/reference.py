@@ -63,6 +63,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     },
     "relu, odd positions": _WAV2VEC2 | {"hidden_act": "relu", "num_conv_pos_embeddings": 19},
     "gelu_new, other eps": _HUBERT | _LARGE | {"hidden_act": "gelu_new", "layer_norm_eps": 0.01},
+    "mms": _WAV2VEC2 | _LARGE | {"adapter_attn_dim": 5},
     "data2vec": _SMALL
     | {"model_type": "data2vec-audio", "conv_bias": True, "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5},
     "wavlm base": _WAVLM,

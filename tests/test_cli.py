@@ -179,6 +179,7 @@ def test_dry_run(gura: Run, clip: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_then_resumed(tmp_path: Path, environment: dict[str, str]) -> None:
     """Twice: the finished shards stay, the exit code and the message say so, and the rest follows: the same bytes.
 
@@ -309,6 +310,7 @@ def test_verbose_names_the_shapes(
     assert "shape 1: compiling for 1 clips of 0.50 s" in caplog.text
 
 
+@pytest.mark.slow
 def test_compilations_are_kept(environment: dict[str, str], clip: Path, tmp_path: Path) -> None:
     arguments = ("embed", clip, "-s", "crepe", "--weights", "random", "--out", tmp_path / "out")
     variables = environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -350,6 +352,7 @@ def test_parity(gura: Run, clip: Path) -> None:
     assert max(row["to_pytorch"] for row in report["rows"]) <= report["bound"]
 
 
+@pytest.mark.slow
 def test_parity_of_a_process_of_its_own(environment: dict[str, str], clip: Path) -> None:
     """Compiled with all of XLA's optimisations, which the tests do without."""
     command = [PROGRAM, "parity", "-s", "avg_hubert_wav2vec2", "--size", "tiny", "--weights", "random", "--audio", clip]

@@ -582,7 +582,7 @@ def test_faults_of_keys_and_of_values_in_one_error(tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({"add_adapter": True}, ["add_adapter"]),
-        ({"adapter_attn_dim": 16}, ["adapter_attn_dim", "16"]),
+        ({"adapter_attn_dim": 16}, ["encoder.layers.0.adapter_layer.linear_1.kernel", "nothing fills it"]),
         ({"hidden_act": "mish"}, ["hidden_act", "mish"]),
         ({"position_embeddings_type": "rotary"}, ["position_embeddings_type"]),
         (
@@ -593,8 +593,8 @@ def test_faults_of_keys_and_of_values_in_one_error(tmp_path: Path) -> None:
         ({"model_type": ["hubert"]}, ["model_type", "['hubert']"]),
         ({"model_type": "crepe"}, ["CREPE"]),
         (
-            {"add_adapter": True, "adapter_attn_dim": 16, "unheard_of": 1},
-            ["add_adapter", "adapter_attn_dim", "unheard_of"],
+            {"add_adapter": True, "tie_encoder_decoder": True, "unheard_of": 1},
+            ["add_adapter", "tie_encoder_decoder", "unheard_of"],
         ),
     ],
 )

@@ -270,6 +270,7 @@ def test_which_process_this_is() -> None:
     assert [Worker(i, 3, "").share([0, 1, 2, 3, 4, 5, 6]) for i in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
 
 
+@pytest.mark.slow
 def test_two_processes_of_jax_distributed(tmp_path: Path) -> None:
     """Real ones, on loopback: each finds its own share, and the bytes are those of one process."""
     import socket

@@ -59,7 +59,10 @@ def clips(*lengths: int) -> list[np.ndarray]:
 
 
 # Almost HuBERT's network; and two that take long, and are beside their references in a padded batch elsewhere.
-SAME_NETWORK = ("wav2vec2", "unispeech", "unispeech-sat", "mert_model", "data2vec-audio", "passt", "efficientnet_b2")
+SAME_NETWORK = (
+    *("wav2vec2", "mms", "unispeech", "unispeech-sat", "mert_model", "data2vec-audio"),
+    *("wavlm", "passt", "efficientnet_b2"),
+)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,8 @@ def assert_gradients(ours: Mapping[str, Any], single: Mapping[str, Any], double:
 
 
 @pytest.mark.parametrize(
-    "variant", ["hubert base", pytest.param("wav2vec2 large", marks=pytest.mark.slow), "wavlm large"]
+    "variant",
+    ["hubert base", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wav2vec2 large", "wavlm large"))],
 )
 def test_gradients_of_a_speech_encoder_are_pytorchs(variant: str) -> None:
     model = encoder(variant)

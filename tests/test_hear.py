@@ -174,7 +174,9 @@ def check_same(model: HearModel, audio: torch.Tensor) -> None:
     check_times(times, frames, 1000 * audio.shape[1] / model.sample_rate)
 
 
-@pytest.mark.parametrize("name", ["hubert_base", "crepe", "fusion_cat_xwc_time_base"])
+@pytest.mark.parametrize(
+    "name", ["hubert_base", "crepe", pytest.param("fusion_cat_xwc_time_base", marks=pytest.mark.slow)]
+)
 def test_numbers_of_a_module_are_those_of_its_model(name: str) -> None:
     check_same(tiny(name), noise(1, 16_384))  # one shape for both, as compiling takes long
 

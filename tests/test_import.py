@@ -84,7 +84,7 @@ FLOORS = (
     ("backend", "targets", "counting", "audio", "files"),
     (
         "convert.keys",
-        *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "crepe")),
+        *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "mms", "crepe")),
         *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng")),
         *(f"convert.{name}" for name in ("panns", "passt", "byols", "efficientnet", "wav2clip")),
     ),

@@ -409,7 +409,8 @@ def alone(system: System) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("system", "batch_size", "turn"), [(FUSED, 2, 1), (CREPE, 1, 0), (CREPE, 3, 1), (CREPE, 100, 3)]
+    ("system", "batch_size", "turn"),
+    [(FUSED, 2, 1), (CREPE, 1, 0), (CREPE, 3, 1), pytest.param(CREPE, 100, 3, marks=pytest.mark.slow)],
 )
 def test_neither_order_nor_batches_matter(system: System, batch_size: int, turn: int) -> None:
     audio = list(clips(*LENGTHS))[: len(alone(system))]

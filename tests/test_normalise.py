@@ -35,6 +35,7 @@ def test_a_clip_is_normalised_as_transformers_has_it() -> None:
         assert not np.asarray(row[len(clip) :]).any()
 
 
+@pytest.mark.slow
 def test_a_system_with_it_is_pytorchs_too() -> None:
     """Parity gives the reference what transformers' feature extractor would."""
     clips = [speech(4000, 1), 0.01 * speech(2500, 2)]

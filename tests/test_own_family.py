@@ -81,6 +81,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["own_family"]
 
 
+@pytest.mark.slow
 def test_the_example(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example.main(tmp_path)
     out = capsys.readouterr().out
@@ -413,7 +414,9 @@ def test_parity_of_a_family_without_hidden_states() -> None:
     assert all(r.passed for r in found)
 
 
-@pytest.mark.parametrize("combination", ["interleave", "concatenate", pytest.param("average", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "combination", ["interleave", *(pytest.param(name, marks=pytest.mark.slow) for name in ("concatenate", "average"))]
+)
 def test_parity_of_pooled_members_at_two_rates(combination: Any) -> None:
     """Scenes of the means of frames and of pooled embeddings, at 16 and at 24 kHz."""
     register(LEVEL)

@@ -202,7 +202,8 @@ def sharded(devices: int) -> tuple[NamedSharding, NamedSharding]:
         ("hubert_base", "cpu"),
         ("fusion_cat_xwc", "cpu"),
         pytest.param("crepe", "cpu", marks=pytest.mark.slow),
-        ("crepe", "gpu"),
+        pytest.param("crepe", "gpu", marks=pytest.mark.slow),
+        ("dasheng_base", "cpu"),
     ],
 )
 def test_a_sharded_batch_needs_no_communication(system: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:

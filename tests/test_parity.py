@@ -67,6 +67,7 @@ def failures(found: list[Row]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_mert_beside_an_encoder_of_another_rate() -> None:
     """MERT takes 24 kHz, CREPE 16."""
     members = (Member("mert-330m", "mean"), Member("crepe-tiny"))

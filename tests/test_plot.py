@@ -21,6 +21,7 @@ def clip(title: str = "noise", seconds: float = 1.0, size: int = 24, seed: int =
     return Clip(title, audio, frames, 12.5 + 20 * np.arange(count), rate)
 
 
+@pytest.mark.slow
 def test_a_picture_grows_with_its_clips(tmp_path: Path) -> None:
     heights = []
     for count in (1, 3):

@@ -230,7 +230,7 @@ print((peak() - base) / sum(array.nbytes for array in copies.values()))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", *(pytest.param(n, marks=pytest.mark.slow) for n in ("zip.bin", "legacy.bin"))]
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("model.safetensors", "zip.bin", "legacy.bin")]
 )
 def test_memory_stays_well_under_twice_the_weights(folder: Path, name: str) -> None:
     # 640 MiB, more than twice what may be mapped at once; the target alone is 1 of the at most 1.6.
@@ -894,6 +894,7 @@ def test_hub_config_that_cannot_be_had(hub: HubServer) -> None:
         read_config("owner/other")
 
 
+@pytest.mark.slow
 def test_hub_by_the_environment(hub: HubServer, tmp_path: Path) -> None:
     save_file(small_state(), repo_of(hub) / "model.safetensors")
     code = (

@@ -119,13 +119,11 @@ VARIANTS: Mapping[str, Any] = {
 CLIPS = [speech(n, n) for n in (37_000, 16_000, 11_001)]  # of 2.3 s, which is several windows of the first three
 variants = pytest.mark.parametrize("variant", VARIANTS)
 BASELINES = ("panns", "passt", "byol-s", "efficientnet", "wav2clip")
-SLOW = ("passt", "efficientnet")  # to compile
+# The others are like these, or long to compile.
+FEW = ("whisper", "beats", "panns", "byol-s")
+OTHERS = ("ast", "dasheng", "passt", "efficientnet", "wav2clip")
 each_family = pytest.mark.parametrize(
-    "variant",
-    [
-        *("whisper", "ast", "dasheng", "beats", "panns", "byol-s", "wav2clip"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
-    ],
+    "variant", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
 
 

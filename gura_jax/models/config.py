@@ -66,6 +66,7 @@ class EncoderConfig:
         ignored: regular expression of attributes that do not change it.
         renamed: attributes of ``config.json`` -> the fields that they are.
         activations: fields that name an activation.
+        relatives: (model type, attribute) -> family: where the attribute is not null, the config is of that family.
         preprocessor: attributes of ``preprocessor_config.json`` that are read like those of ``config.json``.
     """
 
@@ -75,6 +76,7 @@ class EncoderConfig:
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     activations: ClassVar[tuple[str, ...]] = ("hidden_act",)
     preprocessor: ClassVar[tuple[str, ...]] = ()
+    relatives: ClassVar[Mapping[tuple[str, str], str]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         for name, kind in _field_types(type(self)).items():

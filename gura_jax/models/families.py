@@ -19,6 +19,7 @@ from gura_jax.models.data2vec import DATA2VEC
 from gura_jax.models.efficientnet import EFFICIENTNET
 from gura_jax.models.encoder import Encoder, Family, Options, Preset
 from gura_jax.models.mert import MERT
+from gura_jax.models.mms import MMS_FAMILY
 from gura_jax.models.panns import PANNS
 from gura_jax.models.passt import PASST
 from gura_jax.models.wav2clip import WAV2CLIP
@@ -26,7 +27,7 @@ from gura_jax.models.wav2vec2 import HUBERT, UNISPEECH, UNISPEECH_SAT, WAV2VEC2
 from gura_jax.models.wavlm import WAVLM
 from gura_jax.models.whisper import WHISPER
 
-_WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, WAVLM, DATA2VEC, MERT)
+_WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, MMS_FAMILY, WAVLM, DATA2VEC, MERT)
 _SPECTROGRAMS = (WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS, BYOLS, EFFICIENTNET, WAV2CLIP)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_WAVES, *_SPECTROGRAMS, CREPE)}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
@@ -74,6 +75,9 @@ def config_from_source(content: Mapping[str, Any]) -> Any:
     """
     model_type = content.get("model_type")
     kind = find_family(model_type).config
+    for (own, attribute), relative in getattr(kind, "relatives", {}).items():
+        if own == model_type and content.get(attribute) is not None:
+            kind = find_family(relative).config
     preprocessor = content.get(PREPROCESSOR, {})
     more = {name: preprocessor[name] for name in getattr(kind, "preprocessor", ()) if name in preprocessor}
     try:

@@ -288,8 +288,8 @@ LARGE: dict[str, Any] = {
     "feat_extract_norm": "layer",
     "conv_bias": True,
 }
-_XLARGE: dict[str, Any] = LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
-_2B: dict[str, Any] = _XLARGE | {"hidden_size": 1920, "intermediate_size": 7680}
+XLARGE: dict[str, Any] = LARGE | {"hidden_size": 1280, "num_hidden_layers": 48, "intermediate_size": 5120}
+_2B: dict[str, Any] = XLARGE | {"hidden_size": 1920, "intermediate_size": 7680}
 _LARGE_POST_NORM: dict[str, Any] = LARGE | {
     "do_stable_layer_norm": False,
     "feat_extract_norm": "group",
@@ -312,7 +312,7 @@ HUBERT = Family(
     presets={
         "hubert-base": _preset("hubert", "facebook/hubert-base-ls960", "Apache-2.0"),
         "hubert-large": _preset("hubert", "facebook/hubert-large-ll60k", "Apache-2.0", **LARGE),
-        "hubert-xlarge": _preset("hubert", "facebook/hubert-xlarge-ll60k", "Apache-2.0", **_XLARGE),
+        "hubert-xlarge": _preset("hubert", "facebook/hubert-xlarge-ll60k", "Apache-2.0", **XLARGE),
         "mhubert-147": _preset("hubert", "utter-project/mHuBERT-147", "CC-BY-NC-SA-4.0"),
         "contentvec": _preset("hubert", "lengyue233/content-vec-best", "MIT"),
         "distilhubert": _preset("hubert", "ntu-spml/distilhubert", "Apache-2.0", **_DISTILLED),
@@ -333,10 +333,10 @@ WAV2VEC2 = Family(
         "wav2vec2-large": _preset("wav2vec2", "facebook/wav2vec2-large-960h-lv60-self", "Apache-2.0", **LARGE),
         "xlsr-53": _preset("wav2vec2", "facebook/wav2vec2-large-xlsr-53", "Apache-2.0", normalise=True, **LARGE),
         "xls-r-300m": _preset("wav2vec2", "facebook/wav2vec2-xls-r-300m", "Apache-2.0", normalise=True, **LARGE),
-        "xls-r-1b": _preset("wav2vec2", "facebook/wav2vec2-xls-r-1b", "Apache-2.0", normalise=True, **_XLARGE),
+        "xls-r-1b": _preset("wav2vec2", "facebook/wav2vec2-xls-r-1b", "Apache-2.0", normalise=True, **XLARGE),
         "xls-r-2b": _preset("wav2vec2", "facebook/wav2vec2-xls-r-2b", "Apache-2.0", normalise=True, **_2B),
         "mms-300m": _preset("wav2vec2", "facebook/mms-300m", "CC-BY-NC-4.0", normalise=True, **LARGE),
-        "mms-1b": _preset("wav2vec2", "facebook/mms-1b", "CC-BY-NC-4.0", normalise=True, **_XLARGE),
+        "mms-1b": _preset("wav2vec2", "facebook/mms-1b", "CC-BY-NC-4.0", normalise=True, **XLARGE),
     },
 )
 # Both have wav2vec 2.0's network, and other objectives.

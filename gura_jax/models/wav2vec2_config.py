@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 from gura_jax.models.config import EncoderConfig
@@ -16,6 +17,7 @@ class Wav2Vec2Config(EncoderConfig):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("hubert", "wav2vec2", "unispeech", "unispeech-sat")
+    relatives: ClassVar[Mapping[tuple[str, str], str]] = MappingProxyType({("wav2vec2", "adapter_attn_dim"): "mms"})
     activations: ClassVar[tuple[str, ...]] = ("hidden_act", "feat_extract_activation")
 
     sample_rate: ClassVar[int] = 16_000  # Hz; a field where the family's config.json has it
