@@ -210,6 +210,7 @@ def test_a_gradient_computes_about_twice_more_and_gives_the_weights_shapes() -> 
     assert backward.bytes == 2 * weights + 2 * (4 * RATE + 4)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_pmap_compiles_for_a_tpu() -> None:
     model = program("hubert_base").model

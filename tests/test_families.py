@@ -58,10 +58,10 @@ def clips(*lengths: int) -> list[np.ndarray]:
 # The table
 
 
-# Almost HuBERT's network; and two that take long, and are beside their references in a padded batch elsewhere.
+# Almost HuBERT's network; and those that take long, which are beside their references in a padded batch elsewhere.
 SAME_NETWORK = (
     *("wav2vec2", "mms", "unispeech", "unispeech-sat", "mert_model", "data2vec-audio"),
-    *("wavlm", "passt", "efficientnet_b2"),
+    *("wavlm", "passt", "efficientnet_b2", "wav2clip"),
 )
 
 

@@ -99,7 +99,8 @@ def _parts(member: Member) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("capacity", "combination"), [("tiny", "interleave_time"), pytest.param("small", "average", marks=pytest.mark.slow)]
+    ("capacity", "combination"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", "interleave_time"), ("small", "average"))],
 )
 def test_a_users_system(capacity: str, combination: Any) -> None:
     """Other members, chosen and weighted layers, the paper's reading, scene groups.

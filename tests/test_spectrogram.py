@@ -117,7 +117,9 @@ VARIANTS: Mapping[str, Any] = {
     "beats, no deep norm": tiny("beats", deep_norm=False, patch_embed_dim=32, num_buckets=16, max_bucket_distance=20),
 }
 CLIPS = [speech(n, n) for n in (37_000, 16_000, 11_001)]  # of 2.3 s, which is several windows of the first three
-variants = pytest.mark.parametrize("variant", VARIANTS)
+variants = pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name == "passt" else name for name in VARIANTS]
+)
 BASELINES = ("panns", "passt", "byol-s", "efficientnet", "wav2clip")
 # The others are like these, or long to compile.
 FEW = ("whisper", "beats", "panns", "byol-s")
