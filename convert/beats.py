@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gura_jax.convert.keys import Contents, KeyTable, Transform, Wrapping, conv, dense, norm
+from gura_jax.convert.keys import CONV2D, Contents, KeyTable, Wrapping, conv, dense, norm
 from gura_jax.convert.wav2vec2 import FAIRSEQ
 from gura_jax.convert.wavlm import UNILM_RELATIVE
 
-_PATCH = Transform((2, 3, 1, 0))  # [out, 1, time, frequency] -> [time, frequency, 1, out]
 # What neither changes the computation nor has a name in the config.
 _UNREAD = (
     "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "mask_ratio",
@@ -30,7 +29,7 @@ def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
 KEYS: Mapping[str, KeyTable] = {
     "beats": KeyTable(
         rows=(
-            *conv("patch_embedding", "patch_embedding", _PATCH),
+            *conv("patch_embedding", "patch_embedding", CONV2D),
             *norm("layer_norm", "layer_norm"),
             *dense("post_extract_proj", "projection"),
             *(row for row in FAIRSEQ.rows if row[1].startswith("encoder.")),

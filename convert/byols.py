@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gura_jax.convert.keys import Contents, KeyTable, Row, Transform, batch_norm, conv, dense
-
-TIME_FIRST = Transform((3, 2, 1, 0))  # [out, in, band, time] -> [time, band, in, out]
+from gura_jax.convert.keys import CONV2D_TRANSPOSED, Contents, KeyTable, Row, batch_norm, conv, dense
 
 
 def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
@@ -20,7 +18,7 @@ def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
 def _rows() -> list[Row]:
     rows = [*dense(r"fc\.0", "fc1"), *dense(r"fc\.3", "fc2")]
     for i in range(3):
-        rows += conv(rf"features\.{4 * i}", f"convs.{i}", TIME_FIRST)
+        rows += conv(rf"features\.{4 * i}", f"convs.{i}", CONV2D_TRANSPOSED)
         rows += batch_norm(rf"features\.{4 * i + 1}", f"norms.{i}")
     return rows
 

@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from gura_jax.convert.byols import TIME_FIRST
-from gura_jax.convert.keys import VECTOR, Contents, KeyTable, Row, Transform, batch_norm
+from gura_jax.convert.keys import VECTOR, Contents, KeyTable, Row, Transform, conv2d_batch_norm
 
 _POINT = Transform((1, 0, 2, 3), dropped=(2, 3))  # [out, in, 1, 1] -> [in, out]
 
@@ -31,10 +30,6 @@ def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
     }
 
 
-def _convolution(conv: str, norm: str, target: str) -> list[Row]:
-    return [(rf"{conv}\.weight", f"{target}.conv.kernel", TIME_FIRST), *batch_norm(norm, f"{target}.norm")]
-
-
 def _point(source: str, target: str) -> list[Row]:
     return [(rf"{source}\.weight", f"{target}.kernel", _POINT), (rf"{source}\.bias", f"{target}.bias", VECTOR)]
 
@@ -44,13 +39,13 @@ _BLOCK, _OURS = r"_blocks\.(\d+)\.", r"blocks.\1."
 KEYS: Mapping[str, KeyTable] = {
     "efficient-latent": KeyTable(
         rows=(
-            *_convolution("_conv_stem", "_bn0", "stem"),
-            *_convolution(f"{_BLOCK}_expand_conv", f"{_BLOCK}_bn0", f"{_OURS}expand"),
-            *_convolution(f"{_BLOCK}_depthwise_conv", f"{_BLOCK}_bn1", f"{_OURS}depthwise"),
+            *conv2d_batch_norm("_conv_stem", "_bn0", "stem"),
+            *conv2d_batch_norm(f"{_BLOCK}_expand_conv", f"{_BLOCK}_bn0", f"{_OURS}expand"),
+            *conv2d_batch_norm(f"{_BLOCK}_depthwise_conv", f"{_BLOCK}_bn1", f"{_OURS}depthwise"),
             *_point(f"{_BLOCK}_se_reduce", f"{_OURS}reduce"),
             *_point(f"{_BLOCK}_se_expand", f"{_OURS}excite"),
-            *_convolution(f"{_BLOCK}_project_conv", f"{_BLOCK}_bn2", f"{_OURS}project"),
-            *_convolution("_conv_head", "_bn1", "head"),
+            *conv2d_batch_norm(f"{_BLOCK}_project_conv", f"{_BLOCK}_bn2", f"{_OURS}project"),
+            *conv2d_batch_norm("_conv_head", "_bn1", "head"),
         ),
         # The spectrogram is computed from its settings, which the one file has.
         ignored=r"front_end\..+|.+\.num_batches_tracked",

@@ -49,7 +49,9 @@ class Transform(NamedTuple):
 LINEAR = Transform((1, 0))  # [out, in] -> [in, out]
 CONV = Transform((2, 1, 0))  # [out, in, kernel] -> [kernel, in, out]
 CONV2D = Transform((2, 3, 1, 0))  # [out, in, height, width] -> [height, width, in, out]
+CONV2D_TRANSPOSED = Transform((3, 2, 1, 0))  # [out, in, height, width] -> [width, height, in, out]
 CONV2D_COLUMN = Transform((2, 3, 1, 0), dropped=(1,))  # [out, in, kernel, 1] -> [kernel, in, out]
+EMBEDDING = Transform((0, 1))  # as it is
 VECTOR = Transform((0,))
 VARIANCE = Transform((0,), variance=True)
 WEIGHT_G = Transform((2, 1, 0), "g", ones=(1, 2))
@@ -109,6 +111,14 @@ def batch_norm(source: str, target: str) -> list[Row]:
         *norm(source, target),
         (rf"{source}\.running_mean", f"{target}.mean", VECTOR),
         (rf"{source}\.running_var", f"{target}.var", VARIANCE),
+    ]
+
+
+def conv2d_batch_norm(source: str, source_norm: str, target: str) -> list[Row]:
+    """Rows of a 2-D convolution without bias, whose axes change places, and of its batch norm."""
+    return [
+        (rf"{source}\.weight", f"{target}.conv.kernel", CONV2D_TRANSPOSED),
+        *batch_norm(source_norm, f"{target}.norm"),
     ]
 
 

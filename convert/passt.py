@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gura_jax.convert.ast import POSITIONS, TOKEN, vit
-from gura_jax.convert.keys import Contents, KeyTable, Transform, conv, dense, norm
+from gura_jax.convert.keys import CONV2D_TRANSPOSED, Contents, KeyTable, Transform, conv, dense, norm
 
-_PATCH = Transform((3, 2, 1, 0))  # [out, 1, frequency, time] -> [time, frequency, 1, out]
 _ROWS = Transform((2, 1, 0, 3), dropped=(2, 3))  # [1, D, rows, 1] -> [rows, D]
 _COLUMNS = Transform((3, 1, 0, 2), dropped=(2, 3))  # [1, D, 1, columns] -> [columns, D]
 _GRID = (12, 99)  # of patches, in the files whose spectrogram this is
@@ -41,7 +40,7 @@ KEYS: Mapping[str, KeyTable] = {
             (r"new_pos_embed", "special_positions", POSITIONS),
             (r"freq_new_pos_embed", "row_positions", _ROWS),
             (r"time_new_pos_embed", "column_positions", _COLUMNS),
-            *conv(r"patch_embed\.proj", "projection", _PATCH),
+            *conv(r"patch_embed\.proj", "projection", CONV2D_TRANSPOSED),
             *vit(r"blocks\.(\d+)"),
             *norm("norm", "encoder.layer_norm"),
             *norm(r"head\.0", "head_norm"),

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gura_jax.convert.byols import TIME_FIRST
-from gura_jax.convert.keys import Contents, KeyTable, Row, batch_norm, dense
+from gura_jax.convert.keys import Contents, KeyTable, Row, conv2d_batch_norm, dense
 
 STAGES, BLOCKS = 4, 2  # of ResNet-18
 
@@ -24,20 +23,16 @@ def _read_config(contents: Contents, faults: list[str]) -> Mapping[str, Any]:
     }
 
 
-def _convolution(conv: str, norm: str, target: str) -> list[Row]:
-    return [(rf"{conv}\.weight", f"{target}.conv.kernel", TIME_FIRST), *batch_norm(norm, f"{target}.norm")]
-
-
 def _rows() -> list[Row]:
     encoder, layers = r"audio_encoder\.", r"audio_transform\.sequential\."
-    rows = [*_convolution(f"{encoder}conv1", f"{encoder}bn1", "conv1")]
+    rows = [*conv2d_batch_norm(f"{encoder}conv1", f"{encoder}bn1", "conv1")]
     rows += [*dense(f"{layers}0", "fc1"), *dense(f"{layers}3", "fc2")]
     for i in range(STAGES):
         for k in range(BLOCKS):
             theirs, ours = rf"{encoder}layer{i + 1}\.{k}\.", f"blocks.{BLOCKS * i + k}."
             for n in (1, 2):
-                rows += _convolution(f"{theirs}conv{n}", f"{theirs}bn{n}", f"{ours}conv{n}")
-            rows += _convolution(rf"{theirs}downsample\.0", rf"{theirs}downsample\.1", f"{ours}downsample")
+                rows += conv2d_batch_norm(f"{theirs}conv{n}", f"{theirs}bn{n}", f"{ours}conv{n}")
+            rows += conv2d_batch_norm(rf"{theirs}downsample\.0", rf"{theirs}downsample\.1", f"{ours}downsample")
     return rows
 
 

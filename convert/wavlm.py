@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gura_jax.convert import fairseq
-from gura_jax.convert.keys import Contents, KeyTable, Row, Transform, Wrapping, dense, packed
+from gura_jax.convert.keys import EMBEDDING, Contents, KeyTable, Row, Transform, Wrapping, dense, packed
 from gura_jax.convert.wav2vec2 import FAIRSEQ, TORCHAUDIO, TRANSFORMERS
 
-_EMBEDDING = Transform((0, 1))
 _PER_HEAD = Transform((0, 1, 2, 3), dropped=(0, 2, 3))  # [1, H, 1, 1] -> [H]
 _ATTENTION = r"encoder.layers.\1.attention"
 
@@ -18,7 +17,7 @@ def _relative(layers: str, attention: str, const: str, linear: str, embedding: s
     return (
         (rf"{layers}\.(\d+)\.{attention}\.{const}", f"{_ATTENTION}.gru_rel_pos_const", _PER_HEAD),
         *dense(rf"{layers}\.(\d+)\.{attention}\.{linear}", f"{_ATTENTION}.gru_rel_pos_linear"),
-        (rf"{layers}\.0\.{attention}\.{embedding}\.weight", "encoder.rel_attn_embed.embedding", _EMBEDDING),
+        (rf"{layers}\.0\.{attention}\.{embedding}\.weight", "encoder.rel_attn_embed.embedding", EMBEDDING),
     )
 
 

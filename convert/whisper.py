@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gura_jax.convert.keys import Contents, KeyTable, Transform, Wrapping, conv, dense, norm
-
-_POSITIONS = Transform((0, 1))
+from gura_jax.convert.keys import EMBEDDING, Contents, KeyTable, Wrapping, conv, dense, norm
 
 # The authors' names of sizes -> those of transformers' config.json.
 _DIMS = {
@@ -33,7 +31,7 @@ KEYS: Mapping[str, KeyTable] = {
     "transformers": KeyTable(
         rows=(
             *conv(r"encoder\.(conv[12])", r"\1"),
-            (r"encoder\.embed_positions\.weight", "embed_positions", _POSITIONS),
+            (r"encoder\.embed_positions\.weight", "embed_positions", EMBEDDING),
             *dense(r"encoder\.layers\.(\d+)\.self_attn\.([qkv]|out)_proj", r"encoder.layers.\1.attention.\2_proj"),
             *norm(r"encoder\.layers\.(\d+)\.self_attn_layer_norm", r"encoder.layers.\1.layer_norm"),
             *norm(r"encoder\.layers\.(\d+)\.final_layer_norm", r"encoder.layers.\1.final_layer_norm"),
@@ -47,7 +45,7 @@ KEYS: Mapping[str, KeyTable] = {
     "openai-whisper": KeyTable(
         rows=(
             *conv(r"encoder\.(conv[12])", r"\1"),
-            (r"encoder\.positional_embedding", "embed_positions", _POSITIONS),
+            (r"encoder\.positional_embedding", "embed_positions", EMBEDDING),
             *(
                 row
                 for theirs, name in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out"))

@@ -133,7 +133,7 @@ class ASTEncoder(SpectrogramEncoder):
         size, step = self.config.max_length, self.config.columns * self.config.time_stride  # columns
         power = self.spectrogram(audio, lengths, self.options.platform)
         x = jnp.log(jnp.maximum(power, FLOAT32_EPS))
-        own = 1 + (lengths - COLUMN) // COLUMN_HOP  # columns of each clip
+        own = self.spectrogram.count(lengths)  # columns of each clip
         x = jnp.where(frame_mask(own, x.shape[1])[:, :, None], x, 0.0)
         x = (x - self.config.mean) / (2 * self.config.std)
         number = -(-self.grid.count(audio.shape[1]) // self.config.columns)

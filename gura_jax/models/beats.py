@@ -175,7 +175,7 @@ class BEATsEncoder(SpectrogramEncoder):
         """The logarithm, normalised by what it was trained on."""
         power = self.spectrogram(SCALE * audio, lengths, self.options.platform)
         x = (jnp.log(jnp.maximum(power, FLOAT32_EPS)) - self.config.fbank_mean) / (2 * self.config.fbank_std)
-        return x, 1 + (lengths - COLUMN) // COLUMN_HOP
+        return x, self.spectrogram.count(lengths)
 
     def tokens(self, network: BEATs, mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The patches of each clip."""

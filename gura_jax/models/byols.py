@@ -6,20 +6,18 @@ divided by the number of windows, as there: so they grow with the clip. Paper: B
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gura_jax.convert.byols import KEYS
-from gura_jax.models.attention import even_blocks
 from gura_jax.models.config import EncoderConfig
 from gura_jax.models.convnets import (
+    Windows,
     batch_norm,
-    combined_moments,
     deviation,
     loudest,
     moments,
@@ -107,7 +105,7 @@ class ByolsEncoder(ModuleEncoder):
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
         """Frames [B, T, D], counts [B] and pooled [B, D]."""
         network: AudioNTT = self.network(params)
-        mel, columns = self._log_mel(audio, lengths), 1 + lengths // COLUMN_HOP
+        mel, columns = self._log_mel(audio, lengths), _SPECTROGRAM.count(lengths)
         steps = self._steps(network, mel, columns)
         counts = columns // STRIDE
         scene = masked_mean(steps, frame_mask(counts, steps.shape[1])) + loudest(steps, counts)
@@ -117,7 +115,7 @@ class ByolsEncoder(ModuleEncoder):
         self, params: Params, audio: jax.Array, lengths: jax.Array
     ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
         """The clip's spectrogram, normalised, and the timestamps."""
-        yield "log-mel", self._log_mel(audio, lengths), 1 + lengths // COLUMN_HOP
+        yield "log-mel", self._log_mel(audio, lengths), _SPECTROGRAM.count(lengths)
         yield "frames", self._frames(self.network(params), audio, lengths), self.grid.count(lengths)
 
     def _logarithm(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -127,9 +125,9 @@ class ByolsEncoder(ModuleEncoder):
     def _log_mel(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
         """[B, F, M], of zero mean and unit deviation over each clip."""
         x = self._logarithm(audio, lengths)
-        mask = frame_mask(1 + lengths // COLUMN_HOP, x.shape[1])
+        mask = frame_mask(_SPECTROGRAM.count(lengths), x.shape[1])
         mean, squares = moments(x, mask)
-        number = (MELS * (1 + lengths // COLUMN_HOP)).astype(jnp.float32)
+        number = (MELS * _SPECTROGRAM.count(lengths)).astype(jnp.float32)
         return (x - mean[:, None, None]) / deviation(squares, number)[:, None, None]
 
     def _steps(self, network: AudioNTT, mel: jax.Array, counts: jax.Array) -> jax.Array:
@@ -138,44 +136,20 @@ class ByolsEncoder(ModuleEncoder):
         return over_columns(block, mel, STRIDE, HALO, self.options.platform.spectra)
 
     def _frames(self, network: AudioNTT, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-        """[B, N], [B] -> [B, T, D], some windows at a time: first their mean and deviation, then what they embed to."""
-        B, T = len(audio), self.grid.count(audio.shape[1])
-        columns = 1 + WINDOW // COLUMN_HOP
-        blocks, size = even_blocks(T, max(1, self.options.platform.spectra // (columns * B)))
-        end = max(0, (blocks * size - 1) * HOP + WINDOW // 2 - audio.shape[1])
-        padded = jnp.pad(audio, ((0, 0), (WINDOW // 2, end)))
-        index = np.arange(size, dtype=np.int32)[:, None] * HOP + np.arange(WINDOW, dtype=np.int32)[None, :]
-        counts = self.grid.count(lengths)
+        """[B, N], [B] -> [B, T, D]."""
+        counts, columns = self.grid.count(lengths), _SPECTROGRAM.count(WINDOW)
 
-        def over_windows(function: Callable[[jax.Array, jax.Array], Any]) -> Any:
-            """A function of the logarithms [B, F, W, M] of some windows, and of the first's number."""
+        def statistics(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+            number = counts.astype(jnp.float32)
+            return mean / number, deviation(squares, total) / number
 
-            def block(start: jax.Array) -> Any:
-                span = (size - 1) * HOP + WINDOW
-                some = jax.lax.dynamic_slice_in_dim(padded, HOP * start, span, axis=1)[:, index]
-                some = some.reshape(B * size, WINDOW)
-                mel = self._logarithm(some, jnp.full(len(some), WINDOW, jnp.int32))
-                return function(mel.reshape(B, size, columns, MELS), start)
+        def embed(x: jax.Array) -> jax.Array:
+            steps = network.steps(x, jnp.zeros((), jnp.int32), jnp.full(len(x), columns, jnp.int32))
+            return steps.mean(axis=1) + steps.max(axis=1)
 
-            return jax.lax.map(self.options.rematerialise(block), size * jnp.arange(blocks, dtype=jnp.int32))
-
-        def some_moments(x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            mask = jnp.repeat(places_within(start, size, counts), columns, axis=1)
-            # Column by column: sums of few numbers round less.
-            return mask.sum(axis=1, dtype=x.dtype) * MELS, *moments(x.reshape(B, size * columns, MELS), mask)
-
-        total, mean, squares = combined_moments(*over_windows(some_moments))
-        number = counts.astype(jnp.float32)
-        mean, spread = mean / number, deviation(squares, total) / number
-
-        def embedded(x: jax.Array, start: jax.Array) -> jax.Array:
-            x = (x - mean[:, None, None, None]) / spread[:, None, None, None]
-            whole = jnp.full(B * size, columns, jnp.int32)
-            steps = network.steps(x.reshape(B * size, columns, MELS), jnp.zeros((), jnp.int32), whole)
-            return (steps.mean(axis=1) + steps.max(axis=1)).reshape(B, size, -1)
-
-        x = over_windows(embedded)  # [blocks, B, F, D]
-        return x.swapaxes(0, 1).reshape(B, blocks * size, -1)[:, :T]
+        windows = Windows(HOP, WINDOW, WINDOW // 2, columns, self.options.platform.spectra)
+        number = self.grid.count(audio.shape[1])
+        return windows(audio, counts, number, self._logarithm, statistics, embed, self.options)
 
 
 BYOLS = Family(

@@ -1,9 +1,12 @@
-"""What encoders made of two-dimensional convolutions share: masks, blocks of columns, options that they do not have."""
+"""What encoders of two-dimensional convolutions share: masks, blocks of columns, windows, refused options."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gura_jax.errors import SystemConfigError
@@ -65,6 +68,24 @@ def over_columns(
     return out.swapaxes(0, 1).reshape(B, blocks * results, -1)[:, :total]
 
 
+def repeated(segments: jax.Array, counts: jax.Array, first: jax.Array, number: int, stride: int) -> jax.Array:
+    """Each segment for each of its columns, the last one for those that are left.
+
+    Args:
+        segments: [B, T, D].
+        counts: [B] int32, segments of each clip.
+        first: [B] int32, the column to begin with.
+        number: of columns.
+        stride: columns of a segment.
+
+    Returns:
+        [B, number, D].
+    """
+    index = (first[:, None] + jnp.arange(number, dtype=jnp.int32)[None, :]) // stride
+    index = jnp.minimum(index, jnp.maximum(counts, 1)[:, None] - 1)
+    return jnp.take_along_axis(segments, index[:, :, None], axis=1, mode="clip")
+
+
 def places_within(start: jax.Array, number: int, counts: jax.Array) -> jax.Array:
     """Which of so many places from ``start`` on are in each clip: [], [B] -> [B, number]."""
     place = start + jnp.arange(number, dtype=jnp.int32)
@@ -100,3 +121,80 @@ def combined_moments(number: jax.Array, mean: jax.Array, squares: jax.Array) -> 
     overall = (number * mean).sum(axis=0) / jnp.maximum(total, 1)
     between = (number * jnp.square(mean - overall[None])).sum(axis=0)
     return total, overall, squares.sum(axis=0) + between
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Embeddings of windows of a clip, whose spectrograms are normalised by what they have in common.
+
+    Attributes:
+        hop: samples from one window to the next.
+        size: samples of a window.
+        before: samples of a window before its place; what lies before the clip is silence.
+        columns: of a window's spectrogram.
+        at_once: columns in a block, roughly, those of all clips counted together.
+    """
+
+    hop: int
+    size: int
+    before: int
+    columns: int
+    at_once: int
+
+    def __call__(
+        self,
+        audio: jax.Array,
+        counts: jax.Array,
+        number: int,
+        logarithm: Callable[[jax.Array, jax.Array], jax.Array],
+        statistics: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+        embed: Callable[[jax.Array], jax.Array],
+        options: Options,
+    ) -> jax.Array:
+        """Embed some windows at a time: first their mean and deviation, then what they embed to.
+
+        Args:
+            audio: [B, N], zero past a clip's end.
+            counts: [B] int32, windows of each clip.
+            number: T, of windows.
+            logarithm: (samples [W, size], lengths [W]) -> spectrograms [W, columns, M].
+            statistics: of all windows of each clip (how many values, mean, squares around it, [B] each) -> what is
+                taken off, and what is divided by.
+            embed: normalised spectrograms [W, columns, M] -> [W, D].
+            options: of the encoder.
+
+        Returns:
+            [B, T, D].
+        """
+        B = len(audio)
+        blocks, size = even_blocks(number, max(1, self.at_once // (self.columns * B)))
+        end = max(0, (blocks * size - 1) * self.hop + self.size - self.before - audio.shape[1])
+        padded = jnp.pad(audio, ((0, 0), (self.before, end)))
+        places = np.arange(size, dtype=np.int32)[:, None] * self.hop
+        index = places + np.arange(self.size, dtype=np.int32)[None, :]
+
+        def over_windows(function: Callable[[jax.Array, jax.Array], Any]) -> Any:
+            """A function of the spectrograms [B, size * columns, M] of some windows, and of the first's number."""
+
+            def block(start: jax.Array) -> Any:
+                span = (size - 1) * self.hop + self.size
+                some = jax.lax.dynamic_slice_in_dim(padded, self.hop * start, span, axis=1)[:, index]
+                some = some.reshape(B * size, self.size)
+                x = logarithm(some, jnp.full(len(some), self.size, jnp.int32))
+                return function(x.reshape(B, size * self.columns, -1), start)
+
+            return jax.lax.map(options.rematerialise(block), size * jnp.arange(blocks, dtype=jnp.int32))
+
+        def some_moments(x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            # Column by column: sums of few numbers round less.
+            mask = jnp.repeat(places_within(start, size, counts), self.columns, axis=1)
+            return mask.sum(axis=1, dtype=x.dtype) * x.shape[2], *moments(x, mask)
+
+        mean, spread = statistics(*combined_moments(*over_windows(some_moments)))
+
+        def embedded(x: jax.Array, start: jax.Array) -> jax.Array:
+            x = (x - mean[:, None, None]) / spread[:, None, None]
+            return embed(x.reshape(B * size, self.columns, -1)).reshape(B, size, -1)
+
+        x = over_windows(embedded)  # [blocks, B, size, D]
+        return x.swapaxes(0, 1).reshape(B, blocks * size, -1)[:, :number]

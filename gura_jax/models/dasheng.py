@@ -16,13 +16,12 @@ from flax import nnx
 from gura_jax.convert.dasheng import KEYS
 from gura_jax.models.config import NEUTRAL, EncoderConfig
 from gura_jax.models.convnets import batch_norm
-from gura_jax.models.encoder import Family, FrameGrid, Options, Output, Preset, frame_mask
-from gura_jax.models.spectrogram import Spectrogram, SpectrogramEncoder
+from gura_jax.models.encoder import Family, FrameGrid, Options, Preset, frame_mask
+from gura_jax.models.spectrogram import Spectrogram, SpectrogramEncoder, cut_off_below, decibels
 from gura_jax.models.transformer import Transformer
 
 COLUMN, COLUMN_HOP = 512, 160  # samples of a column of the spectrogram, and from one to the next
 MELS, PATCH = 64, 4  # a patch is all bands of so many columns
-POWER_FLOOR = 1e-10
 RANGE = 120.0  # dB below a clip's loudest value, at which it is cut off
 
 _NAMES = {"embed_dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
@@ -145,11 +144,9 @@ class DashengEncoder(SpectrogramEncoder):
 
     def log_mel(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """In dB."""
-        x = 10 * jnp.log10(jnp.maximum(self.spectrogram(audio, lengths, self.options.platform), POWER_FLOOR))
-        counts = 1 + lengths // COLUMN_HOP
-        mask = frame_mask(counts, x.shape[1])[:, :, None]
-        loudest = jnp.where(mask, x, -jnp.inf).max(axis=(1, 2), keepdims=True)
-        return jnp.where(mask, jnp.maximum(x, loudest - RANGE), 0.0), counts
+        counts = self.spectrogram.count(lengths)
+        x = decibels(self.spectrogram(audio, lengths, self.options.platform))
+        return cut_off_below(x, counts, RANGE), counts
 
     def tokens(self, network: Dasheng, mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Patches with their positions, of each chunk."""
@@ -161,11 +158,6 @@ class DashengEncoder(SpectrogramEncoder):
         missing = -T % size
         x = jnp.pad(x, ((0, 0), (0, missing), (0, 0))).reshape(-1, size, D) + positions[None, :size]
         return x, jnp.pad(mask, ((0, 0), (0, missing))).reshape(-1, size)
-
-    def outputs(self, x: jax.Array, audio: jax.Array, lengths: jax.Array) -> Output:
-        """The chunks' frames, one after the other."""
-        frames = x.reshape(len(audio), -1, x.shape[-1])[:, : self.grid.count(audio.shape[1])]
-        return Output(frames, self.grid.count(lengths))
 
 
 def _preset(name: str) -> Preset:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from gura_jax.convert.efficientnet import KEYS
 from gura_jax.models.config import EncoderConfig
-from gura_jax.models.convnets import batch_norm, refuse_options, within
+from gura_jax.models.convnets import batch_norm, refuse_options, repeated, within
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -26,11 +26,10 @@ from gura_jax.models.encoder import (
     frame_mask,
     masked_mean,
 )
-from gura_jax.models.spectrogram import Spectrogram
+from gura_jax.models.spectrogram import Spectrogram, cut_off_below, decibels
 
 SAMPLE_RATE = 16_000  # Hz
 MELS, HOP = 64, 160
-POWER_FLOOR = 1e-10
 RANGE = 120.0  # dB below a clip's loudest value, at which it is cut off
 BATCH_NORM_EPS = 1e-3
 STRIDE = 32  # columns of a segment
@@ -240,18 +239,14 @@ class EfficientNetEncoder(ModuleEncoder):
 
     def _log_mel(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, F, 64] in dB, zero past each clip's columns, and their number."""
-        x = 10 * jnp.log10(jnp.maximum(_SPECTROGRAM(audio, lengths, self.options.platform), POWER_FLOOR))
-        counts = 1 + lengths // HOP
-        mask = frame_mask(counts, x.shape[1])[:, :, None]
-        highest = jnp.where(mask, x, -jnp.inf).max(axis=(1, 2), keepdims=True)
-        return jnp.where(mask, jnp.maximum(x, highest - RANGE), 0.0), counts
+        counts = _SPECTROGRAM.count(lengths)
+        x = decibels(_SPECTROGRAM(audio, lengths, self.options.platform))
+        return cut_off_below(x, counts, RANGE), counts
 
     def _frames(self, segments: jax.Array, counts: jax.Array, lengths: jax.Array, number: int) -> jax.Array:
         """Each segment 32 times, cut off at both ends to the clip's columns: [B, number, D]."""
-        spare = jnp.maximum(counts * STRIDE // 2 - (1 + lengths // HOP) // 2, 0)
-        index = (spare[:, None] + jnp.arange(number, dtype=jnp.int32)[None, :]) // STRIDE
-        index = jnp.minimum(index, jnp.maximum(counts, 1)[:, None] - 1)
-        return jnp.take_along_axis(segments, index[:, :, None], axis=1, mode="clip")
+        spare = jnp.maximum(counts * STRIDE // 2 - _SPECTROGRAM.count(lengths) // 2, 0)
+        return repeated(segments, counts, spare, number, STRIDE)
 
 
 EFFICIENTNET = Family(

@@ -15,7 +15,7 @@ from flax import nnx
 
 from gura_jax.convert.panns import KEYS
 from gura_jax.models.config import EncoderConfig
-from gura_jax.models.convnets import batch_norm, loudest, over_columns, places_within, refuse_options, within
+from gura_jax.models.convnets import batch_norm, loudest, over_columns, places_within, refuse_options, repeated, within
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -27,12 +27,11 @@ from gura_jax.models.encoder import (
     frame_mask,
     masked_mean,
 )
-from gura_jax.models.spectrogram import Spectrogram
+from gura_jax.models.spectrogram import Spectrogram, decibels
 
 SAMPLE_RATE = 32_000  # Hz
 SHORTEST = 32_000  # samples: shorter clips are filled up with silence
 MELS, HOP = 64, 320
-POWER_FLOOR = 1e-10
 POOLS = 5  # each halves time and bands
 STRIDE = 2**POOLS  # columns of a segment
 HALO = 4 * STRIDE  # columns that a segment's convolutions see beyond it, and a few more
@@ -146,7 +145,7 @@ class PannsEncoder(ModuleEncoder):
         audio = jnp.pad(audio, ((0, 0), (0, max(0, SHORTEST - audio.shape[1]))))
         lengths = jnp.maximum(lengths, SHORTEST)
         power = _SPECTROGRAM(audio, lengths, self.options.platform)
-        return 10 * jnp.log10(jnp.maximum(power, POWER_FLOOR)), 1 + lengths // HOP
+        return decibels(power), _SPECTROGRAM.count(lengths)
 
     def _segments(self, network: Cnn14, mel: jax.Array, counts: jax.Array) -> jax.Array:
         """[B, F, M] -> [B, F // 32, D], in blocks of columns that see what is around them."""
@@ -155,9 +154,7 @@ class PannsEncoder(ModuleEncoder):
 
     def _frames(self, segments: jax.Array, columns: jax.Array, number: int) -> jax.Array:
         """Each segment for each of its columns, the last one for those that are left: [B, number, D]."""
-        index = jnp.arange(number, dtype=jnp.int32)[None, :] // STRIDE
-        index = jnp.minimum(index, jnp.maximum(columns // STRIDE, 1)[:, None] - 1)
-        return jnp.take_along_axis(segments, index[:, :, None], axis=1, mode="clip")
+        return repeated(segments, columns // STRIDE, jnp.zeros_like(columns), number, STRIDE)
 
 
 PANNS = Family(

@@ -133,7 +133,7 @@ class PasstEncoder(TransformerEncoder):
         self, params: Params, audio: jax.Array, lengths: jax.Array
     ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
         """The spectrogram, and the frames."""
-        yield "log-mel", self._log_mel(audio, lengths), _columns(lengths)
+        yield "log-mel", self._log_mel(audio, lengths), _SPECTROGRAM.count(lengths - 1)
         yield "frames", self._frames(params, audio, lengths), self.grid.count(lengths)
 
     def _log_mel(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ class PasstEncoder(TransformerEncoder):
         """Clips of up to 10 s as they are: [B, N], [B] -> [B, P]."""
         network: Passt = self.without_blocks(params)
         x = network.embed(self._log_mel(audio, lengths))
-        patches = (_columns(lengths) - PATCH) // STRIDE + 1
+        patches = (_SPECTROGRAM.count(lengths - 1) - PATCH) // STRIDE + 1
         mask = frame_mask(SPECIAL + ROWS * jnp.clip(patches, 1, COLUMNS), x.shape[1])
         return network.scores(self.chosen_states(params, network.encoder, x, mask))
 
@@ -195,11 +195,6 @@ class PasstEncoder(TransformerEncoder):
         first = (WINDOWS[-1] - size) // 2
         index = np.arange(number, dtype=np.int32)[:, None] * HOP + first + np.arange(size, dtype=np.int32)[None, :]
         return audio[:, index].reshape(-1, size)
-
-
-def _columns(lengths: jax.Array) -> jax.Array:
-    """Of the spectrogram of a clip."""
-    return 1 + (lengths - 1) // COLUMN_HOP
 
 
 PASST = Family(

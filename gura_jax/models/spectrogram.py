@@ -16,11 +16,12 @@ import numpy as np
 from gura_jax.backend import Platform
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import over_frames
-from gura_jax.models.encoder import FrameGrid, Options, Params
+from gura_jax.models.encoder import FrameGrid, Options, Output, Params, frame_mask
 from gura_jax.models.transformer import TransformerEncoder
 
 Scale = Literal["htk", "slaney", "kaldi", "linear"]
 PRE_EMPHASIS = 0.97  # of Kaldi's frames
+POWER_FLOOR = 1e-10  # of energies in a logarithm to base 10
 FLOAT32_EPS = float(np.finfo(np.float32).eps)  # floor of Kaldi's energies
 
 
@@ -62,9 +63,9 @@ class Spectrogram:
         """Samples that a clip needs: a frame, or enough to be reflected."""
         return self.window if self.kaldi else self.fft // 2 + 1
 
-    def count(self, samples: int) -> int:
-        """Frames of a clip of so many samples."""
-        return max(0, 1 + (samples - self.window) // self.hop) if self.kaldi else 1 + samples // self.hop
+    def count(self, samples: Any) -> Any:
+        """Frames of clips of so many samples; works on integers and arrays."""
+        return FrameGrid(self.hop, 0.0, self.window if self.kaldi else 0).count(samples)
 
     def __call__(self, audio: jax.Array, lengths: jax.Array, platform: Platform) -> jax.Array:
         """Energies of each clip's bands.
@@ -175,6 +176,21 @@ def reflected(audio: jax.Array, lengths: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([head, place(body, tail, lengths)], axis=1)
 
 
+def decibels(power: jax.Array) -> jax.Array:
+    """Of energies."""
+    return 10 * jnp.log10(jnp.maximum(power, POWER_FLOOR))
+
+
+def cut_off_below(x: jax.Array, counts: jax.Array, span: float) -> jax.Array:
+    """Raise what is more than ``span`` below the highest value of each clip: [B, F, M], [B] -> [B, F, M].
+
+    Zero past each clip's frames.
+    """
+    mask = frame_mask(counts, x.shape[1])[:, :, None]
+    highest = jnp.where(mask, x, -jnp.inf).max(axis=(1, 2), keepdims=True)
+    return jnp.where(mask, jnp.maximum(x, highest - span), 0.0)
+
+
 def mel_filters(row: Spectrogram) -> np.ndarray:
     """Triangles [K, mels] over the frequencies of the transform; Kaldi's are straight over mels, the others' over Hz.
 
@@ -223,7 +239,7 @@ _SCALES = {  # Hz to mels, and back
 class SpectrogramEncoder(TransformerEncoder):
     """Base of encoders whose transformer takes a spectrogram.
 
-    A family's encoder adds the two that :meth:`inputs` calls, and :meth:`outputs` where a frame is several tokens.
+    A family's encoder adds the two that :meth:`inputs` calls, and :meth:`outputs` where a frame is not one token.
     """
 
     def __init__(self, config: Any, options: Options, grid: FrameGrid, spectrogram: Spectrogram) -> None:
@@ -246,6 +262,11 @@ class SpectrogramEncoder(TransformerEncoder):
         """The spectrogram's tokens."""
         mel, _ = self.log_mel(audio, lengths)
         return self.tokens(network, mel, lengths)
+
+    def outputs(self, x: jax.Array, audio: jax.Array, lengths: jax.Array) -> Output:
+        """The frames of each clip's windows, one after the other."""
+        frames = x.reshape(len(audio), -1, x.shape[-1])[:, : self.grid.count(audio.shape[1])]
+        return Output(frames, self.grid.count(lengths))
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array

@@ -5,23 +5,20 @@ Timestamps are of the second that follows each, and share theirs. Paper: Wav2CLI
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gura_jax.convert.wav2clip import KEYS
-from gura_jax.models.attention import even_blocks
 from gura_jax.models.config import EncoderConfig
 from gura_jax.models.convnets import (
+    Windows,
     batch_norm,
-    combined_moments,
     deviation,
     moments,
-    places_within,
     refuse_options,
     within,
 )
@@ -157,14 +154,14 @@ class Wav2ClipEncoder(ModuleEncoder):
     def __call__(self, params: Params, audio: jax.Array, lengths: jax.Array) -> Output:
         """Frames [B, T, D], counts [B] and pooled [B, D]."""
         network: Wav2Clip = self.network(params)
-        scene = network(self._normalised(audio, lengths), 1 + lengths // COLUMN_HOP)
+        scene = network(self._normalised(audio, lengths), _SPECTROGRAM.count(lengths))
         return Output(self._frames(network, audio, lengths), self.grid.count(lengths), scene)
 
     def states(
         self, params: Params, audio: jax.Array, lengths: jax.Array
     ) -> Iterator[tuple[str, jax.Array, jax.Array]]:
         """The clip's spectrogram, normalised, and the timestamps."""
-        yield "spectrogram", self._normalised(audio, lengths), 1 + lengths // COLUMN_HOP
+        yield "spectrogram", self._normalised(audio, lengths), _SPECTROGRAM.count(lengths)
         yield "frames", self._frames(self.network(params), audio, lengths), self.grid.count(lengths)
 
     def _logarithm(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -173,48 +170,26 @@ class Wav2ClipEncoder(ModuleEncoder):
 
     def _normalised(self, audio: jax.Array, lengths: jax.Array) -> jax.Array:
         """[B, F, 257], of zero mean and unit deviation over each clip."""
-        x, counts = self._logarithm(audio, lengths), 1 + lengths // COLUMN_HOP
+        x, counts = self._logarithm(audio, lengths), _SPECTROGRAM.count(lengths)
         mean, squares = moments(x, frame_mask(counts, x.shape[1]))
         spread = deviation(squares, (BINS * counts).astype(jnp.float32)) + DEVIATION_FLOOR
         return (x - mean[:, None, None]) / spread[:, None, None]
 
     def _frames(self, network: Wav2Clip, audio: jax.Array, lengths: jax.Array) -> jax.Array:
-        """[B, N], [B] -> [B, T, D], some windows at a time: first their mean and deviation, then what they embed to."""
-        B, T = len(audio), self.grid.count(audio.shape[1])
-        if not T:
-            return jnp.zeros((B, 0, self.feature_size), jnp.float32)
-        columns = 1 + WINDOW // COLUMN_HOP
-        blocks, size = even_blocks(T, max(1, self.options.platform.spectra // (columns * B)))
+        """[B, N], [B] -> [B, T, D]."""
+        number, columns = self.grid.count(audio.shape[1]), _SPECTROGRAM.count(WINDOW)
+        if not number:
+            return jnp.zeros((len(audio), 0, self.feature_size), jnp.float32)
+
+        def statistics(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return mean, deviation(squares, total) + DEVIATION_FLOOR
+
+        def embed(x: jax.Array) -> jax.Array:
+            return network(x, jnp.full(len(x), columns, jnp.int32))
+
+        windows = Windows(HOP, WINDOW, 0, columns, self.options.platform.spectra)
         counts = self.grid.count(lengths)
-        end = max(0, (blocks * size - 1) * HOP + WINDOW - audio.shape[1])
-        padded = jnp.pad(audio, ((0, 0), (0, end)))
-        index = np.arange(size, dtype=np.int32)[:, None] * HOP + np.arange(WINDOW, dtype=np.int32)[None, :]
-
-        def over_windows(function: Callable[[jax.Array, jax.Array], Any]) -> Any:
-            """A function of the logarithms [B, F * columns, 257] of some windows, and of the first's number."""
-
-            def block(start: jax.Array) -> Any:
-                some = jax.lax.dynamic_slice_in_dim(padded, HOP * start, (size - 1) * HOP + WINDOW, axis=1)[:, index]
-                some = some.reshape(B * size, WINDOW)
-                x = self._logarithm(some, jnp.full(len(some), WINDOW, jnp.int32))
-                return function(x.reshape(B, size * columns, BINS), start)
-
-            return jax.lax.map(self.options.rematerialise(block), size * jnp.arange(blocks, dtype=jnp.int32))
-
-        def some_moments(x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            mask = jnp.repeat(places_within(start, size, counts), columns, axis=1)
-            return mask.sum(axis=1, dtype=x.dtype) * BINS, *moments(x, mask)
-
-        total, mean, squares = combined_moments(*over_windows(some_moments))
-        spread = deviation(squares, total) + DEVIATION_FLOOR
-
-        def embedded(x: jax.Array, start: jax.Array) -> jax.Array:
-            x = (x - mean[:, None, None]) / spread[:, None, None]
-            out = network(x.reshape(B * size, columns, BINS), jnp.full(B * size, columns, jnp.int32))
-            return out.reshape(B, size, -1)
-
-        x = over_windows(embedded)  # [blocks, B, F, D]
-        return x.swapaxes(0, 1).reshape(B, blocks * size, -1)[:, :T]
+        return windows(audio, counts, number, self._logarithm, statistics, embed, self.options)
 
 
 WAV2CLIP = Family(

@@ -17,13 +17,12 @@ from flax import nnx
 
 from gura_jax.convert.whisper import KEYS
 from gura_jax.models.config import IGNORED, NEUTRAL, EncoderConfig
-from gura_jax.models.encoder import Family, FrameGrid, Options, Output, Preset
-from gura_jax.models.spectrogram import Spectrogram, SpectrogramEncoder
+from gura_jax.models.encoder import Family, FrameGrid, Options, Preset
+from gura_jax.models.spectrogram import POWER_FLOOR, Spectrogram, SpectrogramEncoder
 from gura_jax.models.transformer import Attention, EncoderLayer, Transformer, gelu
 
 HOP = 160  # samples from one column of the spectrogram to the next
 STRIDE = 2  # columns of a frame
-POWER_FLOOR = 1e-10
 RANGE = 8.0  # log10 below a window's loudest value, at which it is cut off
 
 
@@ -150,11 +149,6 @@ class WhisperEncoder(SpectrogramEncoder):
         """Frames of each window; those of silence count too."""
         x = network.embed(mel.reshape(-1, STRIDE * self.config.max_source_positions, mel.shape[-1]))
         return x, jnp.ones(x.shape[:2], bool)
-
-    def outputs(self, x: jax.Array, audio: jax.Array, lengths: jax.Array) -> Output:
-        """The frames of the windows, one after the other."""
-        frames = x.reshape(len(audio), -1, x.shape[-1])[:, : self.grid.count(audio.shape[1])]
-        return Output(frames, self.grid.count(lengths))
 
 
 def _preset(name: str, hidden_size: int, blocks: int, mels: int = 80) -> Preset:
