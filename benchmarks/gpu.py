@@ -33,7 +33,7 @@ SYSTEMS = ("hubert-base", "fusion_wav2vec2", "fusion_cat_xwc")
 # Every network; group norm and layer norm.
 PARITY = (
     *("hubert-base", "wav2vec2-large", "mms-1b-all", "wavlm-large", "data2vec-audio-base"),
-    *("whisper-tiny", "crepe-tiny"),
+    *("wav2vec2-conformer-rope-large", "w2v-bert-2", "whisper-tiny", "crepe-tiny"),
 )
 # But for those whose references are packages that such an image lacks.
 NOT_COMPARED = (

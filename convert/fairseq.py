@@ -2,7 +2,7 @@
 
 import argparse
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gura_jax.convert.keys import Contents, Wrapping
@@ -35,13 +35,18 @@ _CHOICES = {
 }
 _CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2"
 # Settings that change the computation and have no counterpart in transformers: the one supported value.
-_FIXED = {
+FIXED: Mapping[str, Any] = {
     "layer_type": "transformer",
     "pos_conv_depth": 1,
     "quantize_input": False,
     "crop_seq_to_multiple": 1,
 }
-_MODELS = {"hubert": "hubert", "hubert_ctc": "hubert", "wav2vec2": "wav2vec2", "wav2vec_ctc": "wav2vec2"}
+MODELS: Mapping[str, str] = {
+    "hubert": "hubert",
+    "hubert_ctc": "hubert",
+    "wav2vec2": "wav2vec2",
+    "wav2vec_ctc": "wav2vec2",
+}
 _MAX_CONVOLUTIONS = 64
 
 
@@ -51,30 +56,54 @@ def _plain(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_config(contents: Contents, faults: list[str]) -> dict[str, Any]:
-    """Translate a checkpoint's ``args`` or ``cfg``, or s3prl's ``model_cfg``; fine-tuning nests the model's own."""
+def _settings(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the checkpoint's model, and of the one within it that was fine-tuned."""
     extra = contents.settings
     outer = _plain(extra.get("model_cfg")) or _plain(_plain(extra.get("cfg")).get("model")) or _plain(extra.get("args"))
+    if "w2v_args" not in outer:
+        return outer, outer
+    nested = _plain(outer["w2v_args"])
+    return outer, _plain(nested.get("model")) or nested
+
+
+def model_settings(contents: Contents) -> dict[str, Any]:
+    """Those of the encoder, by fairseq's names; empty where there are none."""
+    return _settings(contents)[1]
+
+
+def read_config(
+    contents: Contents,
+    faults: list[str],
+    *,
+    models: Mapping[str, str] = MODELS,
+    fixed: Mapping[str, Any] = FIXED,
+) -> dict[str, Any]:
+    """Translate a checkpoint's ``args`` or ``cfg``, or s3prl's ``model_cfg``; fine-tuning nests the model's own.
+
+    Args:
+        contents: of the checkpoint.
+        faults: what is wrong is added to them.
+        models: fairseq's names of models -> the ``model_type`` that they are.
+        fixed: settings that change the computation -> the one supported value.
+    """
+    extra = contents.settings
+    outer, model = _settings(contents)
     if not outer:
         faults.append("no settings beside the weights: expected fairseq's args or cfg")
         return {}
-    model = outer
-    if "w2v_args" in outer:
-        nested = _plain(outer["w2v_args"])
-        model = _plain(nested.get("model")) or nested
-        if not model:
-            faults.append("w2v_args, the settings of the model that was fine-tuned, are empty")
-            return {}
+    if not model:
+        faults.append("w2v_args, the settings of the model that was fine-tuned, are empty")
+        return {}
     names = [str(settings.get("_name") or settings.get("arch") or "") for settings in (outer, model)]
     if not any(names):
         names = [_name(contents.shapes)]
-    known = ", ".join(_MODELS)
+    known = ", ".join(models)
     faults += [
         f"the model is fairseq's {name!r}: expected one of {known}"
         for name in dict.fromkeys(names)
-        if name and name not in _MODELS
+        if name and name not in models
     ]
-    model_type = _MODELS.get(names[-1] or names[0])
+    model_type = models.get(names[-1] or names[0])
     config: dict[str, Any] = {
         "model_type": model_type,
         "feat_extract_activation": "gelu",
@@ -99,7 +128,7 @@ def read_config(contents: Contents, faults: list[str]) -> dict[str, Any]:
         config[target] = values.get(value) if isinstance(value, str) else None
         if config[target] is None:
             faults.append(f"fairseq's {name} is {value!r}: expected one of {', '.join(values)}")
-    for name, known in _FIXED.items():
+    for name, known in fixed.items():
         for settings in (outer, model) if model is not outer else (model,):
             value = settings.get(name)
             if value is not None and value != known:

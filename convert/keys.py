@@ -129,6 +129,7 @@ class Wrapping:
     state: tuple[str, ...]  # names of the entry with the weights, in order of preference
     settings: tuple[str, ...]  # names of the entries that ``KeyTable.config`` reads
     inert: tuple[str, ...] = ()  # classes among the rest, by dotted name: read without being imported
+    nested: str = ""  # regular expression of entries among the weights that are dicts, which are ignored
 
 
 class Contents(NamedTuple):

@@ -179,18 +179,23 @@ def check_unchanged(source: str) -> None:
         raise ConversionError("its weights were random when it was saved: there is nothing in PyTorch to compare with")
 
 
+_POSITIONS = re.compile(r"gru_rel_pos|grep_|pos_bias_[uv]|(rel_attn_embed|relative_attention_bias)\.weight")
+
+
 @torch.no_grad()
 def shake(model: torch.nn.Module) -> None:
     """Make fresh weights such that no tensor can be mistaken for another, or left out, without a difference."""
     for name, tensor in model.state_dict().items():
-        if re.search(r"gru_rel_pos|grep_|(rel_attn_embed|relative_attention_bias)\.weight", name):  # as large as scores
+        if name.endswith("inv_freq"):  # angles of positions, which are no weights
+            continue
+        if _POSITIONS.search(name):  # as large as scores
             tensor.normal_(std=ATTENTION_SCALE)
         elif tensor.ndim == 1 and tensor.is_floating_point():  # biases and norms: off zero and one
             noise = 0.1 * torch.rand_like(tensor)
             tensor.copy_((tensor if "var" not in name else 0.5 + tensor) + noise)
         elif name.endswith(("original0", "weight_g")):  # off the norm of v
             tensor.mul_(0.5 + torch.rand_like(tensor))
-        elif name.endswith(("q_proj.weight", "k_proj.weight")):  # attention that is far from uniform
+        elif re.search(r"([qk]_proj|linear_[qk])\.weight$", name):  # attention that is far from uniform
             tensor.normal_(std=ATTENTION_SCALE / tensor.shape[1] ** 0.5)
 
 
@@ -332,6 +337,49 @@ class WavLM(_Transformers):
     """transformers' ``WavLMModel``."""
 
     name = "WavLMModel"
+
+
+class Wav2Vec2Conformer(_Transformers):
+    """transformers' ``Wav2Vec2ConformerModel``."""
+
+    name = "Wav2Vec2ConformerModel"
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Without the positional convolution, which it does not use."""
+        if self.config.position_embeddings_type == "rotary":
+            self.model.encoder.embed_positions.cached_sequence_length = None  # perhaps of another precision
+        yield from super().parts(audio, hop)
+
+    def _modules_of_parts(self) -> Iterator[tuple[str, Any, bool]]:
+        yield from itertools.islice(super()._modules_of_parts(), len(self.config.conv_dim) + 1)
+
+
+class W2vBert(_Transformers):
+    """transformers' ``Wav2Vec2BertModel``, without the masked frame of an odd last column."""
+
+    name = "Wav2Vec2BertModel"
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram, and the states."""
+        mel = self.log_mel(audio[0])
+        yield "log-mel", mel
+        pairs = mel[: len(mel) // 2 * 2].reshape(1, len(mel) // 2, -1)
+        out = self.model(pairs, output_hidden_states=True)
+        for i, state in enumerate(out.hidden_states):
+            yield f"state {i}", state[0]
+
+    def log_mel(self, clip: torch.Tensor) -> torch.Tensor:
+        """[F, M], as ``SeamlessM4TFeatureExtractor`` computes it, in the precision of the clip [n]."""
+        import transformers
+        from transformers.audio_utils import spectrogram
+
+        extractor = transformers.SeamlessM4TFeatureExtractor()
+        dtype = torch.zeros((), dtype=clip.dtype).numpy().dtype
+        kept = functools.partial(spectrogram, dtype=dtype)
+        module = sys.modules[type(extractor).__module__]
+        with unittest.mock.patch.object(module, "spectrogram", kept):
+            mel = torch.from_numpy(extractor._extract_fbank_features(clip.numpy()))
+        return (mel - mel.mean(dim=0)) / torch.sqrt(mel.var(dim=0, correction=1) + 1e-7)
 
 
 class Whisper(_Transformers):

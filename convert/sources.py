@@ -483,7 +483,7 @@ def _merged(formats: Sequence[Format]) -> Wrapping:
         tuple(dict.fromkeys(name for wrapping in wrappings for name in getattr(wrapping, field)))
         for field in ("state", "settings", "inert")
     )
-    return Wrapping(state, settings, inert)
+    return Wrapping(state, settings, inert, "|".join(filter(None, (wrapping.nested for wrapping in wrappings))))
 
 
 def _unknown(file: _WeightFile, formats: Sequence[Format]) -> str:
@@ -552,6 +552,8 @@ def _open_weights(path: Path, wrapping: Wrapping, faults: list[str]) -> tuple[_W
         return None
     under = next((key for key in wrapping.state if isinstance(content.get(key), dict)), None)
     state = content[under] if under else content
+    nested = {k for k, v in state.items() if isinstance(v, dict) and re.fullmatch(wrapping.nested, str(k))}
+    state = {key: value for key, value in state.items() if key not in nested}
     shapes: dict[str, tuple[int, ...]] = {}
     size = path.stat().st_size
     for key, value in state.items():

@@ -38,6 +38,12 @@ _HUBERT = _SMALL | {"model_type": "hubert"}
 _WAV2VEC2 = _SMALL | {"model_type": "wav2vec2"}
 # So few buckets that the frames of half a second are in near ones, far ones and the last.
 _WAVLM = _SMALL | {"model_type": "wavlm", "num_buckets": 16, "max_bucket_distance": 20}
+_CONFORMER = _SMALL | {
+    "model_type": "wav2vec2-conformer",
+    "hidden_act": "swish",
+    "position_embeddings_type": "relative",
+    "conv_depthwise_kernel_size": 5,
+}
 _LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 
 # Every kind of encoder, under the names and values of config.json.
@@ -66,6 +72,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "mms": _WAV2VEC2 | _LARGE | {"adapter_attn_dim": 5},
     "data2vec": _SMALL
     | {"model_type": "data2vec-audio", "conv_bias": True, "num_conv_pos_embeddings": 3, "conv_pos_kernel_size": 5},
+    "conformer, relative": _CONFORMER | _LARGE | {"layer_norm_eps": 0.001},
+    "conformer, rotary": _CONFORMER | {"position_embeddings_type": "rotary", "rotary_embedding_base": 300},
     "wavlm base": _WAVLM,
     "wavlm large": _WAVLM | _LARGE | {"conv_bias": False},
 }

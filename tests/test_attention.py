@@ -38,17 +38,29 @@ def at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: RelativeBias | None)
     whole = None
     if bias is not None:
         positions = np.arange(T)[None, :] - np.arange(T)[:, None] + T - 1  # of a key from a query
-        whole = bias.gate.transpose(0, 2, 1)[..., None] * bias.table[positions].transpose(2, 0, 1)[None]
+        gate, table = (x if bias.gate.ndim == 4 else x[..., None] for x in bias)
+        whole = jnp.einsum(
+            "bqhc,qkhc->bhqk", gate, jnp.broadcast_to(table, (*table.shape[:1], HEADS, *table.shape[2:]))[positions]
+        )
     return jax.nn.dot_product_attention(q, k, v, bias=whole, mask=MASK[:, None, None, :])
 
 
-def relative_bias() -> Any:
+def relative_bias(table_heads: int = HEADS, size: tuple[int, ...] = ()) -> Any:
     rng = np.random.default_rng(4)
-    gate, table = (rng.standard_normal(shape).astype(np.float32) for shape in ((B, T, HEADS), (2 * T - 1, HEADS)))
+    shapes = (B, T, HEADS, *size), (2 * T - 1, table_heads, *size)
+    gate, table = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     return RelativeBias(gate, table)  # pyright: ignore[reportArgumentType] - NumPy's do as well
 
 
-@pytest.mark.parametrize("bias", [None, relative_bias()], ids=["plain", "biased"])
+BIASES = {
+    "plain": None,
+    "gates": relative_bias(),
+    "vectors": relative_bias(size=(5,)),
+    "one-table": relative_bias(1, size=(5,)),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 def test_attention_in_blocks_is_attention(bias: RelativeBias | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of some heads, or of some queries of one head, divided or not: the same as all at once."""
     monkeypatch.setattr(attention, "FEW_QUERIES", 8)
@@ -71,7 +83,7 @@ def test_attention_in_blocks_is_attention(bias: RelativeBias | None, monkeypatch
         assert relative(ours, expected) <= BLOCK_BOUND, name
 
 
-@pytest.mark.parametrize("bias", [None, relative_bias()], ids=["plain", "biased"])
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 def test_gradients_in_blocks_are_attentions(bias: RelativeBias | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the precision that the call was traced in, whatever the default is when the gradient is."""
     monkeypatch.setattr(attention, "FEW_QUERIES", 8)

@@ -586,8 +586,8 @@ def test_faults_of_keys_and_of_values_in_one_error(tmp_path: Path) -> None:
         ({"hidden_act": "mish"}, ["hidden_act", "mish"]),
         ({"position_embeddings_type": "rotary"}, ["position_embeddings_type"]),
         (
-            {"model_type": "wav2vec2-conformer"},
-            ["model_type", "wav2vec2-conformer", "hubert, wav2vec2, unispeech", "wavlm", "gura_jax.register"],
+            {"model_type": "speech-encoder"},
+            ["model_type", "speech-encoder", "hubert, wav2vec2, unispeech", "wavlm", "gura_jax.register"],
         ),
         ({"model_type": None}, ["model_type", "None", "hubert"]),
         ({"model_type": ["hubert"]}, ["model_type", "['hubert']"]),

@@ -114,6 +114,11 @@ VARIANTS: Mapping[str, Any] = {
     "byol-s": tiny("byol-s"),
     "efficientnet": tiny("efficientnet-b2"),
     "wav2clip": tiny("wav2clip"),
+    "w2v-bert": tiny("w2v-bert-2"),
+    "w2v-bert, relative": tiny(
+        "w2v-bert-2", position_embeddings_type="relative", conv_depthwise_kernel_size=3, layer_norm_eps=0.01
+    ),
+    "w2v-bert, rotary": tiny("w2v-bert-2", position_embeddings_type="rotary", num_hidden_layers=1),
     "beats, no deep norm": tiny("beats", deep_norm=False, patch_embed_dim=32, num_buckets=16, max_bucket_distance=20),
 }
 CLIPS = [speech(n, n) for n in (37_000, 16_000, 11_001)]  # of 2.3 s, which is several windows of the first three
@@ -123,7 +128,7 @@ variants = pytest.mark.parametrize(
 BASELINES = ("panns", "passt", "byol-s", "efficientnet", "wav2clip")
 # The others are like these, or long to compile.
 FEW = ("whisper", "beats", "panns", "byol-s")
-OTHERS = ("ast", "dasheng", "passt", "efficientnet", "wav2clip")
+OTHERS = ("w2v-bert", "ast", "dasheng", "passt", "efficientnet", "wav2clip")
 each_family = pytest.mark.parametrize(
     "variant", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
@@ -499,7 +504,7 @@ def test_published_configs(name: str) -> None:
         ("dasheng-06b", {"encoder_kwargs": {"target_length": 1010}}, "target_length: expected a multiple of 4"),
         ("dasheng-06b", {"encoder_kwargs": 3}, "encoder_kwargs = 3 is not an attribute"),
         ("beats", {"layer_norm_first": True}, "layer_norm_first = True changes the computation"),
-        ("beats", {"num_buckets": 3200}, "num_buckets, max_distance: expected 4 or more"),
+        ("beats", {"num_buckets": 3200}, "num_buckets, max_bucket_distance: expected 4 or more"),
         ("beats", {"activation_fn": "glu"}, "hidden_act: expected one of gelu"),
         ("beats", {"fbank_mean": "x"}, "fbank_mean: expected a number, found 'x'"),
         ("beats", {"fbank_std": -1.0}, "fbank_std: expected a positive number, found -1.0"),

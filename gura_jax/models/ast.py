@@ -51,11 +51,7 @@ class ASTConfig(EncoderConfig):
     mean: float = -4.2677393
     std: float = 4.5689974
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if faults:
-            return
+    def _relation_faults(self) -> Iterator[str]:
         yield from self._multiples("hidden_size", ["num_attention_heads"])
         if min(self.num_mel_bins, self.max_length) < self.patch_size:
             yield f"patch_size: expected at most num_mel_bins and max_length, found {self.patch_size}"

@@ -19,10 +19,13 @@ MIN_BLOCK = 8  # frames: neighbouring blocks of frames share samples, which fewe
 
 
 class RelativeBias(NamedTuple):
-    """What is added to the scores: ``gate[b, q, h] * table[k - q + T - 1, h]`` for query q and key k."""
+    """What is added to the scores: ``gate[b, q, h] * table[k - q + T - 1, h]`` for query q and key k.
 
-    gate: jax.Array  # [B, T, H] float32
-    table: jax.Array  # [2 T - 1, H] float32
+    Or these are vectors, of which the scalar product is added; and a table for one head is that of all.
+    """
+
+    gate: jax.Array  # [B, T, H] or [B, T, H, C]
+    table: jax.Array  # [2 T - 1, H] float32, or [2 T - 1, H, C] as the gates'
 
 
 def attention(
@@ -101,40 +104,45 @@ class _Blocks(NamedTuple):
         """Cut the gates as queries are, and the table by heads; and say where the queries of a block begin in it.
 
         Returns:
-            [H / heads, n, B, heads, size], [H / heads, heads, P] and [n]; or None of each.
+            [H / heads, n, B, heads, size, ...], [H / heads, heads, P, ...] and [n]; or None of each. Of a table that is
+            the same for all heads, [1, 1, P, ...].
         """
         if bias is None:
             return None, None, None
-        (_, T, H), table = bias.gate.shape, bias.table
-        gates = self.cut(bias.gate[..., None], self.queries)[..., 0]
-        table = jnp.pad(table, ((-T % self.queries, -T % self.keys), (0, 0)))  # of queries and keys that only fill
-        starts = self.queries * _indices(gates.shape[1])[::-1]
-        return gates, table.T.reshape(H // self.heads, self.heads, -1), starts
+        (_, T, *_), (_, H, *size) = bias.gate.shape, bias.table.shape
+        gates = self.cut(bias.gate.reshape(*bias.gate.shape[:3], -1), self.queries)
+        gates = gates.reshape(*gates.shape[:5], *size)
+        # Of queries and keys that only fill, too.
+        table = jnp.pad(bias.table, ((-T % self.queries, -T % self.keys), *((0, 0),) * (1 + len(size))))
+        table = jnp.moveaxis(table, 0, 1).reshape(-1, min(H, self.heads), len(table), *size)
+        return gates, table, self.queries * _indices(gates.shape[1])[::-1]
 
 
 class _Bias(NamedTuple):
     """The bias of a block of queries."""
 
-    gate: jax.Array  # [B, h, Q]
-    table: jax.Array  # [h, P]
+    gate: jax.Array  # [B, h, Q, ...]
+    table: jax.Array  # [h, P, ...]
     start: jax.Array  # [], of the first block of keys in it
 
     def of_keys(self, index: jax.Array, size: int) -> jax.Array:
-        """[h, Q, size], of a block of keys, before the gate."""
+        """[B, h, Q, size], of a block of keys."""
         queries = self.gate.shape[2]
         window = jax.lax.dynamic_slice_in_dim(self.table, self.start + size * index, queries + size - 1, axis=1)
-        return _by_position(window, queries)
+        if self.gate.ndim == 3:
+            rows = jnp.broadcast_to(window[:, None, :], (len(window), queries, window.shape[1]))
+            return self.gate[..., None] * _by_key(rows)[None]
+        return _by_key(jnp.matmul(self.gate, window.swapaxes(1, 2), preferred_element_type=jnp.float32))
 
 
-def _by_position(window: jax.Array, queries: int) -> jax.Array:
-    """[h, Q + T - 1] by relative position, the lowest first -> [h, Q, T] by query and key.
+def _by_key(rows: jax.Array) -> jax.Array:
+    """[..., Q, Q + T - 1] by query and relative position, the lowest first -> [..., Q, T] by query and key.
 
-    Each row is the one before it, moved by one: rows of one number more, read as rows of the right length.
+    Each row is moved by one more than the one before it: rows of one number more, read as rows of the right length.
     """
-    h, size = window.shape
-    rows = jnp.broadcast_to(jnp.pad(window, ((0, 0), (0, 1)))[:, None, :], (h, queries, size + 1))
-    moved = rows.reshape(h, -1)[:, : queries * size].reshape(h, queries, size)
-    return moved[:, :, queries - 1 :]
+    *others, queries, size = rows.shape
+    flat = jnp.pad(rows, (*((0, 0),) * (len(others) + 1), (0, 1))).reshape(*others, -1)
+    return flat[..., : queries * size].reshape(rows.shape)[..., queries - 1 :]
 
 
 def _join(x: jax.Array, T: int) -> jax.Array:
@@ -162,7 +170,7 @@ def _attention(
 
     def block(i: jax.Array, out: jax.Array) -> jax.Array:
         group, part = i // blocks, i % blocks
-        own = None if bias is None else _Bias(gates[group, part], table[group], starts[part])
+        own = None if bias is None else _Bias(gates[group, part], table[group % len(table)], starts[part])
         attended, _ = _attend(out[group, part], k[group], v[group], mask, own)
         return jax.lax.dynamic_update_slice(out, attended[None, None], (group, part, *(jnp.zeros_like(i),) * 4))
 
@@ -209,7 +217,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, bias: _Bias | None, ind
     """[B, h, Q, K], [B, h, T, K], [B, T] and the number of this block of keys -> [B, h, Q, T] float32."""
     scores = jnp.einsum("bhqk,bhtk->bhqt", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores += bias.gate[..., None] * bias.of_keys(index, k.shape[2])[None]
+        scores += bias.of_keys(index, k.shape[2])
     return jnp.where(mask[:, None, None, :], scores, MASKED_SCORE)
 
 
@@ -240,10 +248,12 @@ def _attention_backward(
     gates, table, starts = cut.cut_bias(bias)
 
     def group(x: tuple[Any, ...]) -> tuple[Any, ...]:
-        queries, k, v, gates, table = x  # of some heads: [n, B, h, size, K], [n, B, h, size], [h, P]
+        # Of some heads: [n, B, h, size, K], [B, h, T, K] of each block, [n, B, h, size, ...] and [].
+        queries, k, v, gates, index = x
+        own_table = None if table is None else table[index % len(table)]  # [h, P, ...]
 
         def bias_of(gate: Any, start: Any) -> _Bias | None:
-            return None if bias is None else _Bias(gate, table, start)
+            return None if own_table is None else _Bias(gate, own_table, start)
 
         def sums_of(x: tuple[Any, ...]) -> jax.Array:
             q, *place = x
@@ -264,9 +274,10 @@ def _attention_backward(
                 by_scores = weights * (_product("bhqk,bhtk->bhqt", gradient, v) - common)
                 by_gate = None
                 if own is not None:
-                    placed, by_placed = jax.vjp(lambda t: own._replace(table=t).of_keys(index, k.shape[2]), table)
-                    by_gate = (by_scores * placed[None]).sum(axis=-1)
-                    by_table += by_placed((by_scores * own.gate[..., None]).sum(axis=0))[0]
+                    gate, table, start = own
+                    of_keys = lambda gate, table: _Bias(gate, table, start).of_keys(index, k.shape[2])  # noqa: E731
+                    by_gate, more = jax.vjp(of_keys, gate, table)[1](by_scores)
+                    by_table += more
                 by_scores = by_scores.astype(k.dtype)
                 by_k += _product("bhqt,bhqk->bhtk", by_scores, q)
                 return (by_k, by_v, by_table), (_product("bhqt,bhtk->bhqk", by_scores, k), by_gate)
@@ -276,16 +287,19 @@ def _attention_backward(
             (by_k, by_v, by_table), more = jax.lax.scan(some_queries, start, parts)
             return (jax.tree.map(jnp.add, by_queries, more), by_table), (by_k, by_v)
 
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), ((queries[0], gates), table))
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), ((queries[0], gates), own_table))
         ((by_q, by_gate), by_table), (by_k, by_v) = jax.lax.scan(keys, start, (k, v, mask, _indices(len(k))))
         return by_q, by_k, by_v, by_gate, by_table
 
-    parts = queries, cut.cut(k, cut.keys), cut.cut(v, cut.keys), gates, table
+    parts = queries, cut.cut(k, cut.keys), cut.cut(v, cut.keys), gates, _indices(H // cut.heads)
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
         by_q, by_k, by_v, by_gate, by_table = jax.lax.map(group, parts)
     by_bias = None
     if bias is not None:
-        (by_bias,) = jax.vjp(lambda bias: cut.cut_bias(bias)[:2], bias)[1]((by_gate, by_table))
+        if len(by_table) > len(table):  # of one that is the same for all heads
+            by_table = by_table.sum(axis=0, keepdims=True)
+        by_parts = jax.tree.map(lambda by, x: by.astype(x.dtype), (by_gate, by_table), (gates, table))
+        (by_bias,) = jax.vjp(lambda bias: cut.cut_bias(bias)[:2], bias)[1](by_parts)
     out = (_join(by, T).astype(x.dtype) for by, x in ((by_q, q), (by_k, k), (by_v, v)))
     return *out, None, by_bias
 

@@ -17,14 +17,13 @@ from gura_jax.convert.beats import KEYS
 from gura_jax.models.attention import RelativeBias
 from gura_jax.models.config import NEUTRAL, EncoderConfig
 from gura_jax.models.encoder import Family, FrameGrid, Options, Output, Preset, frame_mask
-from gura_jax.models.spectrogram import FLOAT32_EPS, Spectrogram, SpectrogramEncoder
+from gura_jax.models.spectrogram import FLOAT32_EPS, KALDI_SCALE, Spectrogram, SpectrogramEncoder
 from gura_jax.models.transformer import Dropout, dropouts, layer_norm
-from gura_jax.models.wavlm import WavLMAttention, WavLMEncoder, WavLMLayer, WavLMTransformer
+from gura_jax.models.wavlm import WavLMAttention, WavLMEncoder, WavLMLayer, WavLMTransformer, bucket_faults
 
 COLUMN, COLUMN_HOP = 400, 160  # samples of a column of the spectrogram, and from one to the next
 MELS, PATCH = 128, 16
 ROWS = MELS // PATCH  # patches on top of each other
-SCALE = 2.0**15  # of samples, as Kaldi takes 16-bit integers
 
 _NAMES = {
     "encoder_embed_dim": "hidden_size",
@@ -75,17 +74,9 @@ class BEATsConfig(EncoderConfig):
     fbank_mean: float = 15.41663
     fbank_std: float = 6.55582
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if faults:
-            return
+    def _relation_faults(self) -> Iterator[str]:
         yield from self._multiples("hidden_size", ["num_attention_heads", "num_conv_pos_embedding_groups"])
-        if not 1 <= self.num_buckets // 4 < self.max_bucket_distance:
-            yield (
-                "num_buckets, max_distance: expected 4 or more, and more than a quarter of these, found "
-                f"{self.num_buckets} and {self.max_bucket_distance}"
-            )
+        yield from bucket_faults(self)
 
     def settings(self) -> dict[str, Any]:
         """The ``cfg`` of the authors' files."""
@@ -173,7 +164,7 @@ class BEATsEncoder(SpectrogramEncoder):
 
     def log_mel(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The logarithm, normalised by what it was trained on."""
-        power = self.spectrogram(SCALE * audio, lengths, self.options.platform)
+        power = self.spectrogram(KALDI_SCALE * audio, lengths, self.options.platform)
         x = (jnp.log(jnp.maximum(power, FLOAT32_EPS)) - self.config.fbank_mean) / (2 * self.config.fbank_std)
         return x, self.spectrogram.count(lengths)
 

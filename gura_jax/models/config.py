@@ -84,6 +84,7 @@ class EncoderConfig:
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, name, float(value))
         refuse([*self._kind_faults(), *self._size_faults()])
+        refuse([*self._relation_faults()])
 
     def _kind_faults(self) -> Iterator[str]:
         choices: dict[str, tuple[str, ...]] = {"model_type": self.model_types}
@@ -112,8 +113,12 @@ class EncoderConfig:
                 if not (isinstance(value, float) and math.isfinite(value) and (value > 0 or not positive)):
                     yield f"{name}: expected a {'positive ' if positive else ''}number, found {value!r}"
 
+    def _relation_faults(self) -> Iterator[str]:
+        """What is wrong with several fields together, where each by itself is right."""
+        yield from ()
+
     def _multiples(self, name: str, divisors: Iterable[str]) -> Iterator[str]:
-        """Faults where a size is no multiple of others, once all are positive integers."""
+        """Faults where a size is no multiple of others."""
         for divisor in divisors:
             if getattr(self, name) % getattr(self, divisor):
                 yield f"{name} {getattr(self, name)} is not a multiple of {divisor} {getattr(self, divisor)}"

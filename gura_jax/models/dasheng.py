@@ -70,11 +70,7 @@ class DashengConfig(EncoderConfig):
     num_attention_heads: int = 12
     target_length: int = 1008  # columns of a chunk
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if faults:
-            return
+    def _relation_faults(self) -> Iterator[str]:
         yield from self._multiples("hidden_size", ["num_attention_heads"])
         if self.target_length % PATCH:
             yield f"target_length: expected a multiple of {PATCH}, found {self.target_length}"

@@ -70,10 +70,8 @@ class EfficientNetConfig(EncoderConfig):
     blocks: tuple[int, ...] = tuple(stage.blocks for stage in STAGES)  # of each stage
     sizes: tuple[int, ...] = (STEM, *(stage.size for stage in STAGES), HEAD)
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if not faults and (len(self.blocks), len(self.sizes)) != (len(STAGES), len(STAGES) + 2):
+    def _relation_faults(self) -> Iterator[str]:
+        if (len(self.blocks), len(self.sizes)) != (len(STAGES), len(STAGES) + 2):
             yield (
                 f"blocks, sizes: expected {len(STAGES)} and {len(STAGES) + 2} numbers, found {len(self.blocks)} and "
                 f"{len(self.sizes)}"

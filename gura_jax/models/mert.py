@@ -30,8 +30,8 @@ class MertConfig(Wav2Vec2Config):
     model_type: str = "mert_model"
     sample_rate: int = 24_000  # pyright: ignore[reportIncompatibleVariableOverride] - in its config.json, and so a field
 
-    def _size_faults(self) -> Iterator[str]:
-        yield from super()._size_faults()
+    def _relation_faults(self) -> Iterator[str]:
+        yield from super()._relation_faults()
         if not is_rate(self.sample_rate):
             yield f"sample_rate: expected from {MIN_RATE} to {MAX_RATE} Hz, found {self.sample_rate!r}"
 

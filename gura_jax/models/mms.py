@@ -35,8 +35,8 @@ class MMSConfig(Wav2Vec2Config):
     model_type: str = "mms"
     adapter_attn_dim: int = 16
 
-    def _size_faults(self) -> Iterator[str]:
-        yield from super()._size_faults()
+    def _relation_faults(self) -> Iterator[str]:
+        yield from super()._relation_faults()
         if not self.do_stable_layer_norm:
             yield "do_stable_layer_norm: expected true, as only pre-norm networks have adapters, found false"
 

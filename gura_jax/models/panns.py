@@ -48,10 +48,8 @@ class PannsConfig(EncoderConfig):
     model_type: str = "panns_cnn14"
     channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # of each block
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if not faults and len(self.channels) != POOLS + 1:
+    def _relation_faults(self) -> Iterator[str]:
+        if len(self.channels) != POOLS + 1:
             yield f"channels: expected {POOLS + 1} numbers, found {len(self.channels)}"
 
     def tiny(self) -> Self:

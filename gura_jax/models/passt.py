@@ -52,9 +52,8 @@ class PasstConfig(EncoderConfig):
     num_attention_heads: int = 12
     classes: int = 527
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults or self._multiples("hidden_size", ["num_attention_heads"])
+    def _relation_faults(self) -> Iterator[str]:
+        yield from self._multiples("hidden_size", ["num_attention_heads"])
 
     def tiny(self) -> Self:
         """A small encoder of the same kind."""

@@ -20,6 +20,7 @@ from gura_jax.models.encoder import FrameGrid, Options, Output, Params, frame_ma
 from gura_jax.models.transformer import TransformerEncoder
 
 Scale = Literal["htk", "slaney", "kaldi", "linear"]
+KALDI_SCALE = 2.0**15  # of samples, which it takes as 16-bit integers
 PRE_EMPHASIS = 0.97  # of Kaldi's frames
 POWER_FLOOR = 1e-10  # of energies in a logarithm to base 10
 FLOAT32_EPS = float(np.finfo(np.float32).eps)  # floor of Kaldi's energies

@@ -55,11 +55,15 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, mask: jax.Array, shared: Any) -> jax.Array:
-        """[B, T, D], [B, T] -> [B, T, D]; ``shared`` is for :meth:`bias`."""
+        """[B, T, D], [B, T] -> [B, T, D]; ``shared`` is for :meth:`project` and :meth:`bias`."""
         B, T, D = x.shape
-        q, k, v = (p(x).reshape(B, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.reshape(B, T, self.num_heads, -1) for y in self.project(x, shared))
         out = attention(q, k, v, mask, self.platform, self.bias(x, q, shared))  # [B, T, H, D / H]
         return self.out_proj(out.reshape(B, T, D)).astype(jnp.float32)
+
+    def project(self, x: jax.Array, shared: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, [B, T, D] each."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def bias(self, x: jax.Array, q: jax.Array, shared: Any) -> RelativeBias | None:
         """What is added to the scores; here nothing.
@@ -129,13 +133,14 @@ class EncoderLayer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Blocks, and a layer norm: of the last state in pre-norm networks, else of the first."""
+    """Blocks, and a layer norm, if any: of the last state in pre-norm networks, else of the first."""
 
-    layer_class: type[EncoderLayer] = EncoderLayer
+    layer_class: Any = EncoderLayer
+    has_norm: bool = True
 
     def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.pre_norm = config.do_stable_layer_norm
-        self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs) if self.has_norm else _same
         self.layers = nnx.List(self.layer_class(config, options, rngs=rngs) for _ in range(num_blocks))
 
     def start(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -157,6 +162,10 @@ class Transformer(nnx.Module):
         for i, layer in enumerate(self.layers, 1):
             x = layer(x, mask, shared)
             yield self.finish(x) if i == len(self.layers) else x
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def mask_spans(key: jax.Array, shape: tuple[int, int], share: float, length: int) -> jax.Array:

@@ -148,7 +148,7 @@ class FeatureExtractor(nnx.Module):
 class FeatureProjection(nnx.Module):
     """Layer norm and linear projection to the transformer's width."""
 
-    def __init__(self, config: Wav2Vec2Config, options: Options, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, options: Options, *, rngs: nnx.Rngs) -> None:
         size = config.conv_dim[-1]
         use_norm = config.feat_proj_layer_norm
         self.layer_norm = layer_norm(size, config.layer_norm_eps, rngs) if use_norm else None
@@ -211,7 +211,7 @@ class Wav2Vec2(nnx.Module):
     ``dtype`` is that of convolutions and matrix products; norms, softmax, residual sums and hidden states are float32.
     """
 
-    transformer_class: type[PositionalTransformer] = PositionalTransformer
+    transformer_class: Any = PositionalTransformer
 
     def __init__(self, config: Any, options: Options, num_blocks: int, *, rngs: nnx.Rngs) -> None:
         self.feature_extractor = FeatureExtractor(config, options, rngs=rngs)
@@ -241,6 +241,7 @@ class Wav2Vec2Encoder(TransformerEncoder):
 
     config: Wav2Vec2Config
     network_class = Wav2Vec2
+    positional: bool = True  # convolutions for positions come before the blocks
 
     def __init__(self, config: Wav2Vec2Config, options: Options) -> None:
         super().__init__(config, options, FrameGrid(config.hop, config.window / 2, config.window))
@@ -248,7 +249,7 @@ class Wav2Vec2Encoder(TransformerEncoder):
         self.parts = (
             *(f"convolution {i}" for i in range(len(config.conv_dim))),
             "projection",
-            "positional",
+            *(["positional"] if self.positional else []),
             *(f"state {i}" for i in range(self.num_states)),
         )
 
@@ -274,7 +275,8 @@ class Wav2Vec2Encoder(TransformerEncoder):
             yield f"convolution {i}", x, counts
         x, counts, mask = network.project(audio, lengths)
         yield "projection", x, counts
-        yield "positional", network.encoder.pos_conv_embed(x, mask), counts
+        if self.positional:
+            yield "positional", network.encoder.pos_conv_embed(x, mask), counts
         for i, state in enumerate(network.encoder(x, mask)):
             yield f"state {i}", state, counts
 

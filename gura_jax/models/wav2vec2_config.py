@@ -41,11 +41,7 @@ class Wav2Vec2Config(EncoderConfig):
     num_conv_pos_embedding_groups: int = 16
     conv_pos_batch_norm: bool = False
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if faults:
-            return
+    def _relation_faults(self) -> Iterator[str]:
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride):
             yield "conv_dim, conv_kernel and conv_stride: expected lists of one length, found " + ", ".join(
                 str(len(sizes)) for sizes in (self.conv_dim, self.conv_kernel, self.conv_stride)

@@ -35,14 +35,18 @@ class WavLMConfig(Wav2Vec2Config):
     num_buckets: int = 320  # of relative positions
     max_bucket_distance: int = 800  # frames: those further apart are in the last bucket
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults
-        if not faults and not 1 <= self.num_buckets // 4 < self.max_bucket_distance:
-            yield (
-                "num_buckets, max_bucket_distance: expected 4 or more, and more than a quarter of these, found "
-                f"{self.num_buckets} and {self.max_bucket_distance}"
-            )
+    def _relation_faults(self) -> Iterator[str]:
+        yield from super()._relation_faults()
+        yield from bucket_faults(self)
+
+
+def bucket_faults(config: Any) -> Iterator[str]:
+    """What is wrong with the buckets of relative positions, once their numbers are positive integers."""
+    if not 1 <= config.num_buckets // 4 < config.max_bucket_distance:
+        yield (
+            "num_buckets, max_bucket_distance: expected 4 or more, and more than a quarter of these, found "
+            f"{config.num_buckets} and {config.max_bucket_distance}"
+        )
 
 
 def relative_buckets(num_frames: int, num_buckets: int, max_distance: int) -> np.ndarray:

@@ -61,9 +61,8 @@ class WhisperConfig(EncoderConfig):
     num_mel_bins: int = 80
     max_source_positions: int = 1500  # frames of a window
 
-    def _size_faults(self) -> Iterator[str]:
-        faults = list(super()._size_faults())
-        yield from faults or self._multiples("hidden_size", ["num_attention_heads"])
+    def _relation_faults(self) -> Iterator[str]:
+        yield from self._multiples("hidden_size", ["num_attention_heads"])
 
     @classmethod
     def from_source(cls, config: Mapping[str, Any]) -> Self:
