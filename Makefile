@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # The one large dependency, for reading PyTorch weights and for parity; a CPU build is enough.
 TORCH ?= torch==2.13.0
 # Encoders as their authors have them, to compare with; what else these ask for is for training.
-REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
+REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 s3prl==0.4.18 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
 BIN := .venv/bin
 
 .PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page bench bench-gpu bench-long bench-collection bench-evaluate check format clean

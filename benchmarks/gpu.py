@@ -45,6 +45,8 @@ NOT_COMPARED = (
     "byol_s",
     "efficientnet_b2",
     "wav2clip",
+    "tera",
+    "vq-wav2vec",
 )
 SAME_PROGRAM = 1e-6  # relative, float32: jit and pmap differ in rounding alone
 WARM_UP = 2  # calls after the first that are not timed

@@ -71,6 +71,16 @@ def model_settings(contents: Contents) -> dict[str, Any]:
     return _settings(contents)[1]
 
 
+def normalises(contents: Contents, faults: list[str]) -> bool:
+    """Whether clips are normalised; the task says so, which s3prl's conversions have beside the model."""
+    extra = contents.settings
+    tasks = [_plain(extra.get("task_cfg")), _plain(_plain(extra.get("cfg")).get("task")), _plain(extra.get("args"))]
+    found = next((task["normalize"] for task in tasks if "normalize" in task), False)
+    if type(found) is not bool:
+        faults.append(f"fairseq's normalize is {found!r}: expected true or false")
+    return found is True
+
+
 def read_config(
     contents: Contents,
     faults: list[str],
@@ -86,7 +96,6 @@ def read_config(
         models: fairseq's names of models -> the ``model_type`` that they are.
         fixed: settings that change the computation -> the one supported value.
     """
-    extra = contents.settings
     outer, model = _settings(contents)
     if not outer:
         faults.append("no settings beside the weights: expected fairseq's args or cfg")
@@ -110,11 +119,7 @@ def read_config(
         "layer_norm_eps": 1e-5,
     }
 
-    # Of the task, which s3prl's conversions have beside the model's.
-    tasks = [_plain(extra.get("task_cfg")), _plain(_plain(extra.get("cfg")).get("task")), _plain(extra.get("args"))]
-    normalise = config["do_normalize"] = next((task["normalize"] for task in tasks if "normalize" in task), False)
-    if type(normalise) is not bool:
-        faults.append(f"fairseq's normalize is {normalise!r}: expected true or false")
+    config["do_normalize"] = normalises(contents, faults)
     for name, (target, default) in _SIZES.items():
         value = config[target] = model.get(name, default)
         if type(value) is not int or value < 1:
@@ -139,7 +144,7 @@ def read_config(
     elif model.get("conv_pos_batch_norm"):
         faults.append("fairseq's conv_pos_batch_norm is true, which is supported for HuBERT only")
 
-    layers = _convolutions(model.get("conv_feature_layers", _CONVOLUTIONS), faults)
+    layers = convolutions("conv_feature_layers", model.get("conv_feature_layers", _CONVOLUTIONS), faults)
     config["conv_dim"], config["conv_kernel"], config["conv_stride"] = map(list, zip(*layers, strict=True))
     config["num_feat_extract_layers"] = len(layers)
     if config["conv_dim"][-1] == config["hidden_size"]:
@@ -156,8 +161,8 @@ def _name(keys: Iterable[str]) -> str:
     return "hubert" if "label_embs_concat" in ends else "wav2vec2" if "quantizer.vars" in ends else "unnamed"
 
 
-def _convolutions(text: object, faults: list[str]) -> list[tuple[int, int, int]]:
-    """(channels, kernel, stride) a layer, from text such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
+def convolutions(name: str, text: object, faults: list[str]) -> list[tuple[int, int, int]]:
+    """(channels, kernel, stride) a layer, from a setting such as "[(512, 10, 5)] + [(512, 3, 2)] * 4"."""
     try:
         if not isinstance(text, str) or len(text) > 1000:
             raise ValueError
@@ -166,7 +171,7 @@ def _convolutions(text: object, faults: list[str]) -> list[tuple[int, int, int]]
             raise ValueError
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         faults.append(
-            f"fairseq's conv_feature_layers is {str(text)[:200]!r}: expected (channels, kernel, stride) "
+            f"fairseq's {name} is {str(text)[:200]!r}: expected (channels, kernel, stride) "
             f"a layer, such as {_CONVOLUTIONS!r}, of at most {_MAX_CONVOLUTIONS} layers"
         )
         return [(1, 1, 1)]

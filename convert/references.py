@@ -1,6 +1,7 @@
 """Encoders in PyTorch as their authors have them: what parity compares with, and where its random weights come from."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -195,7 +196,9 @@ def shake(model: torch.nn.Module) -> None:
             tensor.copy_((tensor if "var" not in name else 0.5 + tensor) + noise)
         elif name.endswith(("original0", "weight_g")):  # off the norm of v
             tensor.mul_(0.5 + torch.rand_like(tensor))
-        elif re.search(r"([qk]_proj|linear_[qk])\.weight$", name):  # attention that is far from uniform
+        elif re.search(
+            r"([qk]_proj|linear_[qk]|self\.(query|key))\.weight$", name
+        ):  # attention that is far from uniform
             tensor.normal_(std=ATTENTION_SCALE / tensor.shape[1] ** 0.5)
 
 
@@ -550,6 +553,106 @@ class OfFile(Reference):
         """Refuse all."""
         check_unchanged(source)
         raise ConversionError(f"it was converted from the file {source}, which cannot be fetched by name")
+
+
+class VqWav2Vec(OfFile):
+    """fairseq's ``Wav2VecModel``, of which the package ``s3prl`` has a copy."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        source = imported("s3prl.upstream.wav2vec.wav2vec_model", "s3prl")
+        sizes = zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True)
+        same = ("activation", "log_compression", "vq_type", "vq_vars", "vq_groups", "vq_depth", "combine_groups")
+        self.settings = {name: getattr(config, name) for name in same} | {
+            "conv_feature_layers": repr(list(sizes)),
+            "conv_aggregator_layers": repr([(config.conv_dim[-1], kernel, 1) for kernel in config.aggregator_kernel]),
+            "no_conv_bias": not config.aggregator_bias,
+            "agg_zero_pad": config.agg_zero_pad,
+            "skip_connections_agg": config.skip_connections_agg,
+            "residual_scale": config.residual_scale,
+            "prediction_steps": 2,
+            "infonce": False,
+        }
+        self.model: Any = source.Wav2VecModel(source.Wav2VecConfig(**self.settings)).eval()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.__class__ = torch.nn.GroupNorm  # fairseq's computes in float32 whatever it is given
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """By hooks."""
+        found: dict[str, torch.Tensor] = {}
+        extractor, aggregator = self.model.feature_extractor.conv_layers, self.model.feature_aggregator.conv_layers
+        with contextlib.ExitStack() as hooks:
+            for i, layer in enumerate(extractor):
+                hook = functools.partial(_keep, found, f"convolution {i}", True)
+                hooks.callback(layer.register_forward_hook(hook).remove)
+            for i, layer in enumerate(aggregator):
+                hook = functools.partial(_keep_input, found, f"state {i}")
+                hooks.callback(layer.register_forward_pre_hook(hook).remove)
+            features = self.model.feature_extractor(audio)
+            if self.model.vector_quantizer is not None:
+                features = self.model.vector_quantizer(features)["x"]
+            context = self.model.feature_aggregator(features)
+        yield from found.items()
+        yield f"state {len(aggregator)}", context[0].T
+
+    def save(self, folder: Path) -> Path:
+        """As s3prl's conversions are."""
+        folder.mkdir(parents=True)
+        content = {"model_weight": self.model.state_dict(), "model_cfg": self.settings, "task_cfg": {}}
+        torch.save(content, folder / "vq-wav2vec.pt")
+        return folder / "vq-wav2vec.pt"
+
+
+def _keep_input(found: dict[str, torch.Tensor], name: str, *call: Any) -> None:
+    """A forward pre-hook: called with the module and its inputs [1, D, T]."""
+    found[name] = call[-1][0][0].T.clone()
+
+
+class Tera(OfFile):
+    """The network of the package ``s3prl``, and what its ``PretrainedTransformer`` gives it of a clip by itself."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.builder = imported("s3prl.upstream.mockingjay.builder", "s3prl")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
+        transformer = {name: getattr(config, name) for name in (*sizes, "hidden_act")}
+        unread = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "initializer_range": 0.02}
+        kind = {"share_layer": False, "pre_layer_norm": False}
+        mel = {"feat_type": "mel", "channel": 0, "log": True, "delta": 0, "cmvn": True}
+        front_end = {"win_ms": 25, "hop_ms": 10, "n_freq": 201, "n_mels": 80, "n_mfcc": 13, "input": mel}
+        self.settings = {
+            "transformer": {**transformer, **unread, **kind},
+            "task": {"sequence_length": config.sequence_length},
+            "audio": {**front_end, "target_level": config.target_level},
+        }
+        model_config = self.builder.TransformerConfig(self.settings["transformer"])
+        self.model: Any = self.builder.TransformerModel(model_config, 80).eval()
+
+    def parts(self, audio: torch.Tensor, hop: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The spectrogram, and the states of the pieces, one after the other."""
+        with default_dtype(audio.dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of bands of another spectrogram, which it makes as well
+            extracter, _, _ = self.builder.get_preprocessor(
+                copy.deepcopy(self.settings["audio"]), process_input_only=True
+            )
+        level: Any = types.SimpleNamespace(target_level=self.config.target_level)
+        clip = self.builder.TransformerBuilder._normalize_wav_decibel(level, audio[0])
+        mel = extracter(clip[None, None], wavs_len=[len(clip)])[0]  # [1, F, M]
+        yield "log-mel", mel[0]
+        found = []
+        for piece in torch.chunk(mel, -(-mel.shape[1] // self.config.sequence_length), dim=1):
+            positions = self.builder.position_encoding(piece.shape[1], self.config.hidden_size).to(piece)
+            found.append(self.model(piece, positions[None], piece.new_ones(1, piece.shape[1])))
+        for i, states in enumerate(zip(*found, strict=True)):
+            yield f"state {i}", torch.cat(states, dim=1)[0]
+
+    def save(self, folder: Path) -> Path:
+        """As s3prl does."""
+        folder.mkdir(parents=True)
+        content = {"Transformer": self.model.state_dict(), "Config": self.settings, "SpecHead": {}, "Global_step": 1}
+        torch.save(content, folder / "states-1.ckpt")
+        return folder / "states-1.ckpt"
 
 
 class Panns(OfFile):

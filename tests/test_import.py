@@ -85,7 +85,7 @@ FLOORS = (
     (
         "convert.keys",
         *(f"convert.{name}" for name in ("fairseq", "wav2vec2", "wavlm", "data2vec", "mms", "crepe")),
-        *(f"convert.{name}" for name in ("conformer", "wav2vec2_conformer", "w2v_bert")),
+        *(f"convert.{name}" for name in ("conformer", "wav2vec2_conformer", "w2v_bert", "vq_wav2vec", "tera")),
         *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng")),
         *(f"convert.{name}" for name in ("panns", "passt", "byols", "efficientnet", "wav2clip")),
     ),

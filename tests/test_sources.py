@@ -710,7 +710,7 @@ def test_convolutions() -> None:
     faults: list[str] = []
     text = "[(512, 10, 5)] + [(512,3,2)] * 4 + [(512,2,2)] + [(512,2,2)]"
     layers = [(512, 10, 5), *[(512, 3, 2)] * 4, (512, 2, 2), (512, 2, 2)]
-    assert fairseq._convolutions(text, faults) == layers
+    assert fairseq.convolutions("conv_feature_layers", text, faults) == layers
     assert not faults
 
 

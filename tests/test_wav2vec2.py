@@ -97,7 +97,8 @@ def our_parts(variant: str, audio: np.ndarray, lengths: np.ndarray) -> Parts:
     def every(params: Any, audio: jax.Array, lengths: jax.Array) -> Any:
         return {name: (value, counts) for name, value, counts in network.states(params, audio, lengths)}
 
-    found = jax.device_get(precise_jit(every)(encoder(variant).params, audio, lengths))
+    params = network.prepare(dict(encoder(variant).params))
+    found = jax.device_get(precise_jit(every)(params, audio, lengths))
     assert all(np.isfinite(value).all() for value, _ in found.values())
     return {
         name: [row[:count] for row, count in zip(value, counts, strict=True)] for name, (value, counts) in found.items()

@@ -328,6 +328,32 @@ def over_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array, tokens
     return jax.lax.fori_loop(0, blocks, block, out)[:, :T]
 
 
+def over_neighbours(
+    function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, before: int, after: int, tokens: int
+) -> jax.Array:
+    """A function of each frame and its neighbours, [B, T, D] -> [B, T, D], over blocks as :func:`over_tokens`.
+
+    Args:
+        function: (frames [B, W, D], place of the first, which may be before the clip) -> [B, W - before - after, D].
+        x: [B, T, D].
+        before, after: neighbours that a frame sees; beyond the ends there are zeros.
+        tokens: frames of all clips in a block, at most.
+    """
+    B, T, D = x.shape
+    blocks = -(-T // max(1, tokens // B))
+    size = -(-T // blocks)
+    out = jnp.pad(x, ((0, 0), (0, blocks * size - T), (0, 0)))
+    padded = jnp.pad(out, ((0, 0), (before, after), (0, 0)))
+
+    def block(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = (jnp.zeros_like(i), size * i, jnp.zeros_like(i))
+        some = jax.lax.dynamic_slice(padded, start, (B, before + size + after, D))
+        return jax.lax.dynamic_update_slice(out, function(some, size * i - before), start)
+
+    # Results take the place of a copy, as in attention.
+    return jax.lax.fori_loop(0, blocks, block, out)[:, :T]
+
+
 def even_blocks(total: int, size: int) -> tuple[int, int]:
     """Number and size of blocks of about ``size`` that hold ``total``, with few blocks and little room left over."""
     largest = max(1, size * 3 // 2)

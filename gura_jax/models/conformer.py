@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gura_jax.models.attention import RelativeBias
-from gura_jax.models.convnets import over_columns, places_within
+from gura_jax.models.attention import RelativeBias, over_neighbours
+from gura_jax.models.convnets import places_within
 from gura_jax.models.encoder import Options
 from gura_jax.models.transformer import (
     ACTIVATIONS,
@@ -153,13 +153,12 @@ class ConvolutionModule(nnx.Module):
             inside = places_within(start, x.shape[1], counts)
             x, gate = jnp.split(self.pointwise_conv1(self.layer_norm(x)).astype(jnp.float32), 2, axis=-1)
             x = jnp.where(inside[:, :, None], x * jax.nn.sigmoid(gate), 0.0)
-            T = x.shape[1]
-            x = jnp.pad(x, ((0, 0), (before, K - 1 - before), (0, 0)))
+            T = x.shape[1] - (K - 1)
             # XLA gathers a sharded batch for a convolution in groups.
             x = functools.reduce(jnp.add, (kernel[k][None, None, :] * x[:, k : k + T] for k in range(K)))
             return self.pointwise_conv2(self.activation(self.depthwise_norm(x))).astype(jnp.float32)
 
-        return over_columns(some, x, 1, K - 1, self.tokens)
+        return over_neighbours(some, x, before, K - 1 - before, self.tokens)
 
 
 class ConformerLayer(nnx.Module):
@@ -200,6 +199,11 @@ class ConformerTransformer(Transformer):
     def shared(self, num_frames: int) -> Any:
         """See the attention's ``positions``."""
         return ATTENTIONS[self.config.position_embeddings_type].positions(self.config, num_frames)
+
+
+def always_scans(config: Any) -> bool:
+    """Whether each block computes a table of its own from its weights alone: unrolled, XLA makes all at the start."""
+    return config.position_embeddings_type == "relative"
 
 
 def block_faults(config: Any) -> Iterator[str]:

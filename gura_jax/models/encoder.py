@@ -288,11 +288,13 @@ class ModuleEncoder(Encoder):
 
     Attributes:
         blocks: dotted path of the list of transformer blocks, all of one shape; empty: there is none. Where the
-            layers are scanned (by the platform, or with ``remat``), their weights are held stacked:
+            layers are scanned (by the platform, with ``remat``, or ``always_scans``), their weights are held stacked:
             ``encoder.layers.attention.q_proj.kernel`` [L, D, D].
+        always_scans: whether the layers are scanned on every platform.
     """
 
     blocks: str = ""
+    always_scans: bool = False
 
     def __init__(self, config: Any, options: Options) -> None:
         self.config, self.options = config, options
@@ -377,7 +379,8 @@ class ModuleEncoder(Encoder):
     @property
     def _stacks(self) -> bool:
         # Unrolled, XLA may compute all blocks again at once.
-        return bool(self.blocks) and (self.options.platform.scan_layers or self.options.remat is not None)
+        scans = self.always_scans or self.options.platform.scan_layers or self.options.remat is not None
+        return bool(self.blocks) and scans
 
     @property
     def _count(self) -> int:

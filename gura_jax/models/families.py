@@ -22,6 +22,8 @@ from gura_jax.models.mert import MERT
 from gura_jax.models.mms import MMS_FAMILY
 from gura_jax.models.panns import PANNS
 from gura_jax.models.passt import PASST
+from gura_jax.models.tera import TERA
+from gura_jax.models.vq_wav2vec import VQ_WAV2VEC
 from gura_jax.models.w2v_bert import W2V_BERT
 from gura_jax.models.wav2clip import WAV2CLIP
 from gura_jax.models.wav2vec2 import HUBERT, UNISPEECH, UNISPEECH_SAT, WAV2VEC2
@@ -29,8 +31,8 @@ from gura_jax.models.wav2vec2_conformer import WAV2VEC2_CONFORMER
 from gura_jax.models.wavlm import WAVLM
 from gura_jax.models.whisper import WHISPER
 
-_WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, MMS_FAMILY, WAVLM, DATA2VEC, MERT, WAV2VEC2_CONFORMER)
-_SPECTROGRAMS = (W2V_BERT, WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS, BYOLS, EFFICIENTNET, WAV2CLIP)
+_WAVES = (HUBERT, WAV2VEC2, UNISPEECH, UNISPEECH_SAT, MMS_FAMILY, WAVLM, DATA2VEC, MERT, WAV2VEC2_CONFORMER, VQ_WAV2VEC)
+_SPECTROGRAMS = (W2V_BERT, WHISPER, AST_FAMILY, BEATS, DASHENG, PASST, PANNS, BYOLS, EFFICIENTNET, WAV2CLIP, TERA)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*_WAVES, *_SPECTROGRAMS, CREPE)}
 ENCODERS: dict[str, Preset] = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
 

@@ -16,7 +16,14 @@ from flax import nnx
 
 from gura_jax.convert.w2v_bert import KEYS
 from gura_jax.models.config import NEUTRAL, EncoderConfig
-from gura_jax.models.conformer import PARTITION, ConformerLayer, ConformerTransformer, ConvolutionModule, block_faults
+from gura_jax.models.conformer import (
+    PARTITION,
+    ConformerLayer,
+    ConformerTransformer,
+    ConvolutionModule,
+    always_scans,
+    block_faults,
+)
 from gura_jax.models.encoder import Family, FrameGrid, Options, Preset, frame_mask, masked_mean
 from gura_jax.models.spectrogram import FLOAT32_EPS, KALDI_SCALE, Spectrogram, SpectrogramEncoder
 from gura_jax.models.transformer import layer_norm
@@ -124,6 +131,7 @@ class W2vBertEncoder(SpectrogramEncoder):
         row = Spectrogram(MELS, "kaldi", 20, 8000, COLUMN, 512, COLUMN_HOP, "kaldi_povey")
         window = COLUMN + (PAIR - 1) * COLUMN_HOP
         super().__init__(config, options, FrameGrid(PAIR * COLUMN_HOP, window / 2, window), row)
+        self.always_scans = always_scans(config)
 
     def log_mel(self, audio: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The logarithm, each band with zero mean and unit variance over the clip."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -68,10 +68,7 @@ class Wav2Vec2Config(EncoderConfig):
     @property
     def window(self) -> int:
         """Samples that a frame's convolutions see."""
-        window, hop = 1, 1
-        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
-            window, hop = window + (kernel - 1) * hop, hop * stride
-        return window
+        return receptive_field(self.conv_kernel, self.conv_stride)
 
     @classmethod
     def from_source(cls, config: Mapping[str, Any]) -> Self:
@@ -87,3 +84,11 @@ class Wav2Vec2Config(EncoderConfig):
         for name, default in (("conv_pos_batch_norm", False), ("feat_proj_layer_norm", True)):
             if config.get("model_type") != "hubert" and config.get(name, default) != default:
                 yield f"{name} = {config[name]!r} is of HuBERT only: the others of transformers ignore it"
+
+
+def receptive_field(kernels: Iterable[int], strides: Iterable[int]) -> int:
+    """Samples that a frame of several convolutions, one after the other, sees."""
+    window, hop = 1, 1
+    for kernel, stride in zip(kernels, strides, strict=True):
+        window, hop = window + (kernel - 1) * hop, hop * stride
+    return window

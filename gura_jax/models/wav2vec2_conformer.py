@@ -10,9 +10,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from gura_jax.convert.wav2vec2_conformer import KEYS
-from gura_jax.models.conformer import PARTITION, ConformerLayer, ConformerTransformer, ConvolutionModule, block_faults
+from gura_jax.models.conformer import (
+    PARTITION,
+    ConformerLayer,
+    ConformerTransformer,
+    ConvolutionModule,
+    always_scans,
+    block_faults,
+)
 from gura_jax.models.convnets import batch_norm
-from gura_jax.models.encoder import Family, Preset
+from gura_jax.models.encoder import Family, Options, Preset
 from gura_jax.models.wav2vec2 import LARGE, Wav2Vec2, Wav2Vec2Encoder
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
 
@@ -77,6 +84,10 @@ class Wav2Vec2ConformerEncoder(Wav2Vec2Encoder):
     network_class = Wav2Vec2Conformer
     positional = False
     partition = PARTITION
+
+    def __init__(self, config: ConformerConfig, options: Options) -> None:
+        super().__init__(config, options)
+        self.always_scans = always_scans(config)
 
 
 def _preset(name: str, positions: str) -> Preset:
