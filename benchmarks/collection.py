@@ -30,6 +30,7 @@ from worker import peak, reset_peak
 from gura_jax import SYSTEMS, System, load_model
 from gura_jax.dataset import commit
 from gura_jax.dataset.decode import decode_ahead
+from gura_jax.dataset.places import Folder
 from gura_jax.dataset.ray_engine import work_with_ray
 from gura_jax.dataset.run import Run, open_run
 from gura_jax.dataset.sources import read_inputs
@@ -95,7 +96,7 @@ def measure(model: Any, clips: Any, out: Path, settings: Settings, alone: Callab
 def model_alone(model: Any, clips: Any, settings: Settings) -> Callable[[], float]:
     """A function that computes the plan's batches from memory, and says how long it took."""
     table = plan_table(model, clips, settings)
-    run = Run(model, Path(), settings, "", [table])
+    run = Run(model, Folder(Path()), settings, "", [table])
     batches = [batch for number in run.shards for batch in run._batches(number) if batch.clips]
     arrays = []
     decoded = decode_ahead((batch.clips for batch in batches), model.sample_rate, settings.max_duration)

@@ -297,15 +297,21 @@ def embed(
         ),
     ],
     system: SystemOption,
-    out: Annotated[Path, typer.Option(help="Folder to write the embeddings to, or to go on in.")],
+    out: Annotated[
+        str, typer.Option(metavar="PLACE", help="Folder, or s3:// or gs:// URL, to write to or to go on in.")
+    ],
     timestamps: Annotated[bool, typer.Option("--timestamps", help="Write timestamp embeddings (frames) too.")] = False,
     weights: WeightsOption = None,
     size: SizeOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete embeddings that are there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try the clips again that failed.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of the finished shards again; else their sizes are compared.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and do nothing.")] = False,
     root: Annotated[
-        Path | None, typer.Option(help="What a manifest's paths are relative to.", show_default="its folder")
+        str | None,
+        typer.Option(metavar="PLACE", help="What a manifest's paths are relative to.", show_default="its folder"),
     ] = None,
     allow_outside: AllowOutsideOption = False,
     window: Annotated[
@@ -384,7 +390,14 @@ def embed(
     with _interruptible(kept):
         if engine == "ray":
             summary = ray_engine.work_with_ray(
-                arguments, clips, out, settings, address=address, overwrite=overwrite, retry_failed=retry_failed
+                arguments,
+                clips,
+                out,
+                settings,
+                address=address,
+                overwrite=overwrite,
+                retry_failed=retry_failed,
+                verify=verify,
             )
         else:
             model = load_model(**arguments)
@@ -392,7 +405,7 @@ def embed(
                 names = ", ".join(model.random_members)
                 print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
             run = open_run(model, clips, out, settings, overwrite=overwrite, retry_failed=retry_failed)
-            summary = workers.work(run, worker)
+            summary = workers.work(run, worker, verify=verify)
     _print_summary(summary, out, worker)
     if summary.failed:
         raise typer.Exit(EXIT_SOME_INPUTS_FAILED)
@@ -500,7 +513,7 @@ def compile_for(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _print_summary(summary: Any, out: Path, worker: Any) -> None:
+def _print_summary(summary: Any, out: str, worker: Any) -> None:
     done = summary.done
     print(
         f"{done.clips} clips, {summary.seconds:.1f} s of audio ({summary.rates['clips_per_second']:.1f} "
@@ -513,7 +526,9 @@ def _print_summary(summary: Any, out: Path, worker: Any) -> None:
     if summary.left:
         print(f"{summary.left} shards of the run are not finished: other processes have them, or will")
     if summary.failed:
-        print(f"{len(summary.failed)} clips failed; see {out / 'failed.csv'}, or --retry-failed:", file=sys.stderr)
+        print(
+            f"{len(summary.failed)} clips failed; see {out.rstrip('/')}/failed.csv, or --retry-failed:", file=sys.stderr
+        )
         for failure in summary.failed[:FAILURES_SHOWN]:
             print(f"  {failure.path}: {failure.reason}", file=sys.stderr)
         if len(summary.failed) > FAILURES_SHOWN:
@@ -636,7 +651,7 @@ def plot(
 
 @app.command()
 def export(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Folder that embed wrote.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL that embed wrote to.")],
     out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],
     form: Annotated[
         Literal["datasets", "hear"],

@@ -219,17 +219,17 @@ def plain_name(name: str, where: Path) -> str:
     return name
 
 
-def matches(path: Path, described: Mapping[str, Any]) -> bool:
-    """Whether a file has the size and sha256 that :meth:`AtomicFiles.write` returned; reads every byte.
+def matches(file: Any, described: Mapping[str, Any]) -> bool:
+    """Whether an open file has the size and sha256 that :meth:`AtomicFiles.write` returned; reads every byte.
 
     Raises:
         OSError: it cannot be read.
         KeyError: the description lacks one of both.
     """
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size != described["bytes"]:
-            return False
-        return hashlib.file_digest(file, "sha256").hexdigest() == described["sha256"]
+    if file.seek(0, os.SEEK_END) != described["bytes"]:
+        return False
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest() == described["sha256"]
 
 
 def cannot_write(folder: Path, error: OSError) -> StoreError:

@@ -61,7 +61,8 @@ def clips(*lengths: int) -> list[np.ndarray]:
 # Almost HuBERT's network; and those that take long, which are beside their references in a padded batch elsewhere.
 SAME_NETWORK = (
     *("wav2vec2", "mms", "unispeech", "unispeech-sat", "mert_model", "data2vec-audio"),
-    *("wavlm", "passt", "efficientnet_b2", "wav2clip"),
+    *("wavlm", "passt", "panns_cnn14", "efficientnet_b2", "wav2clip"),
+    *("wav2vec2-conformer", "wav2vec2-bert", "vq-wav2vec", "tera"),
 )
 
 

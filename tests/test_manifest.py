@@ -73,8 +73,11 @@ def test_ids_that_look_like_numbers(tmp_path: Path, suffix: str) -> None:
     [
         ([{"id": "a"}], r"expected the columns id and path .*, found id$"),
         ([{"id": "a", "path": "x"}, {"id": "b", "path": "y"}, {"id": "a", "path": "z"}], "row 3: .*'a' of row 1 again"),
-        ([{"id": "a", "path": "https://example.org/x.wav"}], "row 1: expected a path, found a URL"),
-        ([{"id": "a", "path": "x"}, {"id": "b", "path": "s3://bucket/x.wav"}], "row 2: expected a path, found a URL"),
+        ([{"id": "a", "path": "ftp://example.org/x.wav"}], "row 1: ftp://...: expected a path or a URL of s3"),
+        (
+            [{"id": "a", "path": "x"}, {"id": "b", "path": "s3://u:p@b/x.wav"}],
+            "row 2: s3://.*x.wav: expected a URL",
+        ),
         ([{"id": "a", "path": "../x.wav"}], "row 1: expected a path inside .*--allow-outside"),
         ([{"id": "a", "path": "/etc/passwd"}], "row 1: expected a path inside .*--allow-outside"),
         ([{"id": "a", "path": "sub/../../x.wav"}], "row 1: expected a path inside"),
@@ -191,8 +194,8 @@ def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for nothing in (tmp_path / "*.ogg", tmp_path / "a" / "nothing*"):
         with pytest.raises(InputError, match="expected audio files, found none in"):
             read_inputs([nothing])
-    with pytest.raises(InputError, match="found a URL"):
-        read_inputs(["http://example.org/x.wav"])
+    with pytest.raises(InputError, match=r"ftp://\.\.\.: expected a path or a URL of s3"):
+        read_inputs(["ftp://example.org/x.wav"])
     monkeypatch.chdir(tmp_path)
     # Named in several ways, one clip; of the same name elsewhere, another.
     inputs = ("clip-000.flac", tmp_path / "clip-000.flac", "a/../clip-000.flac", "a/b", "a")

@@ -129,8 +129,8 @@ variants = pytest.mark.parametrize(
 )
 BASELINES = ("panns", "passt", "byol-s", "efficientnet", "wav2clip")
 # The others are like these, or long to compile.
-FEW = ("whisper", "beats", "panns", "byol-s")
-OTHERS = ("tera", "w2v-bert", "ast", "dasheng", "passt", "efficientnet", "wav2clip")
+FEW = ("whisper", "beats", "byol-s")
+OTHERS = ("panns", "tera", "w2v-bert", "ast", "dasheng", "passt", "efficientnet", "wav2clip")
 each_family = pytest.mark.parametrize(
     "variant", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
@@ -619,6 +619,7 @@ def tiny_en(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_whisper_with_real_weights(tiny_en: Path) -> None:
     """Of 11 s of speech, in a batch with a shorter clip, beside transformers."""
     clip = load_audio(recording("speech_jfk.flac"), sample_rate=16_000)

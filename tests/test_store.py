@@ -96,7 +96,7 @@ def test_damage_is_seen(tmp_path: Path, kind: str, damage: str) -> None:
     assert check_shard(tmp_path, 0, "r") is None
     target = set_aside(tmp_path, 0)
     assert target is not None
-    assert (target / kind).exists() == (damage != "missing")
+    assert (Path(target) / kind).exists() == (damage != "missing")
     assert names(tmp_path) == ["aside"]
     assert set_aside(tmp_path, 0) is None
 

@@ -80,7 +80,7 @@ def write_clips(folder: Path, seconds: Iterable[float], suffix: str = "wav", rat
     return paths
 
 
-def opened(inputs: Any, out: Path, settings: Settings | None = None, **options: Any) -> Run:
+def opened(inputs: Any, out: Path | str, settings: Settings | None = None, **options: Any) -> Run:
     """A run of the toy model."""
     inputs = inputs if isinstance(inputs, list) else [inputs]
     model = options.pop("model", None) or toy_model()
@@ -89,10 +89,15 @@ def opened(inputs: Any, out: Path, settings: Settings | None = None, **options: 
 
 
 def embedded(
-    inputs: Any, out: Path, settings: Settings | None = None, worker: Worker = ALONE, **options: Any
+    inputs: Any,
+    out: Path | str,
+    settings: Settings | None = None,
+    worker: Worker = ALONE,
+    verify: bool = False,
+    **options: Any,
 ) -> Summary:
     """A run of the toy model, to its end."""
-    return work(opened(inputs, out, settings, **options), worker)
+    return work(opened(inputs, out, settings, **options), worker, verify=verify)
 
 
 def interrupt(run: Run, batches: int) -> None:

@@ -1,4 +1,4 @@
-"""The commit protocol of a store: a folder of shards of embeddings, each complete or absent, in whatever format.
+"""The commit protocol of a store: shards of embeddings, each complete or absent, in whatever place and format.
 
 A shard k is its data files (:mod:`gura_jax.dataset.sinks`) and a record:
 
@@ -16,29 +16,22 @@ and batch, and ``failed.csv`` which clips could not be embedded, and why.
 """
 
 import csv
+import functools
 import io
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from gura_jax.dataset.places import Place, find_place
 from gura_jax.dataset.sinks import DEFAULT, SINKS, Open, Shard, Sink
 from gura_jax.errors import StoreError
-from gura_jax.files import (
-    AtomicFiles,
-    cannot_write,
-    final_name,
-    json_bytes,
-    locked,
-    matches,
-    remove_temporary,
-    write_file,
-)
+from gura_jax.files import final_name, json_bytes, matches
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,12 +39,15 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 FAILED_FILE = "failed.csv"
 ELSEWHERE = "choose another folder, or remove this one (gura-jax embed: --overwrite)"
+RECORD_THREADS = 8  # read records at once: they wait for disks and networks
 ASIDE = "aside"  # folder for shards that were found damaged
 _RECORD = re.compile(r"shard-(\d{5,})\.json")
-_PLAN = re.compile(r"plan-\d{5,}\.parquet")
+PLAN = re.compile(r"plan-\d{5,}\.parquet")
 _NUMBERED = re.compile(r"(?P<kind>[^.]+)-\d{5,}\.(?P<suffix>.+)")
 
 Storage = Literal["float32", "float16"]
+Location = str | PathLike[str] | Place
+"""Where a store is: a folder, the URL of a bucket's prefix, or what :func:`find_place` makes of them."""
 
 
 class Failure(NamedTuple):
@@ -79,9 +75,10 @@ class ShardRecord(NamedTuple):
         assert sink is not None, "read_shard returns no other records"
         return sink
 
-    def opener(self, folder: Path) -> Open:
+    def opener(self, location: Location) -> Open:
         """Return a function that opens the data files, for a sink to read."""
-        return lambda file: open(folder / data_file(file, self.number), "rb")
+        place = find_place(location)
+        return lambda file: place.open(data_file(file, self.number))
 
 
 def data_file(file: str, number: int) -> str:
@@ -102,7 +99,7 @@ def _all_data_files() -> list[str]:
 
 def is_store_file(name: str) -> bool:
     """Whether a file of this name belongs to a store: a shard's, a plan, ``run.json`` or ``failed.csv``."""
-    if name in (RUN_FILE, FAILED_FILE) or _RECORD.fullmatch(name) or _PLAN.fullmatch(name):
+    if name in (RUN_FILE, FAILED_FILE) or _RECORD.fullmatch(name) or PLAN.fullmatch(name):
         return True
     match = _NUMBERED.fullmatch(name)
     return match is not None and f"{match['kind']}.{match['suffix']}" in _all_data_files()
@@ -119,7 +116,7 @@ def _find_sink(number: int, names: Iterable[str]) -> Sink | None:
 
 
 def write_shard(
-    folder: Path,
+    location: Location,
     number: int,
     *,
     run: str,
@@ -132,7 +129,7 @@ def write_shard(
     """Write a shard, complete or not at all.
 
     Args:
-        folder: the store.
+        location: of the store.
         number: the shard's number.
         run: fingerprint of the run.
         scenes: [n, S].
@@ -146,48 +143,50 @@ def write_shard(
     """
     samples = sum(meta["num_samples"].to_pylist())
     files: dict[str, Mapping[str, Any]] = {}
-    with AtomicFiles(folder) as atomic:
+    place = find_place(location)
+    with place.writer() as writer:
 
         def create(file: str, write: Callable[[BinaryIO], object]) -> None:
             name = data_file(file, number)
-            files[name] = atomic.write(name, write)
+            files[name] = writer.write(name, write)
 
         sink.write(Shard(meta, scenes, frames), create)
         assert list(files) == [data_file(file, number) for file in sink.files(frames is not None)], "those it names"
         record = ShardRecord(number, run, len(scenes), samples, files, tuple(failed))
         content = record._asdict() | {"failed": [failure._asdict() for failure in failed]}
-        atomic.write(record_file(number), lambda file: file.write(json_bytes(content)))
-        with locked(folder):
-            there = read_shard(folder, number)
-            # Another process may have been given the same shard, and have been faster.
-            if there is None or there.run != run:
-                atomic.commit()
-        remove_temporary(folder, {*files, record_file(number)})
+        writer.publish(record_file(number), json_bytes(content), lambda: check_shard(place, number, run) is not None)
+        place.remove_temporary({*files, record_file(number)})
     return record
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
+def read_run(location: Location) -> dict[str, Any] | None:
     """Read ``run.json``; None if there is none.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: it is damaged, or cannot be read.
     """
-    path = folder / RUN_FILE
+    place = find_place(location)
     try:
-        content = json.loads(path.read_bytes())
+        with place.open(RUN_FILE) as file:
+            content = json.loads(file.read())
         if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
             raise ValueError("no fingerprint")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: expected what a run of this version wrote, found: {error}: {ELSEWHERE}") from None
+    except OSError as error:
+        raise StoreError(f"{place / RUN_FILE}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise StoreError(
+            f"{place / RUN_FILE}: expected what a run of this version wrote, found: {error}: {ELSEWHERE}"
+        ) from None
     return content
 
 
-def read_shard(folder: Path, number: int) -> ShardRecord | None:
+def read_shard(location: Location, number: int) -> ShardRecord | None:
     """Read a shard's record; None if there is none, or a damaged one."""
     try:
-        content = json.loads((folder / record_file(number)).read_bytes())
+        with find_place(location).open(record_file(number)) as file:
+            content = json.loads(file.read())
         failed = tuple(Failure(**failure) for failure in content.pop("failed"))
         record = ShardRecord(**content, failed=failed)
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -196,19 +195,37 @@ def read_shard(folder: Path, number: int) -> ShardRecord | None:
     return record if well_formed else None
 
 
-def check_shard(folder: Path, number: int, run: str) -> ShardRecord | None:
-    """Return a shard's record if the shard is complete, undamaged and of this run; every byte is read."""
-    record = read_shard(folder, number)
+def check_shard(
+    location: Location, number: int, run: str, sizes: Mapping[str, int] | None = None
+) -> ShardRecord | None:
+    """Return a shard's record if the shard is complete, undamaged and of this run.
+
+    Args:
+        location: of the store.
+        number: the shard's number.
+        run: fingerprint of the run.
+        sizes: of all files, which are compared with the record's; None: every byte is read.
+    """
+    place = find_place(location)
+    record = read_shard(place, number)
     if record is None or record.run != run:
         return None
     try:
-        complete = all(matches(folder / name, described) for name, described in record.files.items())
+        if sizes is not None:
+            complete = all(sizes.get(name) == described["bytes"] for name, described in record.files.items())
+        else:
+            complete = all(_matches(place, name, described) for name, described in record.files.items())
     except (OSError, KeyError, TypeError):
         return None
     return record if complete else None
 
 
-def set_aside(folder: Path, number: int) -> Path | None:
+def _matches(place: Place, name: str, described: Mapping[str, Any]) -> bool:
+    with place.open(name) as file:
+        return matches(file, described)
+
+
+def set_aside(location: Location, number: int) -> str | None:
     """Move the files of a damaged shard out of the way, the record first.
 
     Returns:
@@ -217,67 +234,68 @@ def set_aside(folder: Path, number: int) -> Path | None:
     Raises:
         StoreError: they cannot be moved.
     """
+    place = find_place(location)
+    sizes = place.sizes()
     names = [record_file(number), *(data_file(file, number) for file in reversed(_all_data_files()))]
-    there = [folder / name for name in names if (folder / name).exists()]
+    there = [name for name in names if name in sizes]
     if not there:
         return None
-    target = folder / ASIDE / f"{number:05d}-{secrets.token_hex(4)}"
     try:
-        target.mkdir(parents=True)
-        for path in there:
-            os.replace(path, target / path.name)
+        return place.set_aside(there, f"{ASIDE}/{number:05d}-{secrets.token_hex(4)}")
     except OSError as error:
-        raise cannot_write(folder, error) from None
-    return target
+        raise place.cannot_write(error) from None
 
 
-def remove_store(folder: Path) -> None:
-    """Delete the files of a store and nothing else in the folder: ``run.json`` first, then records, then the others.
+def remove_store(location: Location) -> None:
+    """Delete the files of a store and nothing else there: ``run.json`` first, then records, then the others.
 
     Raises:
         StoreError: they cannot be deleted.
     """
+    place = find_place(location)
+    found = [name for name in place.sizes() if is_store_file(name) or final_name(name)]
     try:
-        found = [p for p in folder.iterdir() if is_store_file(p.name) or final_name(p.name)]
-        for path in sorted(found, key=lambda p: (p.name != RUN_FILE, not _RECORD.fullmatch(p.name), p.name)):
-            path.unlink(missing_ok=True)
+        for name in sorted(found, key=lambda name: (name != RUN_FILE, not _RECORD.fullmatch(name), name)):
+            place.remove(name)
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise place.cannot_write(error) from None
 
 
-def shard_numbers(folder: Path) -> list[int]:
-    """Return the numbers of the shards that have a record, in order."""
-    try:
-        return sorted(int(match[1]) for path in folder.iterdir() if (match := _RECORD.fullmatch(path.name)))
-    except OSError as error:
-        raise StoreError(f"{folder}: expected a folder of embeddings, found: {error.strerror or error}") from None
+def shard_numbers(location: Location | Mapping[str, int]) -> list[int]:
+    """Return the numbers of the shards that have a record, in order; of a store, or of the names in it."""
+    names = location if isinstance(location, Mapping) else find_place(location).sizes()
+    return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
 
 
-def failures(folder: Path, numbers: Sequence[int]) -> list[Failure]:
+def failures(location: Location, numbers: Sequence[int]) -> list[Failure]:
     """Return the clips that failed in one of these shards, and that no shard has."""
-    records = [record for number in numbers if (record := read_shard(folder, number)) is not None]
+    place = find_place(location)
+    with ThreadPoolExecutor(RECORD_THREADS) as threads:
+        found = threads.map(functools.partial(read_shard, place), numbers)
+        records = [record for record in found if record is not None]
     failed = {failure.id: failure for record in records for failure in record.failed}
     if not failed:
         return []
     first = min(record.number for record in records if record.failed)
     for record in records:
         if record.number > first:
-            for name in record.sink.meta(record.opener(folder), ["id"])["id"].to_pylist():
+            for name in record.sink.meta(record.opener(place), ["id"])["id"].to_pylist():
                 failed.pop(name, None)
     return list(failed.values())
 
 
-def write_failed(folder: Path) -> list[Failure]:
+def write_failed(location: Location) -> list[Failure]:
     """Write ``failed.csv``, the :func:`failures` of all shards; remove it if there are none."""
-    with locked(folder):
-        failed = failures(folder, shard_numbers(folder))
+    place = find_place(location)
+    with place.locked():
+        failed = failures(place, shard_numbers(place))
         if failed:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(Failure._fields)
             writer.writerows(failed)
-            write_file(folder, FAILED_FILE, text.getvalue().encode())
+            place.write(FAILED_FILE, text.getvalue().encode())
         else:
-            (folder / FAILED_FILE).unlink(missing_ok=True)
-            remove_temporary(folder, {FAILED_FILE})
+            place.remove(FAILED_FILE)
+            place.remove_temporary({FAILED_FILE})
     return failed

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 
 from gura_jax import checkpoint
 from gura_jax.dataset.commit import ELSEWHERE
+from gura_jax.dataset.places import Place
 from gura_jax.dataset.sinks import DEFAULT
 from gura_jax.dataset.table import Settings, batch_seconds
 from gura_jax.errors import StoreError
@@ -106,7 +106,7 @@ def fingerprint(run: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_same(folder: Path, run: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+def check_same(place: Place, run: Mapping[str, Any], description: Mapping[str, Any]) -> None:
     """Refuse to resume a run that is another one.
 
     Raises:
@@ -119,7 +119,7 @@ def check_same(folder: Path, run: Mapping[str, Any], description: Mapping[str, A
     if different:
         differences = "\n".join(f"    {name}: {then.get(name)} then, {now.get(name)} now" for name in different)
         raise StoreError(
-            f"{folder}: expected the run that began here, found another:\n{differences}\n"
+            f"{place}: expected the run that began here, found another:\n{differences}\n"
             f"go on with the same inputs and options, {ELSEWHERE}"
         )
 

@@ -10,13 +10,13 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gura_jax.dataset.commit import Location
 from gura_jax.dataset.progress import Progress
 from gura_jax.dataset.run import Done, Run, open_run
 from gura_jax.dataset.table import Settings
-from gura_jax.dataset.workers import Summary, finish_folder
+from gura_jax.dataset.workers import Summary, finish_store
 from gura_jax.errors import GuraError, InputError, StoreError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class _Worker:
     """A process on a host of the cluster, with all its accelerators."""
 
     def __init__(
-        self, model: Mapping[str, Any], clips: "pa.Table", folder: Path, settings: Settings, working_folder: str
+        self, model: Mapping[str, Any], clips: "pa.Table", folder: Location, settings: Settings, working_folder: str
     ) -> None:
         from gura_jax.loading import load_model
         from gura_jax.models.families import import_families
@@ -48,13 +48,13 @@ class _Worker:
     def ready(self) -> None:
         """Return when the model is loaded."""
 
-    def begin(self, overwrite: bool, retry_failed: bool) -> tuple[dict[int, Done], list[int], int]:
+    def begin(self, overwrite: bool, retry_failed: bool, verify: bool) -> tuple[dict[int, Done], list[int], int]:
         """Open the run for all workers: the size of each shard, the shards that are to do, and the sample rate."""
         self._run = open_run(
             self.model, self.clips, self.folder, self.settings, overwrite=overwrite, retry_failed=retry_failed
         )
         sizes = {number: self._run.size(number) for number in self._run.shards}
-        return sizes, self._run.pending(), self.model.sample_rate
+        return sizes, self._run.pending(verify=verify), self.model.sample_rate
 
     def embed(self, number: int) -> Done:
         """Embed a shard."""
@@ -67,18 +67,20 @@ class _Worker:
 def work_with_ray(
     model: Mapping[str, Any],
     clips: "pa.Table",
-    folder: Path,
+    folder: Location,
     settings: Settings,
     *,
     address: str | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
+    verify: bool = False,
 ) -> Summary:
     """Embed a collection on all hosts of a Ray cluster.
 
     Args:
         model: arguments of :func:`gura_jax.load_model`, for each worker.
         clips, folder, settings, overwrite, retry_failed: as in :func:`gura_jax.dataset.run.open_run`.
+        verify: see :meth:`gura_jax.dataset.run.Run.pending`.
         address: of the cluster; by default that of ``RAY_ADDRESS``, or else a cluster of this machine alone.
 
     Raises:
@@ -118,7 +120,7 @@ def work_with_ray(
             }
             actors.append(kind.options(**options).remote(model, table, folder, settings, os.getcwd()))
         try:
-            sizes, pending, sample_rate = ray.get(actors[0].begin.remote(overwrite, retry_failed))
+            sizes, pending, sample_rate = ray.get(actors[0].begin.remote(overwrite, retry_failed, verify))
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
@@ -166,7 +168,7 @@ def work_with_ray(
                 "as when memory runs out: see --batch-seconds and --window, and run again"
             )
         shards = sorted(sizes)
-        return finish_folder(folder, shards, len(shards) - len(pending), progress, shards)
+        return finish_store(folder, shards, len(shards) - len(pending), progress, shards)
     finally:
         ray.shutdown()
 

@@ -1,15 +1,28 @@
 """Stored embeddings, read clip by clip."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from gura_jax.dataset.commit import RUN_FILE, ShardRecord, data_file, read_run, read_shard, record_file, shard_numbers
+from gura_jax.dataset.commit import (
+    RECORD_THREADS,
+    RUN_FILE,
+    ShardRecord,
+    data_file,
+    read_run,
+    read_shard,
+    record_file,
+    shard_numbers,
+)
+from gura_jax.dataset.places import find_place
 from gura_jax.dataset.sinks import Open, Rows
 from gura_jax.errors import StoreError
+from gura_jax.objects import scheme
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +48,7 @@ class EmbeddingStore:
     Shards that are not complete are left out, so a store can be read while it is written.
 
     Args:
-        folder: the store.
+        folder: the store, or the URL of a bucket's prefix (``s3://bucket/prefix``).
 
     Raises:
         StoreError: there is no store, or files of a shard are missing or differ in size from its record.
@@ -48,25 +61,26 @@ class EmbeddingStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         import pyarrow as pa
 
-        self.folder = Path(folder)
-        run = read_run(self.folder) if self.folder.is_dir() else None
+        self.place = find_place(folder)
+        self.folder = folder if scheme(os.fspath(folder)) else Path(folder)
+        run = read_run(self.place)
         if run is None:
             raise StoreError(f"{self.folder}: expected a folder of embeddings with a {RUN_FILE}, found none")
         self.run: Mapping[str, Any] = run
+        sizes = self.place.sizes()
+        numbers = shard_numbers(sizes)
+        with ThreadPoolExecutor(RECORD_THREADS) as threads:
+            found = list(threads.map(functools.partial(read_shard, self.place), numbers))
         self._records: dict[int, ShardRecord] = {}
-        tables = []
-        for number in shard_numbers(self.folder):
-            record = read_shard(self.folder, number)
+        for number, record in zip(numbers, found, strict=True):
             if record is None or record.run != run["fingerprint"]:
-                raise _damaged(self.folder / record_file(number))
+                raise _damaged(self.place / record_file(number))
             for name, expected in record.files.items():
-                path = self.folder / name
-                if not path.is_file() or path.stat().st_size != expected["bytes"]:
-                    raise _damaged(path)
+                if sizes.get(name) != expected["bytes"]:
+                    raise _damaged(self.place / name)
             self._records[number] = record
-            table = self._read(number, record.sink.meta)
-            table = table.append_column("shard", pa.array([number] * len(table), pa.int64()))
-            tables.append(table.append_column("row", pa.array(range(len(table)), pa.int64())))
+        with ThreadPoolExecutor(RECORD_THREADS) as threads:
+            tables = list(threads.map(self._meta, self._records))
         self.meta: pa.Table = (
             pa.concat_tables(tables, promote_options="default")
             if tables
@@ -153,6 +167,13 @@ class EmbeddingStore:
             raise StoreError("expected pandas: pip install pandas, or use to_arrow()") from None
         return self.meta.to_pandas()
 
+    def _meta(self, number: int) -> "pa.Table":
+        import pyarrow as pa
+
+        table = self._read(number, self._records[number].sink.meta)
+        table = table.append_column("shard", pa.array([number] * len(table), pa.int64()))
+        return table.append_column("row", pa.array(range(len(table)), pa.int64()))
+
     def _positions(self) -> dict[str, int]:
         if self._index is None:
             self._index = {name: i for i, name in enumerate(self.ids)}
@@ -181,20 +202,24 @@ class EmbeddingStore:
         """Let a sink read from a shard; an error names the file that it opened last."""
         import pyarrow as pa
 
-        path = self.folder / record_file(shard)
+        path = self.place / record_file(shard)
 
         def open_file(file: str) -> BinaryIO:
             nonlocal path
-            path = self.folder / data_file(file, shard)
-            return open(path, "rb")
+            path = self.place / data_file(file, shard)
+            return self.place.open(data_file(file, shard))
 
         try:
             return read(open_file)
-        except (pa.ArrowException, OSError, ValueError, EOFError):
+        except FileNotFoundError:
+            raise _damaged(path) from None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except (pa.ArrowException, ValueError, EOFError):
             raise _damaged(path) from None
 
 
-def _damaged(path: Path) -> StoreError:
+def _damaged(path: Any) -> StoreError:
     return StoreError(
         f"{path}: expected a file as its shard describes it, found one that is missing or damaged: "
         "run gura-jax embed again, with the same arguments, to compute that shard anew"

@@ -8,9 +8,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,13 +18,14 @@ import numpy as np
 
 from gura_jax.batching import Padded
 from gura_jax.dataset import commit
-from gura_jax.dataset.commit import Failure, ShardRecord
+from gura_jax.dataset.commit import Failure, Location, ShardRecord
 from gura_jax.dataset.decode import Clip, decode_ahead, reason
 from gura_jax.dataset.identity import check_same, describe, describe_plan, fingerprint, table_sha256
+from gura_jax.dataset.places import Place, find_place
 from gura_jax.dataset.sinks import SINKS
 from gura_jax.dataset.table import PLAN_COLUMNS, Settings, clip_rows, plan_table, too_short
 from gura_jax.errors import AudioError, StoreError
-from gura_jax.files import locked, open_folder, write_file, write_json
+from gura_jax.files import json_bytes
 from gura_jax.model import Model
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ Report = Callable[[Done], None]
 def open_run(
     model: Model,
     clips: "pa.Table",
-    folder: Path,
+    folder: Location,
     settings: Settings,
     *,
     overwrite: bool = False,
@@ -59,7 +60,7 @@ def open_run(
     Args:
         model: the system.
         clips: as from :func:`gura_jax.dataset.sources.read_inputs`.
-        folder: of the store.
+        folder: of the store, or the URL of a bucket's prefix.
         settings: of the run.
         overwrite: delete the store in the folder first.
         retry_failed: plan the clips that failed once more, in shards of their own.
@@ -68,40 +69,42 @@ def open_run(
         StoreError: the folder cannot be written, or holds another run: the message names what differs.
         InputError: ``clips`` has a column that the plan has.
     """
-    open_folder(folder)
-    with locked(folder):
+    place = find_place(folder)
+    place.prepare()
+    with place.locked():
         description = describe(model, clips, settings)
-        run = None
         if overwrite:
-            commit.remove_store(folder)
-        else:
-            run = commit.read_run(folder)
+            commit.remove_store(place)
+        run = None if overwrite else commit.read_run(place)
+        tables = None
         if run is None:
-            there = sorted(p.name for p in folder.iterdir() if commit.is_store_file(p.name))
-            there = [name for name in there if not name.startswith("plan-")]  # killed before it began
-            if there:
+            there = sorted(name for name in place.sizes() if commit.is_store_file(name))
+            # Where there are no locks, another process may have begun meanwhile.
+            if there and commit.RUN_FILE not in there:
                 raise StoreError(
-                    f"{folder}: expected a folder without embeddings, or with a {commit.RUN_FILE} to go on with, found "
+                    f"{place}: expected a folder without embeddings, or with a {commit.RUN_FILE} to go on with, found "
                     f"{there[0]}: {commit.ELSEWHERE}"
                 )
             table = plan_table(model, clips, settings)
-            _write_plan(folder, 0, table)
             run = description | describe_plan(table, model.sample_rate)
             run["fingerprint"] = fingerprint(run)
-            write_json(folder, commit.RUN_FILE, run)
-            tables = [table]
-        else:
-            check_same(folder, run, description)
-            tables = _read_plans(model, folder, run, clips, settings)
+            if place.create(commit.RUN_FILE, json_bytes(run)):
+                _write_plan(place, 0, table)
+                tables = [table]
+            else:
+                run = commit.read_run(place) or run
+        if tables is None:
+            check_same(place, run, description)
+            tables = _read_plans(model, place, run, clips, settings)
         if retry_failed:
-            names = {failure.id for failure in commit.failures(folder, commit.shard_numbers(folder))}
+            names = {failure.id for failure in commit.failures(place, commit.shard_numbers(place))}
             if names:
-                tables.append(_plan_again(model, folder, tables, names, settings))
-    return Run(model, folder, settings, run["fingerprint"], tables)
+                tables.append(_plan_again(model, place, tables, names, settings))
+    return Run(model, place, settings, run["fingerprint"], tables)
 
 
 def _plan_again(
-    model: Model, folder: Path, tables: list["pa.Table"], names: set[str], settings: Settings
+    model: Model, place: Place, tables: list["pa.Table"], names: set[str], settings: Settings
 ) -> "pa.Table":
     """Plan the clips that failed once more, in shards after all others."""
     import pyarrow as pa
@@ -112,40 +115,40 @@ def _plan_again(
     settings = dataclasses.replace(settings, window=None)  # the clips are windows already
     first = 1 + max(int(table["shard"].to_numpy().max()) for table in tables)
     table = plan_table(model, all_clips.take(pa.array(chosen, pa.int64())), settings, first_shard=first)
-    _write_plan(folder, len(tables), table)
+    _write_plan(place, len(tables), table)
     return table
 
 
-def _write_plan(folder: Path, number: int, table: "pa.Table") -> None:
+def _write_plan(place: Place, number: int, table: "pa.Table") -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     sink = pa.BufferOutputStream()
     parquet.write_table(table, sink)
-    write_file(folder, f"plan-{number:05d}.parquet", sink.getvalue().to_pybytes())
+    place.write(f"plan-{number:05d}.parquet", sink.getvalue().to_pybytes())
 
 
 def _read_plans(
-    model: Model, folder: Path, run: dict[str, Any], clips: "pa.Table", settings: Settings
+    model: Model, place: Place, run: dict[str, Any], clips: "pa.Table", settings: Settings
 ) -> list["pa.Table"]:
     """Read the plans in a folder. If the first is damaged, it is made again: it depends on the inputs alone."""
     import pyarrow as pa
     from pyarrow import parquet
 
     tables: list[pa.Table] = []
-    for path in sorted(folder.glob("plan-*.parquet")) or [folder / "plan-00000.parquet"]:
+    for name in sorted(filter(commit.PLAN.fullmatch, place.sizes())) or ["plan-00000.parquet"]:
         try:
-            with open(path, "rb") as file:  # Arrow itself opens no file whose path is not UTF-8
-                tables.append(parquet.read_table(file))
+            with place.open(name) as file:
+                tables.append(parquet.read_table(io.BytesIO(file.read())))
         except (pa.ArrowException, OSError):
             if tables:
                 raise StoreError(
-                    f"{path}: expected the plan of clips tried again, found a damaged file: remove it"
+                    f"{place / name}: expected the plan of clips tried again, found a damaged file: remove it"
                 ) from None
             tables.append(plan_table(model, clips, settings))
-            _write_plan(folder, 0, tables[0])
+            _write_plan(place, 0, tables[0])
     if table_sha256(tables[0]) != run["plan_sha256"]:
-        raise StoreError(f"{folder}: expected the plan that the run began with, found another: {commit.ELSEWHERE}")
+        raise StoreError(f"{place}: expected the plan that the run began with, found another: {commit.ELSEWHERE}")
     return tables
 
 
@@ -153,14 +156,15 @@ class Run:
     """An open run: its shards, and the way to embed them.
 
     Attributes:
-        model, folder, settings: as given.
+        model, settings: as given.
+        place: where the store is.
         fingerprint: of the run; each of its shards has it.
     """
 
     def __init__(
-        self, model: Model, folder: Path, settings: Settings, fingerprint: str, tables: Sequence["pa.Table"]
+        self, model: Model, place: Place, settings: Settings, fingerprint: str, tables: Sequence["pa.Table"]
     ) -> None:
-        self.model, self.folder, self.settings, self.fingerprint = model, folder, settings, fingerprint
+        self.model, self.place, self.settings, self.fingerprint = model, place, settings, fingerprint
         self._shards: dict[int, pa.Table] = {}
         for table in tables:
             column = table["shard"].to_numpy()
@@ -179,24 +183,30 @@ class Run:
         samples = table["samples"].to_numpy()
         return Done(len(table), int(samples.sum()), int((samples == 0).sum()))
 
-    def pending(self, numbers: Sequence[int] | None = None) -> list[int]:
+    def pending(self, numbers: Sequence[int] | None = None, *, verify: bool = False) -> list[int]:
         """Return the shards that are still to do, and move damaged ones aside.
 
-        Every byte of the finished ones is read and compared with its checksum.
+        Args:
+            numbers: of the shards in question; by default all.
+            verify: read every byte of the finished ones and compare it with its checksum, not their sizes alone.
 
         Raises:
             StoreError: a damaged shard cannot be moved.
         """
         numbers = self.shards if numbers is None else numbers
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            check = functools.partial(commit.check_shard, self.folder, run=self.fingerprint)
-            records = list(threads.map(check, numbers))
-        pending = [number for number, record in zip(numbers, records, strict=True) if record is None]
+            sizes = None if verify else self.place.sizes()
+            check = functools.partial(commit.check_shard, self.place, run=self.fingerprint, sizes=sizes)
+            there = numbers if sizes is None else [n for n in numbers if commit.record_file(n) in sizes]
+            found = dict(zip(there, threads.map(check, there), strict=True))
+        pending = [number for number in numbers if found.get(number) is None]
         for number in pending:
-            with locked(self.folder):
+            if number not in found:
+                continue  # it has no record: what is there of it will be written over
+            with self.place.locked():
                 # Meanwhile another process may have finished it.
-                if commit.check_shard(self.folder, number, self.fingerprint) is None:
-                    commit.set_aside(self.folder, number)
+                if commit.check_shard(self.place, number, self.fingerprint) is None:
+                    commit.set_aside(self.place, number)
         return pending
 
     def embed_shards(self, numbers: Iterable[int], report: Report = lambda done: None) -> Iterator[ShardRecord]:
@@ -409,7 +419,7 @@ class _Shard:
         if settings.timestamps and not frames:
             frames = [np.zeros((0, model.timestamp_embedding_size), settings.storage)]
         return commit.write_shard(
-            self.run.folder,
+            self.run.place,
             self.number,
             run=self.run.fingerprint,
             scenes=scenes,

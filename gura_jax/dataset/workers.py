@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from gura_jax.dataset import commit
@@ -80,10 +79,16 @@ class Summary(NamedTuple):
     rates: Mapping[str, float]
 
 
-def work(run: Run, worker: Worker) -> Summary:
-    """Embed this process's shards, with progress on standard error."""
+def work(run: Run, worker: Worker, *, verify: bool = False) -> Summary:
+    """Embed this process's shards, with progress on standard error.
+
+    Args:
+        run: opened by this process.
+        worker: which process this is.
+        verify: see :meth:`Run.pending`.
+    """
     mine = worker.share(run.shards)
-    pending = run.pending(mine)
+    pending = run.pending(mine, verify=verify)
     sizes = {number: run.size(number) for number in mine}
     before = Done(*(sum(sizes[n][i] for n in mine if n not in set(pending)) for i in range(3)))
     before = before._replace(clips=before.clips - before.failed)
@@ -91,20 +96,22 @@ def work(run: Run, worker: Worker) -> Summary:
     with Progress(run.model.system.name, clips, samples, run.model.sample_rate, before) as progress:
         for _ in run.embed_shards(pending, progress):
             pass
-    return finish_folder(run.folder, mine, len(mine) - len(pending), progress, run.shards)
+    return finish_store(run.place, mine, len(mine) - len(pending), progress, run.shards)
 
 
-def finish_folder(folder: Path, mine: Sequence[int], before: int, progress: Progress, shards: Sequence[int]) -> Summary:
+def finish_store(
+    place: commit.Location, mine: Sequence[int], before: int, progress: Progress, shards: Sequence[int]
+) -> Summary:
     """Write ``failed.csv``, and sum up.
 
     Args:
-        folder: of the store.
+        place: of the store.
         mine: shards of this process.
         before: how many of these were finished already.
         progress: of this process.
         shards: all of the run.
     """
-    failed = commit.write_failed(folder)
-    left = len(set(shards) - set(commit.shard_numbers(folder)))
+    failed = commit.write_failed(place)
+    left = len(set(shards) - set(commit.shard_numbers(place)))
     done = Done(*(a - b for a, b in zip(progress.done, progress.before, strict=True)))
     return Summary(done, done.samples / progress.sample_rate, before, len(mine), left, failed, progress.rates())

@@ -54,7 +54,7 @@ def read_clips(folders: Sequence[str | os.PathLike[str]], *, inputs: Sequence[st
     """
     stores = [EmbeddingStore(folder) for folder in folders]
     size = stores[0].run["scene_embedding_size"]
-    names = [embeddings.folder.resolve().name for embeddings in stores]
+    names = [Path(embeddings.folder).resolve().name for embeddings in stores]
     if len(set(names)) < len(names):
         names = [str(embeddings.folder) for embeddings in stores]
     rows: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ def read_clips(folders: Sequence[str | os.PathLike[str]], *, inputs: Sequence[st
     systems = ", ".join(dict.fromkeys(embeddings.run["system"]["name"] for embeddings in stores))
     random = sorted({name for embeddings in stores for name in embeddings.run["random_weights"]})
     marked = f"{systems} (random weights: {', '.join(random)})" if random else systems
-    origins = [embeddings.folder for embeddings in stores for _ in range(len(embeddings))]
+    origins = [Path(embeddings.folder) for embeddings in stores for _ in range(len(embeddings))]
     return Clips(f"{marked}: {len(rows)} clips", scenes, rows, origins)
 
 

@@ -5,12 +5,14 @@
 - ``meta``: Parquet, a row a clip.
 """
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from gura_jax.dataset.sinks.sink import Create, Open, Shard, Sink
+from gura_jax.dataset.sinks.sink import Create, Open, Rows, Shard, Sink
+from gura_jax.objects import BLOCK_BYTES, ObjectFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,13 +43,13 @@ class Npy(Sink):
         with open(META) as file:  # opened by Python: Arrow refuses paths that are not UTF-8
             return parquet.read_table(file, columns=columns)
 
-    def scenes(self, open: Open) -> np.ndarray:
-        """Map the scene embeddings into memory, [n, S]."""
+    def scenes(self, open: Open) -> Rows:
+        """Return the scene embeddings, [n, S], mapped into memory or read by ranges."""
         with open(SCENE) as file:
             return _map(file)
 
-    def frames(self, open: Open) -> np.ndarray:
-        """Map the frames into memory, [sum T, D]."""
+    def frames(self, open: Open) -> Rows:
+        """Return the frames, [sum T, D], mapped into memory or read by ranges."""
         with open(FRAMES) as file:
             return _map(file)
 
@@ -62,12 +64,43 @@ def _save_joined(file: BinaryIO, arrays: Sequence[np.ndarray]) -> None:
         file.write(np.ascontiguousarray(array).data)  # pyright: ignore[reportArgumentType]
 
 
-def _map(file: BinaryIO) -> np.memmap:
-    """Map an open file as ``np.load(path, mmap_mode="r")`` would, which takes paths alone."""
+def _map(file: Any) -> Rows:
+    """The array of an open file: mapped into memory as ``np.load(path, mmap_mode="r")`` would, or read by ranges."""
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"expected version 1.0 of the npy format, found {version}")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject:
         raise ValueError("expected numbers, found Python objects")
-    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")  # pyright: ignore
+    if isinstance(file, ObjectFile):
+        if fortran_order:
+            raise ValueError("expected rows one after the other, found columns")
+        return _RangedRows(file, file.tell(), dtype, shape)
+    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
+
+
+class _RangedRows:
+    """Rows of an array [n, D] in an object; those near each other are read together."""
+
+    def __init__(self, file: ObjectFile, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.file, self.start, self.dtype, self.shape = file, start, dtype, shape
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        if isinstance(rows, slice):
+            first, stop, step = rows.indices(self.shape[0])
+            return self._read(first, max(first, stop))[::step]
+        chosen = np.asarray(rows, np.int64)
+        wanted, inverse = np.unique(chosen, return_inverse=True)
+        row_bytes = max(1, self._row_bytes())
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) * row_bytes > BLOCK_BYTES) + 1) if len(wanted) else []
+        parts = [self._read(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs]
+        found = np.concatenate(parts) if parts else self._read(0, 0)
+        return found[inverse].reshape(*chosen.shape, *self.shape[1:])
+
+    def _row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    def _read(self, first: int, stop: int) -> np.ndarray:
+        size = self._row_bytes()
+        content = self.file.range(self.start + first * size, self.start + stop * size)
+        return np.frombuffer(content, self.dtype).reshape(stop - first, *self.shape[1:])

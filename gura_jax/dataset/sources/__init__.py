@@ -2,22 +2,23 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from gura_jax.audio import HEAR_RATE, check_rate
+from gura_jax.dataset.sources.buckets import Objects
 from gura_jax.dataset.sources.folders import File, Folder, Pattern
 from gura_jax.dataset.sources.hear import HearTask
 from gura_jax.dataset.sources.manifests import Manifest
-from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable, scheme
+from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable
 from gura_jax.errors import InputError
+from gura_jax.objects import SCHEMES, check_url, scheme
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = ["SOURCES", "Options", "Source", "decoded", "encoded", "open_clip", "printable", "read_inputs"]
 
-SOURCES: list[Source] = [HearTask(), Manifest(), Folder(), Pattern(), File()]
+SOURCES: list[Source] = [HearTask(), Manifest(), *map(Objects, SCHEMES), Folder(), Pattern(), File()]
 """All kinds of inputs; the first that recognises an input reads it."""
 
 
@@ -33,7 +34,8 @@ def read_inputs(
     Args:
         inputs: each an audio file, a folder (searched at any depth for audio files), a glob pattern, a manifest
             (CSV, JSON Lines or Parquet, with the columns ``id`` and ``path``, perhaps ``offset`` and ``duration`` in
-            seconds, and any others), or the folder of a HEAR task.
+            seconds, and any others), or the folder of a HEAR task. All but the last may be URLs (``s3://``, ``gs://``;
+            files and manifests also ``https://``), and a manifest's paths, too.
         sample_rate: of the model. A HEAR task's audio is read at this rate, else at the next higher one that it has,
             else at its highest.
         root: what a manifest's paths are relative to; by default the manifest's folder.
@@ -44,18 +46,18 @@ def read_inputs(
         to the end), and further columns of manifests and tasks.
 
     Raises:
-        InputError: no clips, a URL, a manifest that cannot be read, missing columns, a bad or repeated id, a path
+        InputError: no clips, a URL or a manifest that cannot be read, missing columns, a bad or repeated id, a path
             outside the root; names the row.
     """
     import pyarrow as pa
 
-    options = Options(check_rate(sample_rate), None if root is None else Path(root), allow_outside)
+    options = Options(check_rate(sample_rate), None if root is None else os.fspath(root), allow_outside)
     tables: list[pa.Table] = []
     distinct: list[bool] = []
     for given in [os.fspath(given) for given in inputs]:
         source = next((source for source in SOURCES if source.recognises(given)), None)
         if source is None:
-            raise InputError(f"{given}: expected a path, found a URL: download it first")
+            raise InputError(f"{check_url(given)}: expected an input of a known kind")
         table = source.table(given, options)
         if table is not None:
             tables.append(table)

@@ -1,12 +1,14 @@
 """Audio files as inputs: single files, folders, and glob patterns."""
 
+import functools
 import glob
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gura_jax.dataset.sources.source import Options, Source, check_inside, clip_table, scheme
+from gura_jax.dataset.sources.source import Options, Source, check_inside, clip_table
 from gura_jax.errors import InputError
+from gura_jax.objects import scheme
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,16 +52,22 @@ class File(Source):
 
 def _audio_files(folder: Path) -> list[Path]:
     """List files with an audio suffix, at any depth, sorted; not those whose names start with a dot."""
+    walked = os.walk(folder, onerror=_cannot_list)
+    return sorted(Path(root) / name for root, _, names in walked for name in names if is_audio(name))
+
+
+def is_audio(path: str) -> bool:
+    """Whether a path has an audio suffix, and a name that does not start with a dot."""
+    name = path.rsplit("/", 1)[-1]
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _suffixes()
+
+
+@functools.cache
+def _suffixes() -> set[str]:
     import soundfile
 
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
-    suffixes.remove(".raw")  # samples without a header: of unknown rate
-    return sorted(
-        Path(root) / name
-        for root, _, names in os.walk(folder, onerror=_cannot_list)
-        for name in names
-        if Path(name).suffix.lower() in suffixes and not name.startswith(".")
-    )
+    return suffixes - {".raw"}  # samples without a header: of unknown rate
 
 
 def _cannot_list(error: OSError) -> None:

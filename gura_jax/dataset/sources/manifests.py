@@ -1,13 +1,15 @@
 """Manifests as inputs: CSV, JSON Lines or Parquet, a row a clip."""
 
+import io
 import math
 import os
+import posixpath
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded, scheme
+from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded
 from gura_jax.errors import InputError
+from gura_jax.objects import SCHEMES, check_url, read_object, scheme
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,32 +25,34 @@ class Manifest(Source):
     distinct = True
 
     def recognises(self, given: str) -> bool:
-        return os.path.isfile(given) and Path(given).suffix.lower() in FORMATS
+        return os.path.splitext(given)[1].lower() in FORMATS and (scheme(given) in SCHEMES or os.path.isfile(given))
 
     def table(self, given: str, options: Options) -> "pa.Table":
         import pyarrow as pa
 
-        path = Path(given)
+        path = check_url(given) if scheme(given) else given
         table = _read_table(path)
         _check_names(path, table)
         columns = _typed_columns(path, table)
-        root = path.parent if options.root is None else options.root
+        root = options.root if options.root is not None else os.path.dirname(path)
         columns["path"] = pa.array(_checked_paths(path, columns, root, options.allow_outside), pa.string())
         return pa.table(columns | {name: table[name] for name in table.column_names if name not in columns})
 
 
-def _read_table(path: Path) -> "pa.Table":
+def _read_table(path: str) -> "pa.Table":
     import pyarrow as pa
     from pyarrow import csv, parquet
     from pyarrow import json as arrow_json
 
     strings = {"id": pa.string(), "path": pa.string()}
+    suffix = os.path.splitext(path)[1].lower()
     try:
-        with open(path, "rb") as file:  # Arrow itself opens no file whose name is not UTF-8
-            if path.suffix.lower() == ".csv":
+        # Arrow itself opens no file whose name is not UTF-8.
+        with io.BytesIO(read_object(path)) if scheme(path) else open(path, "rb") as file:
+            if suffix == ".csv":
                 options = csv.ConvertOptions(column_types=strings, strings_can_be_null=True)
                 table = csv.read_csv(file, convert_options=options)
-            elif path.suffix.lower() == ".jsonl":
+            elif suffix == ".jsonl":
                 table = arrow_json.read_json(file)
             else:
                 table = parquet.read_table(file)
@@ -58,11 +62,11 @@ def _read_table(path: Path) -> "pa.Table":
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{path}: expected a manifest in {FORMATS[path.suffix.lower()]}, found one that cannot be read: {reason}"
+            f"{path}: expected a manifest in {FORMATS[suffix]}, found one that cannot be read: {reason}"
         ) from None
 
 
-def _check_names(path: Path, table: "pa.Table") -> None:
+def _check_names(path: str, table: "pa.Table") -> None:
     names = table.column_names
     if "id" not in names or "path" not in names:
         raise InputError(
@@ -79,7 +83,7 @@ def _check_names(path: Path, table: "pa.Table") -> None:
         raise InputError(f"{path}: expected rows, found an empty manifest")
 
 
-def _typed_columns(path: Path, table: "pa.Table") -> dict[str, Any]:
+def _typed_columns(path: str, table: "pa.Table") -> dict[str, Any]:
     """Cast id and path to strings, offset and duration to seconds."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -101,7 +105,7 @@ def _typed_columns(path: Path, table: "pa.Table") -> dict[str, Any]:
     return columns
 
 
-def _checked_paths(path: Path, columns: Mapping[str, Any], root: Path, allow_outside: bool) -> list[str]:
+def _checked_paths(path: str, columns: Mapping[str, Any], root: str, allow_outside: bool) -> list[str]:
     """Check each row, and return the encoded path of its file."""
     seen: dict[str, int] = {}
     paths: list[str] = []
@@ -114,16 +118,29 @@ def _checked_paths(path: Path, columns: Mapping[str, Any], root: Path, allow_out
         if name in seen:
             raise InputError(f"{where}expected ids that differ, found {name!r} of row {seen[name]} again")
         seen[name] = number
-        if scheme(file):
-            raise InputError(f"{where}expected a path, found a URL, {file}: download it first")
         if "\0" in file:
             raise InputError(f"{where}expected a path, found {file!r}")
         if not (math.isfinite(offset) and offset >= 0 and (duration is None or 0 < duration < math.inf)):
             raise InputError(
                 f"{where}expected an offset of 0 s or more and a duration over 0 s, found {offset} and {duration}"
             )
+        paths.append(encoded(_full_path(file, root, where, allow_outside, parents)))
+    return paths
+
+
+def _full_path(file: str, root: str, where: str, allow_outside: bool, parents: dict[str, str]) -> str:
+    """The path or URL of a row's file."""
+    if scheme(file):
+        try:
+            return check_url(file)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from None
+    if not scheme(root):
         full = os.path.join(root, file)
         if not allow_outside:
             check_inside(full, root, where, parents)
-        paths.append(encoded(full))
-    return paths
+        return full
+    inside = posixpath.normpath(file)
+    if inside.startswith(("/", "../")) or inside in (".", ".."):
+        raise InputError(f"{where}expected a path below {root}, or a URL, found {file!r}: name another --root")
+    return f"{root.rstrip('/')}/{inside}"

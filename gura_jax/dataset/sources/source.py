@@ -12,8 +12,6 @@ from gura_jax.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-
 
 class Options(NamedTuple):
     """What applies to all inputs of a run.
@@ -25,7 +23,7 @@ class Options(NamedTuple):
     """
 
     sample_rate: int
-    root: Path | None
+    root: str | None
     allow_outside: bool
 
 
@@ -69,12 +67,6 @@ class Source(Protocol):
         return audio.open_file(path)
 
 
-def scheme(path: str) -> str:
-    """Return the scheme of a URL; empty for a local path."""
-    match = _URL.match(path)
-    return match[1] if match else ""
-
-
 def clip_table(files: Sequence[tuple[str, str]], **columns: Sequence[Any]) -> "pa.Table | None":
     """Make the table of whole files, each (id, path), with further columns of strings; None if there are none."""
     import pyarrow as pa
@@ -112,7 +104,7 @@ def _odd(path: str) -> bool:
     return "\\" in path or any(0xDC80 <= ord(c) <= 0xDCFF for c in path)
 
 
-def check_inside(path: str, root: Path, where: str, parents: dict[str, str] | None = None) -> None:
+def check_inside(path: str, root: str | Path, where: str, parents: dict[str, str] | None = None) -> None:
     """Refuse a path that leads out of its root, by itself or by a link.
 
     Args:

@@ -1,0 +1,344 @@
+"""Objects of a bucket or a web server: opened by ranges, listed, written and removed, through obstore.
+
+Credentials, regions and endpoints come from where each store's own tools take them (``AWS_ACCESS_KEY_ID``,
+``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, a machine's role, ...), and never from a URL. Requests that
+fail for a while are repeated by obstore, with growing and random pauses.
+"""
+
+import functools
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from gura_jax.errors import InputError, StoreError
+
+T = TypeVar("T")
+
+# A scheme and the extra that brings its client; web servers are only read.
+SCHEMES = {"s3": "s3", "gs": "gcs", "https": "s3", "http": "s3"}
+LISTED, WRITTEN = ("s3", "gs"), ("s3", "gs")
+FIRST_BYTES = 1 << 16  # of an object: a header, or a short clip
+BLOCK_BYTES, LARGEST_BLOCK = 1 << 20, 1 << 23  # read ahead of what is asked for, more and more where it goes on
+RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
+ATTEMPTS = 6  # at a request whose answer breaks off
+CLIENT: dict[str, Any] = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=10)}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*")
+
+
+def scheme(text: str) -> str:
+    """Return the scheme of a URL; empty for a local path."""
+    match = _URL.match(text)
+    return match[1] if match else ""
+
+
+class Place(NamedTuple):
+    """An object or a prefix: the client of its bucket, and its key there."""
+
+    store: Any
+    key: str
+
+
+class Entry(NamedTuple):
+    """An object of a listing."""
+
+    key: str
+    size: int
+
+
+def check_url(url: str) -> str:
+    """Return a URL that can be opened, without a slash at its end.
+
+    Raises:
+        InputError: another scheme, no bucket or host, or credentials or a query in it, which are not repeated.
+    """
+    kind = scheme(url)
+    if kind not in SCHEMES:
+        raise InputError(f"{kind}://...: expected a path or a URL of {', '.join(SCHEMES)}")
+    parts = urlsplit(url)
+    if "@" in parts.netloc or (kind in ("http", "https") and (parts.query or parts.fragment)):
+        raise InputError(
+            f"{kind}://...{parts.path}: expected a URL without user, password, query or fragment in it, found one with "
+            "(not shown): credentials are taken from the environment, as the store's own tools do"
+        )
+    if not parts.netloc:
+        raise InputError(f"{url}: expected a bucket or a host after {kind}://, found none")
+    return url.rstrip("/")
+
+
+def locate(url: str) -> Place:
+    """Find the client and the key of a URL.
+
+    Raises:
+        InputError: see :func:`check_url`; or the client is not installed.
+    """
+    root = _ROOT.match(check_url(url))
+    assert root is not None, "it has a scheme"
+    return Place(_client(root[0]), url[len(root[0]) :].strip("/"))
+
+
+@functools.cache
+def _client(root: str) -> Any:
+    try:
+        from obstore.store import from_url
+    except ModuleNotFoundError:
+        extra = SCHEMES[scheme(root)]
+        raise InputError(f"{root}: expected obstore, found none: pip install 'gura-jax[{extra}]'") from None
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    plain = scheme(root) == "http" or (scheme(root) == "s3" and endpoint.startswith("http://"))
+    return from_url(root, client_options={**CLIENT, "allow_http": plain}, retry_config=RETRIES)  # pyright: ignore
+
+
+def why(error: BaseException) -> str:
+    """Return the reason of a failed request in words, without the server's whole answer."""
+    name = type(error).__name__
+    if name in _REASONS:
+        return _REASONS[name]
+    text = " ".join(str(error).split())
+    if status := re.search(r"status code: (\d{3})(?: ([A-Z][A-Za-z ]+))?", text):
+        code = re.search(r"<Code>(\w{1,60})</Code>", text)
+        found = {"404": "no such object or bucket", "403": "access denied"}.get(status[1], status[2] or "")
+        return f"HTTP {status[1]}: {code[1] if code else found}" if status[1] not in ("404", "403") else found
+    return re.split(r" after \d+ retries|\. Debug source|, source:| Debug source", text)[0][:300]
+
+
+_REASONS = {  # obstore has errors of its own, and Python's where there is one
+    "NotFoundError": "no such object or bucket",
+    "FileNotFoundError": "no such object or bucket",
+    "PermissionDeniedError": "access denied",
+    "PermissionError": "access denied",
+    "UnauthenticatedError": "no valid credentials",
+    "PreconditionError": "it was replaced meanwhile",
+}
+
+
+def errors() -> tuple[type[BaseException], ...]:
+    """What requests raise; also what the clients raise when the network is not there."""
+    from obstore.exceptions import BaseError
+
+    return (BaseError, OSError)
+
+
+def open_object(url: str) -> "ObjectFile":
+    """Open an object to read it: its first bytes are fetched at once.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+    """
+    return ObjectFile(locate(url), url)
+
+
+def read_object(url: str) -> bytes:
+    """Return an object's content.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+    """
+    return get(locate(url))
+
+
+def get(place: Place) -> bytes:
+    """As :func:`read_object`."""
+    try:
+        return _requested(lambda: bytes(_obstore().get(place.store, place.key).bytes()))
+    except errors() as error:
+        raise _as_os_error(error, place.key) from None
+
+
+def put(place: Place, content: Any, *, create: bool = False) -> bool:
+    """Write an object, complete or not at all, by one request.
+
+    Args:
+        place: of the object.
+        content: bytes.
+        create: only if there is none.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    mode = "create" if create else "overwrite"
+    try:
+        # Never in parts: what a killed process leaves of those is charged for, and seen by nobody.
+        _requested(lambda: _obstore().put(place.store, place.key, content, mode=mode, use_multipart=False))
+    except errors() as error:
+        if create and isinstance(error, (FileExistsError, AlreadyExistsError, PreconditionError)):
+            return False
+        raise _as_os_error(error, place.key) from None
+    return True
+
+
+def delete(place: Place) -> None:
+    """Remove an object, if it is there.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    try:
+        _requested(lambda: _obstore().delete(place.store, place.key))
+    except errors() as error:
+        found = _as_os_error(error, place.key)
+        if not isinstance(found, FileNotFoundError):
+            raise found from None
+
+
+def entries(place: Place) -> Iterator[Entry]:
+    """List the objects below a prefix, at any depth, a page at a time.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    last: str | None = None
+    attempts = 0
+    while True:
+        try:
+            for page in _obstore().list(place.store, place.key or None, offset=last, chunk_size=1000):
+                for item in page:
+                    last, attempts = item["path"], 0
+                    yield Entry(item["path"], item["size"])
+            return
+        except errors() as error:
+            attempts += 1
+            if attempts == ATTEMPTS or not _broke_off(error):
+                raise _as_os_error(error, place.key) from None
+            _pause(attempts)
+
+
+def _requested(request: Callable[[], T]) -> T:
+    """Make a request again whose answer breaks off, which obstore does only where an object's content does."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return request()
+        except errors() as error:
+            if not _broke_off(error):
+                raise
+            _pause(attempt)
+    return request()
+
+
+def _broke_off(error: BaseException) -> bool:
+    return "body error" in str(error)
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0, 0.1 * 2**attempt))
+
+
+def _obstore() -> Any:
+    """The module; its functions are looked up in each call."""
+    import obstore
+
+    return obstore
+
+
+def _as_os_error(error: BaseException, key: str) -> OSError:
+    missing = isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFoundError"
+    return FileNotFoundError(2, why(error), key) if missing else OSError(5, why(error), key)
+
+
+class ObjectFile(io.RawIOBase):
+    """An object as a file that can seek: read in blocks, of which one is held.
+
+    All blocks are of the object that was opened: another one under its name is an error.
+    """
+
+    def __init__(self, place: Place, name: str) -> None:
+        self.place, self.name = place, name
+        self._position = 0
+        try:
+            options = {"range": (0, FIRST_BYTES)}
+
+            def first() -> tuple[bytes, Any]:
+                answer = _obstore().get(place.store, place.key, options=options)
+                return bytes(answer.bytes()), answer
+
+            self._start = 0
+            self._block, answer = _requested(first)
+            self.size, self._etag = int(answer.meta["size"]), answer.meta.get("e_tag")
+        except errors() as error:
+            if "416" not in str(error) and "InvalidRange" not in str(error):
+                raise _as_os_error(error, name) from None
+            self._start, self._block, self.size, self._etag = 0, b"", 0, None  # an empty object has no range
+        self._next = BLOCK_BYTES
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place, from the start, from here (1) or from the end (2)."""
+        base = (0, self._position, self.size)[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, unless the object ends before: libsndfile takes less for the end."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view) and self._position < self.size:
+            own = self._position - self._start
+            if not 0 <= own < len(self._block):
+                self._fetch(len(view) - done)
+                own = self._position - self._start
+            part = self._block[own : own + len(view) - done]
+            view[done : done + len(part)] = part
+            done += len(part)
+            self._position += len(part)
+        return done
+
+    def _fetch(self, wanted: int) -> None:
+        """Read a block from here on: more of it each time where reading goes on, little where it jumps."""
+        goes_on = self._position == self._start + len(self._block)
+        self._next = min(2 * self._next, LARGEST_BLOCK) if goes_on else BLOCK_BYTES
+        size = max(wanted, self._next if goes_on else FIRST_BYTES)
+        self._start, self._block = self._position, self.range(self._position, min(self._position + size, self.size))
+
+    def range(self, start: int, stop: int) -> bytes:
+        """Return the bytes from one place to another, also of a closed file.
+
+        Raises:
+            OSError: they cannot be read, or the object was replaced.
+        """
+        if start >= stop:
+            return b""
+        options: dict[str, Any] = {"range": (start, stop)}
+        if self._etag is not None:
+            options["if_match"] = self._etag
+        try:
+            content = _requested(
+                lambda: bytes(_obstore().get(self.place.store, self.place.key, options=options).bytes())
+            )
+        except errors() as error:
+            raise _as_os_error(error, self.name) from None
+        if len(content) != stop - start:
+            raise OSError(5, f"expected {stop - start} bytes, found {len(content)}", self.name)
+        return content
+
+
+def cannot_write(url: str, error: BaseException) -> StoreError:
+    """Return the error for a prefix that cannot be written to."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else why(error)
+    return StoreError(
+        f"{url}: expected a bucket that can be written to, found: {reason}: check its name, the credentials and what "
+        "they allow (reading, writing, listing and deleting)"
+    )
