@@ -321,6 +321,10 @@ def embed(
         float, typer.Option(help="Refuse clips of more seconds (with --window, after they are cut).")
     ] = MAX_SECONDS,
     storage: Annotated[Literal["float32", "float16"], typer.Option(help="Of the numbers on disk.")] = "float32",
+    form: Annotated[
+        Literal["npy", "parquet"],
+        typer.Option("--format", help="Of the store; parquet: embeddings and metadata in one table."),
+    ] = "npy",
     shard_hours: Annotated[
         float, typer.Option(help="Hours of audio in a shard at most: what is lost when a job is killed.")
     ] = 1.0,
@@ -361,7 +365,7 @@ def embed(
     from gura_jax.dataset.table import Settings
 
     described = find_system(system)
-    settings = Settings(timestamps, storage, window, max_duration, shard_hours, batch_seconds)
+    settings = Settings(timestamps, storage, window, max_duration, shard_hours, batch_seconds, form)
     arguments: dict[str, Any] = {
         "system": described,
         "weights": _parse_weights(weights),

@@ -268,7 +268,7 @@ class ObjectFile(io.RawIOBase):
             self._block, answer = _requested(first)
             self.size, self._etag = int(answer.meta["size"]), answer.meta.get("e_tag")
         except errors() as error:
-            if "416" not in str(error) and "InvalidRange" not in str(error):
+            if "status code: 416" not in str(error):
                 raise _as_os_error(error, name) from None
             self._start, self._block, self.size, self._etag = 0, b"", 0, None  # an empty object has no range
         self._next = BLOCK_BYTES

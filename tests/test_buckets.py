@@ -1,5 +1,6 @@
 """Objects, inputs and stores in a bucket: read by ranges, written whole, resumed, with faults on the way."""
 
+import dataclasses
 import io
 import json
 import os
@@ -224,6 +225,18 @@ def test_from_bucket_to_bucket_as_from_disk_to_disk(bucket: str, tmp_path: Path)
     np.testing.assert_array_equal(store[name].frames, own[name].frames)
     part = store.filter(pc.field("id") == name)
     np.testing.assert_array_equal(part.scenes(), own.filter(pc.field("id") == name).scenes())
+
+
+def test_parquet_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """Embeddings of some clips, by ranges."""
+    write_clips(tmp_path / "in", SECONDS)
+    settings = dataclasses.replace(SETTINGS, format="parquet")
+    embedded(tmp_path / "in", OUT, settings)
+    embedded(tmp_path / "in", tmp_path / "out", settings)
+    assert stored(OUT) == contents(tmp_path / "out")
+    store, own = EmbeddingStore(OUT), EmbeddingStore(tmp_path / "out")
+    np.testing.assert_array_equal(store.scenes(), own.scenes())
+    np.testing.assert_array_equal(store[own.ids[3]].frames, own[own.ids[3]].frames)
 
 
 def test_damage_and_other_runs(bucket: str, tmp_path: Path) -> None:

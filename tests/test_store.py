@@ -343,3 +343,54 @@ def test_a_folder_whose_name_is_not_unicode(tmp_path: Path) -> None:
     made = EmbeddingStore(folder / "store")
     assert len(made) == 2
     assert export(made, folder / "new", "datasets") == 2
+
+
+# Parquet
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_parquet_has_what_npy_has(
+    tmp_path: Path, storage: Any, timestamps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clip by clip, in groups of rows, filtered; and resumed to the same bytes."""
+    monkeypatch.setattr("gura_jax.dataset.sinks.parquet.GROUP_BYTES", 1)
+    write_clips(tmp_path / "in", (0.3, 1.2, 0.7, 2.0))
+    (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF")
+    settings = Settings(timestamps, storage, shard_hours=2 / 3600, batch_seconds=2)
+    embedded(tmp_path / "in", tmp_path / "npy", settings)
+    other = dataclasses.replace(settings, format="parquet")
+    assert [f.id for f in embedded(tmp_path / "in", tmp_path / "parquet", other).failed] == ["broken.wav"]
+    ours, plain = EmbeddingStore(tmp_path / "parquet"), EmbeddingStore(tmp_path / "npy")
+    assert ours.meta.equals(plain.meta)
+    np.testing.assert_array_equal(ours.scenes(), plain.scenes())
+    for clip, expected in zip(ours, plain, strict=True):
+        np.testing.assert_array_equal(clip.scene, expected.scene)
+        assert (clip.frames is None) == (not timestamps)
+        if clip.frames is not None:
+            np.testing.assert_array_equal(clip.frames, expected.frames)
+    part = ours.filter(pc.field("id") == ours.ids[1])
+    np.testing.assert_array_equal(part.scenes(), plain.scenes()[1:2])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "parquet").iterdir()}
+    (tmp_path / "parquet" / "clips-00000.parquet").write_bytes(b"PAR1")
+    assert embedded(tmp_path / "in", tmp_path / "parquet", other).before >= 1
+    found = {path.name: path.read_bytes() for path in (tmp_path / "parquet").iterdir() if path.is_file()}
+    assert found == before
+    with pytest.raises(StoreError, match="format: parquet then, npy now"):
+        embedded(tmp_path / "in", tmp_path / "parquet", settings)
+
+
+def test_parquet_is_a_table_of_clips_and_one_of_frames(tmp_path: Path) -> None:
+    """Of fixed sizes, as other tools want them."""
+    write_clips(tmp_path / "in", (0.3, 1.2))
+    embedded(tmp_path / "in", tmp_path / "out", Settings(timestamps=True, format="parquet"))
+    clips = parquet.read_table(tmp_path / "out" / "clips-00000.parquet")
+    frames = parquet.read_table(tmp_path / "out" / "frames-00000.parquet")
+    store = EmbeddingStore(tmp_path / "out")
+    assert clips.schema.field("scene").type == pa.list_(pa.float32(), store.run["scene_embedding_size"])
+    assert frames.schema.field("frame").type == pa.list_(pa.float32(), store.run["timestamp_embedding_size"])
+    assert frames.num_rows == sum(clips["num_frames"].to_pylist())
+    clip = store[store.ids[1]]
+    own = frames.filter(pc.field("id") == store.ids[1])
+    np.testing.assert_array_equal(np.stack(own["frame"].to_pylist()), clip.frames)
+    np.testing.assert_array_equal(own["time_ms"].to_numpy(), clip.times)
