@@ -125,14 +125,14 @@ def errors() -> tuple[type[BaseException], ...]:
     return (BaseError, OSError)
 
 
-def open_object(url: str) -> "ObjectFile":
-    """Open an object to read it: its first bytes are fetched at once.
+def open_object(url: str, at: int = 0) -> "ObjectFile":
+    """Open an object to read it: its first bytes are fetched at once, or those at a place within.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be read.
     """
-    return ObjectFile(locate(url), url)
+    return ObjectFile(locate(url), url, at)
 
 
 def read_object(url: str) -> bytes:
@@ -254,17 +254,17 @@ class ObjectFile(io.RawIOBase):
     All blocks are of the object that was opened: another one under its name is an error.
     """
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, place: Place, name: str, at: int = 0) -> None:
         self.place, self.name = place, name
         self._position = 0
         try:
-            options = {"range": (0, FIRST_BYTES)}
+            options = {"range": (at, at + FIRST_BYTES)}
 
             def first() -> tuple[bytes, Any]:
                 answer = _obstore().get(place.store, place.key, options=options)
                 return bytes(answer.bytes()), answer
 
-            self._start = 0
+            self._start = at
             self._block, answer = _requested(first)
             self.size, self._etag = int(answer.meta["size"]), answer.meta.get("e_tag")
         except errors() as error:

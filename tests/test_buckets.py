@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -405,3 +406,18 @@ def test_writes_that_stop_in_the_middle(
     assert embedded(tmp_path / "in", f"{bucket}/out", SETTINGS).left == 0
     embedded(tmp_path / "in", tmp_path / "out", SETTINGS)
     assert stored(OUT) == contents(tmp_path / "out")
+
+
+def test_a_tar_in_a_bucket(bucket: str, tmp_path: Path) -> None:
+    """Its clips by ranges, of which none is outside the clip but for what is read ahead."""
+    paths = write_clips(tmp_path / "clips", SECONDS)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    put("tars/a.tar", (tmp_path / "a.tar").read_bytes())
+    embedded([f"{bucket}/tars/*.tar"], OUT, SETTINGS)
+    embedded(tmp_path / "clips", tmp_path / "out", SETTINGS)
+    store, own = EmbeddingStore(OUT), EmbeddingStore(tmp_path / "out")
+    assert sorted(store.ids) == sorted(own.ids)
+    for name in own.ids:
+        np.testing.assert_array_equal(store[name].scene, own[name].scene)

@@ -10,6 +10,7 @@ from gura_jax.dataset.sources.folders import File, Folder, Pattern
 from gura_jax.dataset.sources.hear import HearTask
 from gura_jax.dataset.sources.manifests import Manifest
 from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable
+from gura_jax.dataset.sources.tars import Tar
 from gura_jax.errors import InputError
 from gura_jax.objects import SCHEMES, check_url, scheme
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SOURCES", "Options", "Source", "decoded", "encoded", "open_clip", "printable", "read_inputs"]
 
-SOURCES: list[Source] = [HearTask(), Manifest(), *map(Objects, SCHEMES), Folder(), Pattern(), File()]
+SOURCES: list[Source] = [HearTask(), Manifest(), Tar(), *map(Objects, SCHEMES), Folder(), Pattern(), File()]
 """All kinds of inputs; the first that recognises an input reads it."""
 
 
@@ -34,8 +35,9 @@ def read_inputs(
     Args:
         inputs: each an audio file, a folder (searched at any depth for audio files), a glob pattern, a manifest
             (CSV, JSON Lines or Parquet, with the columns ``id`` and ``path``, perhaps ``offset`` and ``duration`` in
-            seconds, and any others), or the folder of a HEAR task. All but the last may be URLs (``s3://``, ``gs://``;
-            files and manifests also ``https://``), and a manifest's paths, too.
+            seconds, and any others), a tar archive or a pattern of them, or the folder of a HEAR task. All but the last
+            may be URLs (``s3://``, ``gs://``; files, manifests and archives also ``https://``), and a manifest's paths,
+            too.
         sample_rate: of the model. A HEAR task's audio is read at this rate, else at the next higher one that it has,
             else at its highest.
         root: what a manifest's paths are relative to; by default the manifest's folder.

@@ -1,0 +1,156 @@
+"""Tar archives as inputs, as WebDataset has them: audio beside ``.json``, ``.txt`` and ``.cls``, local or in a bucket.
+
+Nothing is unpacked: a clip is a range of bytes of its archive, which its path names:
+``tar://OFFSET+SIZE/ARCHIVE!MEMBER``.
+"""
+
+import glob
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gura_jax import objects
+from gura_jax.dataset.sources.buckets import matching
+from gura_jax.dataset.sources.folders import is_audio
+from gura_jax.dataset.sources.source import Options, Source, clip_table, encoded
+from gura_jax.errors import AudioError, InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SIDECARS = ("json", "txt", "cls")  # kept as text, in columns of these names
+MAX_SIDECAR = 1 << 20  # bytes
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_PATH = re.compile(r"tar://(\d+)\+(\d+)/(.+)!(.+)", re.DOTALL)
+
+
+class Tar(Source):
+    """An archive, or a pattern of archives; ids are the names of the members."""
+
+    scheme = "tar"
+
+    def recognises(self, given: str) -> bool:
+        return given.lower().endswith((".tar", *COMPRESSED)) and not os.path.isdir(given)
+
+    def table(self, given: str, options: Options) -> "pa.Table | None":
+        import pyarrow as pa
+
+        if given.lower().endswith(COMPRESSED):
+            raise InputError(
+                f"{given}: expected a plain .tar, found a compressed one, in which no clip is a range of bytes: "
+                "decompress it first"
+            )
+        tables = [table for archive in _archives(given) if (table := _members(archive)) is not None]
+        return pa.concat_tables(tables, promote_options="permissive") if tables else None
+
+    def open(self, path: str) -> BinaryIO:
+        match = _PATH.fullmatch(path)
+        if match is None:
+            raise AudioError(f"{path}: expected tar://OFFSET+SIZE/ARCHIVE!MEMBER")
+        offset, size, archive = int(match[1]), int(match[2]), match[3]
+        try:
+            return io.BufferedReader(_Part(_open(archive, offset), offset, size))  # pyright: ignore[reportReturnType]
+        except FileNotFoundError:
+            raise AudioError(f"{path}: expected an archive {archive}, found none") from None
+
+
+def _archives(given: str) -> list[str]:
+    if objects.scheme(given):
+        return matching(objects.check_url(given))
+    if glob.has_magic(given) and not os.path.isfile(given):
+        return sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+    return [given]
+
+
+def _open(archive: str, at: int = 0) -> Any:
+    return objects.open_object(archive, at) if objects.scheme(archive) else open(archive, "rb")
+
+
+def _members(archive: str) -> "pa.Table | None":
+    """The clips of an archive, and the texts beside them.
+
+    Raises:
+        InputError: it cannot be read, is cut short, or has two members of one name.
+    """
+    clips: list[tuple[str, str]] = []
+    keys: list[str] = []
+    texts: dict[str, dict[str, str]] = {name: {} for name in SIDECARS}
+    try:
+        with _open(archive) as file:
+            for member in _walk(archive, file):
+                folder, _, name = member.name.rpartition("/")
+                key, _, field = name.partition(".")
+                key = f"{folder}/{key}"
+                if field in SIDECARS and member.size <= MAX_SIDECAR:
+                    file.seek(member.offset_data)
+                    texts[field][key] = file.read(member.size).decode("utf-8", "backslashreplace")
+                elif is_audio(member.name):
+                    path = f"tar://{member.offset_data}+{member.size}/{encoded(archive)}!{member.name}"
+                    clips.append((member.name, path))
+                    keys.append(key)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason}") from None
+    columns = {name: [found.get(key) for key in keys] for name, found in texts.items() if found}
+    return clip_table(clips, **columns)  # pyright: ignore[reportArgumentType]
+
+
+def _walk(archive: str, file: Any) -> Iterator[tarfile.TarInfo]:
+    """The files of an archive, in order, by their headers alone."""
+    seen: set[str] = set()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        end = 0
+        while (member := tar.next()) is not None:
+            end = tar.offset
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else it keeps all
+            if not member.isreg():
+                continue
+            if member.offset_data + member.size > size:
+                raise InputError(f"{archive}: expected a whole archive, found one that is cut within {member.name!r}")
+            if member.name in seen:
+                raise InputError(
+                    f"{archive}: expected members that differ, found {member.name!r} twice: pack it again, without one"
+                )
+            seen.add(member.name)
+            yield member
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise InputError(f"{archive}: expected a whole archive, found no end after {len(seen)} files: it was cut")
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, file: Any, offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self._position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = max(0, (0, self._position, self.size)[whence] + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
+        self.file.seek(self.offset + self._position)
+        done = 0
+        while done < len(view) and (more := self.file.readinto(view[done:])):
+            done += more
+        self._position += done
+        return done
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()

@@ -1,0 +1,117 @@
+"""Tar archives as inputs: clips as ranges of bytes, texts beside them, archives that are refused."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from refusals import refuses
+from toy import contents, embedded, write_clips
+
+from gura_jax import EmbeddingStore
+from gura_jax.dataset.sources import open_clip, read_inputs
+from gura_jax.dataset.table import Settings
+from gura_jax.errors import AudioError, InputError
+
+SECONDS = (0.3, 1.2, 0.7)
+
+
+def pack(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def webdataset(folder: Path, name: str = "a.tar", form: int = tarfile.PAX_FORMAT) -> Path:
+    files: list[tuple[str, bytes]] = []
+    for i, path in enumerate(write_clips(folder / "clips", SECONDS)):
+        long = "very/" * 30 + f"{i:03d}"  # longer than a plain header has room for
+        files += [(f"{long}.wav", path.read_bytes()), (f"{long}.json", b'{"n": %d}' % i), (f"{long}.txt", b"words")]
+    return pack(folder / name, files, form)
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_clips_and_texts(tmp_path: Path, form: int) -> None:
+    archive = webdataset(tmp_path, form=form)
+    table = read_inputs([archive])
+    assert [name.rsplit("/", 1)[1] for name in table["id"].to_pylist()] == ["000.wav", "001.wav", "002.wav"]
+    assert table["json"].to_pylist() == ['{"n": 0}', '{"n": 1}', '{"n": 2}']
+    assert table["txt"].to_pylist() == ["words"] * 3
+    for path, plain in zip(table["path"].to_pylist(), sorted((tmp_path / "clips").iterdir()), strict=True):
+        with open_clip(path) as file:
+            assert file.read() == plain.read_bytes()
+            assert file.seek(-4, io.SEEK_END) == plain.stat().st_size - 4
+            assert (len(file.read(100)), file.read(1)) == (4, b"")
+
+
+def test_embeddings_are_those_of_the_files(tmp_path: Path) -> None:
+    """Several archives, by a pattern; and resumed to the same bytes."""
+    paths = write_clips(tmp_path / "clips", SECONDS)
+    pack(tmp_path / "s-0.tar", [("x/a.wav", paths[0].read_bytes()), ("x/b.wav", paths[1].read_bytes())])
+    pack(tmp_path / "s-1.tar", [("c.wav", paths[2].read_bytes()), ("broken.wav", b"RIFF"), ("notes.txt", b"no clip")])
+    settings = Settings(shard_hours=2 / 3600, batch_seconds=2)
+    summary = embedded(str(tmp_path / "s-*.tar"), tmp_path / "out", settings)
+    assert [failure.id for failure in summary.failed] == ["broken.wav"]
+    embedded(tmp_path / "clips", tmp_path / "plain", settings)
+    found, plain = EmbeddingStore(tmp_path / "out"), EmbeddingStore(tmp_path / "plain")
+    for name, path in zip(("x/a.wav", "x/b.wav", "c.wav"), paths, strict=True):
+        np.testing.assert_array_equal(found[name].scene, plain[path.name].scene)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "shard-00000.json").unlink()
+    embedded(str(tmp_path / "s-*.tar"), tmp_path / "out", settings)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_flac_within(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16_000)
+    soundfile.write(out, noise, 16_000, format="FLAC")
+    archive = pack(tmp_path / "a.tar", [("b.c.flac", out.getvalue()), ("b.cls", b"3")])
+    table = read_inputs([archive])
+    assert (table["id"].to_pylist(), table["cls"].to_pylist()) == (["b.c.flac"], ["3"])
+    (failure,) = embedded(archive, tmp_path / "out", Settings(batch_seconds=2)).failed or [None]
+    assert failure is None
+
+
+def test_archives_that_are_refused(tmp_path: Path) -> None:
+    archive = webdataset(tmp_path)
+    whole = archive.read_bytes()
+    with tarfile.open(archive) as tar:
+        third = tar.getmembers()[3]
+    archive.write_bytes(whole[: third.offset_data + 100])
+    with refuses(InputError, f"{archive}: expected a whole archive, found one that is cut within"):
+        read_inputs([archive])
+    archive.write_bytes(whole[: third.offset - 1024])  # between members, before the header of the long name
+    with refuses(InputError, f"{archive}: expected a"):
+        read_inputs([archive])
+    twice = pack(tmp_path / "twice.tar", [("a.wav", b"x"), ("a.wav", b"y")])
+    with refuses(InputError, f"{twice}: expected members that differ, found 'a.wav' twice"):
+        read_inputs([twice])
+    (tmp_path / "text.tar").write_text("no archive" * 100)
+    with refuses(InputError, "text.tar: expected a tar archive, found one that cannot be read"):
+        read_inputs([tmp_path / "text.tar"])
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with refuses(InputError, "a.tar.gz: expected a plain .tar, found a compressed one"):
+        read_inputs([tmp_path / "a.tar.gz"])
+    with refuses(InputError, "none.tar: expected a tar archive, found one that cannot be read: No such file"):
+        read_inputs([tmp_path / "none.tar"])
+    empty = pack(tmp_path / "empty.tar", [("notes.txt", b"x")])
+    with refuses(InputError, "expected audio files, found none"):
+        read_inputs([empty])
+    with refuses(AudioError, "tar://x: expected tar://OFFSET+SIZE"):
+        open_clip("tar://x")
+    with refuses(AudioError, "expected an archive /none.tar, found none"):
+        open_clip("tar://0+4//none.tar!a.wav")
+
+
+def test_a_cut_between_members(tmp_path: Path) -> None:
+    """No error of the archive's own says so: the end is missing."""
+    archive = pack(tmp_path / "a.tar", [("a.wav", bytes(512)), ("b.wav", bytes(512))])
+    archive.write_bytes(archive.read_bytes()[: 2 * 512])
+    with refuses(InputError, f"{archive}: expected a whole archive, found no end after 1 files: it was cut"):
+        read_inputs([archive])
