@@ -1,5 +1,6 @@
 """The store (commit, sinks, reader): what is written reads back, and nothing is ever half written."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -394,3 +395,21 @@ def test_parquet_is_a_table_of_clips_and_one_of_frames(tmp_path: Path) -> None:
     own = frames.filter(pc.field("id") == store.ids[1])
     np.testing.assert_array_equal(np.stack(own["frame"].to_pylist()), clip.frames)
     np.testing.assert_array_equal(own["time_ms"].to_numpy(), clip.times)
+
+
+def test_files_that_vanish_while_they_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As temporary ones do that another process renames."""
+    write(tmp_path)
+
+    class Vanished:
+        name = ".gone.tmp"
+
+        def is_file(self) -> bool:
+            return True
+
+        def stat(self) -> None:
+            raise FileNotFoundError(2, "No such file or directory")
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext([Vanished(), *scandir(path)]))
+    assert shard_numbers(tmp_path) == [0]

@@ -163,12 +163,17 @@ class Folder:
 
     def sizes(self) -> Mapping[str, int]:
         """Of the files, not of folders."""
+        sizes: dict[str, int] = {}
         try:
             with os.scandir(self.path) as found:
-                return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+                for entry in found:
+                    with contextlib.suppress(FileNotFoundError):  # another process renamed it meanwhile
+                        if entry.is_file():
+                            sizes[entry.name] = entry.stat().st_size
         except OSError as error:
             reason = error.strerror or error
             raise StoreError(f"{self}: expected a folder of embeddings, found: {reason}") from None
+        return sizes
 
     def open(self, name: str) -> BinaryIO:
         """Open a file; it can be mapped into memory."""
