@@ -105,7 +105,7 @@ def why(error: BaseException) -> str:
         code = re.search(r"<Code>(\w{1,60})</Code>", text)
         found = {"404": "no such object or bucket", "403": "access denied"}.get(status[1], status[2] or "")
         return f"HTTP {status[1]}: {code[1] if code else found}" if status[1] not in ("404", "403") else found
-    return re.split(r" after \d+ retries|\. Debug source|, source:| Debug source", text)[0][:300]
+    return re.split(r" in [\d.]+[mµn]?s\b|,? after \d+ retries|\.? Debug source|, source:", text)[0][:300]
 
 
 _REASONS = {  # obstore has errors of its own, and Python's where there is one
