@@ -305,16 +305,21 @@ def _seeks_exactly(sound: "soundfile.SoundFile") -> bool:
     return sound.format == "FLAC" or (sound.format in _RANDOM_ACCESS and sound.subtype.startswith(_PLAIN_SAMPLES))
 
 
+def too_long(seconds: float, max_seconds: float) -> str:
+    """Return the reason why a clip of so many seconds is refused."""
+    return (
+        f"expected at most {max_seconds:g} s, found {seconds:.1f} s: cut it into windows (--window), or allow more "
+        "(--max-duration)"
+    )
+
+
 def _check_span(
     path: str | os.PathLike[str], rate: int, frames: int, start: int, stop: int | None, max_seconds: float
 ) -> None:
     """Refuse a clip that is too long, or not in the file; ``frames`` is as the header promises, or 0."""
     end = frames if stop is None else stop
     if end - start > max_seconds * rate:
-        raise AudioError(
-            f"{path}: expected at most {max_seconds:g} s, found {(end - start) / rate:.1f} s: cut it into windows "
-            "(--window), or allow more (--max-duration)"
-        )
+        raise AudioError(f"{path}: {too_long((end - start) / rate, max_seconds)}")
     if frames and (start >= frames or end > frames + _ROUNDING * rate):
         raise AudioError(
             f"{path}: expected a clip within the file's {frames / rate:.3f} s, found one from {start / rate:.3f} "

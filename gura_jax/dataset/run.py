@@ -108,13 +108,14 @@ def _plan_again(
 ) -> "pa.Table":
     """Plan the clips that failed once more, in shards after all others."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     columns = [name for name in tables[0].column_names if name not in PLAN_COLUMNS]
     all_clips = tables[0].select(columns)
-    chosen = [i for i, name in enumerate(all_clips["id"].to_pylist()) if name in names]
+    chosen = pc.is_in(all_clips["id"], pa.array(sorted(names)))  # pyright: ignore[reportAttributeAccessIssue]
     settings = dataclasses.replace(settings, window=None)  # the clips are windows already
     first = 1 + max(int(table["shard"].to_numpy().max()) for table in tables)
-    table = plan_table(model, all_clips.take(pa.array(chosen, pa.int64())), settings, first_shard=first)
+    table = plan_table(model, all_clips.filter(chosen), settings, first_shard=first)
     _write_plan(place, len(tables), table)
     return table
 

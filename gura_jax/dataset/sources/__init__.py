@@ -55,7 +55,7 @@ def read_inputs(
 
     options = Options(check_rate(sample_rate), None if root is None else os.fspath(root), allow_outside)
     tables: list[pa.Table] = []
-    distinct: list[bool] = []
+    distinct: list[bool] = []  # of each table
     for given in [os.fspath(given) for given in inputs]:
         source = next((source for source in SOURCES if source.recognises(given)), None)
         if source is None:
@@ -63,13 +63,22 @@ def read_inputs(
         table = source.table(given, options)
         if table is not None:
             tables.append(table)
-            distinct += [source.distinct] * len(table)
+            distinct.append(source.distinct)
     if not tables:
         raise InputError(f"expected audio files, found none in {', '.join(map(str, inputs)) or 'no inputs'}")
+    if len(tables) == 1 and _all_differ(tables[0]["id"]):
+        return tables[0]
     try:
-        return _unique(pa.concat_tables(tables, promote_options="permissive").combine_chunks(), distinct)
+        joined = pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(f"expected inputs whose columns are of the same types, found: {error}") from None
+    return _unique(joined, [each for each, table in zip(distinct, tables, strict=True) for _ in range(len(table))])
+
+
+def _all_differ(column: "pa.ChunkedArray") -> bool:
+    import pyarrow.compute as pc
+
+    return pc.count_distinct(column).as_py() == len(column)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unique(clips: "pa.Table", distinct: Sequence[bool]) -> "pa.Table":

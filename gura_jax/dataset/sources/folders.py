@@ -24,8 +24,9 @@ class Folder(Source):
         folder = Path(given)
         files = _audio_files(folder)
         if not options.allow_outside:
+            parents: dict[str, str] = {}
             for file in files:
-                check_inside(str(file), folder, f"{given}: ")
+                check_inside(str(file), given, f"{given}: ", parents)
         return clip_table([(file.relative_to(folder).as_posix(), str(file)) for file in files])
 
 

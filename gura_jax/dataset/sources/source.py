@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from gura_jax import audio
@@ -104,7 +103,7 @@ def _odd(path: str) -> bool:
     return "\\" in path or any(0xDC80 <= ord(c) <= 0xDCFF for c in path)
 
 
-def check_inside(path: str, root: str | Path, where: str, parents: dict[str, str] | None = None) -> None:
+def check_inside(path: str, root: str, where: str, parents: dict[str, str] | None = None) -> None:
     """Refuse a path that leads out of its root, by itself or by a link.
 
     Args:
@@ -116,16 +115,17 @@ def check_inside(path: str, root: str | Path, where: str, parents: dict[str, str
     Raises:
         InputError: it leads elsewhere.
     """
-    real_root = os.path.realpath(root)
     folder, name = os.path.split(path)
     if parents is None:
         parents = {}
+    if root not in parents:
+        parents[root] = os.path.realpath(root)
     if folder not in parents:
         parents[folder] = os.path.realpath(folder)
-    real = os.path.join(parents[folder], name)
+    real_root, real = parents[root], os.path.join(parents[folder], name)
     if name in ("", ".", "..") or os.path.islink(real):
         real = os.path.realpath(real)
-    if os.path.commonpath([real_root, real]) != real_root:
+    if not real.startswith(os.path.join(real_root, "")):
         raise InputError(
             f"{where}expected a path inside {root}, found {path}, which leads to {real}: "
             "name another --root, or pass --allow-outside"
