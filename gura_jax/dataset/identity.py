@@ -32,7 +32,7 @@ _IDENTITY = (
 )  # fmt: skip
 
 
-def describe(model: Model, clips: "pa.Table", settings: Settings) -> dict[str, Any]:
+def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, Any]:
     """Describe a run, without its plan, as ``run.json`` has it."""
     system = model.system
     described = {
@@ -59,7 +59,7 @@ def describe(model: Model, clips: "pa.Table", settings: Settings) -> dict[str, A
         "shard_hours": settings.shard_hours,
         "batch_seconds": batch_seconds(model, settings),
         "code_version": version("gura-jax"),
-        "inputs_sha256": table_sha256(clips),
+        "inputs_sha256": inputs_sha256,
         "versions": {name: version(name) for name in ("jax", "flax", "soundfile")},
     }
     if settings.format != DEFAULT:  # stores of earlier versions do not have it

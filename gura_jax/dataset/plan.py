@@ -14,6 +14,7 @@ import numpy as np
 from gura_jax.batching import bucket_lengths
 
 MAX_ROWS = 256  # clips in a batch
+COLUMNS = ("samples", "shard", "batch", "rows", "padded", "problem", "etag")  # of a plan, beside those of the clips
 
 
 class PlannedBatch(NamedTuple):

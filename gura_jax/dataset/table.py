@@ -10,8 +10,9 @@ import numpy as np
 from gura_jax.audio import MAX_SECONDS, kilohertz, too_long
 from gura_jax.dataset.commit import Storage
 from gura_jax.dataset.decode import Clip, probe
-from gura_jax.dataset.plan import Plan, ShardLimits, make_plan
+from gura_jax.dataset.plan import COLUMNS, Plan, ShardLimits, make_plan
 from gura_jax.dataset.sinks import DEFAULT, SINKS
+from gura_jax.dataset.sources import units
 from gura_jax.errors import InputError, expected
 from gura_jax.model import Model
 
@@ -22,7 +23,6 @@ SHARD_CLIPS = 4096
 SHARD_BYTES = 1 << 30  # held in memory, beside the shard before, which is being written
 ROWS_AT_ONCE = 1 << 20
 WHOLE = 1e-3  # of a sample: durations are decimal numbers, and their products with a rate are not exact
-PLAN_COLUMNS = ("samples", "shard", "batch", "rows", "padded", "problem")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +78,11 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
 
     # Of a file that will be cut into windows, the length does not matter.
     longest = float("inf") if settings.window else settings.max_duration
-    lengths, problems = _lengths(clips, model.sample_rate, longest)
+    lengths, problems, versions = _lengths(clips, model.sample_rate, longest)
     shortest = model.shortest(frames=settings.timestamps, scenes=True)
     if settings.window is not None:
         clips, lengths, taken = _cut(model, clips, lengths, settings.window, shortest / model.sample_rate)
+        versions = versions[taken]
         if problems:
             problems = {i: problems[row] for i, row in enumerate(taken.tolist()) if row in problems}
     for i in np.flatnonzero(lengths < shortest).tolist():
@@ -93,7 +94,7 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
     limits = ShardLimits(SHARD_CLIPS, int(settings.shard_hours * 3600 * model.sample_rate), SHARD_BYTES)
     size = np.dtype(settings.storage).itemsize
     batch_samples = int(batch_seconds(model, settings) * model.sample_rate)
-    plan = make_plan(lengths, size * numbers, batch_samples, limits, model.least)
+    plan = make_plan(lengths, size * numbers, batch_samples, limits, model.least, units(clips["path"]))
     # Parts, as no Arrow array of strings exceeds 2 GB.
     parts = [
         clips.take(pa.array(part)) for part in np.split(plan.order, range(ROWS_AT_ONCE, len(plan.order), ROWS_AT_ONCE))
@@ -102,15 +103,17 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
     found = np.full(len(plan.order), None)
     found[list(problems)] = list(problems.values())
     columns = _columns(plan, first_shard) | {"problem": pa.array(found[plan.order], pa.string())}
-    for name in PLAN_COLUMNS:
-        if name in table.column_names:
-            raise InputError(f"expected a manifest without the column {name}, which the plan has: rename it")
-        table = table.append_column(name, columns[name])
+    if (versions != None).any():  # noqa: E711 - of each
+        columns["etag"] = pa.array(versions[plan.order], pa.string())
+    if taken_names := [name for name in COLUMNS if name in table.column_names]:
+        raise InputError(f"expected a manifest without the column {taken_names[0]}, which the plan has: rename it")
+    for name, column in columns.items():
+        table = table.append_column(name, column)
     return table
 
 
-def _lengths(clips: "pa.Table", sample_rate: int, longest: float) -> tuple[np.ndarray, dict[int, str]]:
-    """The lengths of clips in samples, [n]; and why those of length 0 cannot be read.
+def _lengths(clips: "pa.Table", sample_rate: int, longest: float) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
+    """The lengths of clips in samples, [n]; why those of length 0 cannot be read; and the versions of files, [n].
 
     Where a clip's duration is known, nothing is opened: what its file lacks is found when it is decoded.
     """
@@ -128,14 +131,13 @@ def _lengths(clips: "pa.Table", sample_rate: int, longest: float) -> tuple[np.nd
         problems[i] = too_long(durations[i], longest)
     unknown = np.flatnonzero(~known)
     rows = clips.select(["path", "offset", "duration"]).take(pa.array(unknown)) if len(unknown) else clips.slice(0, 0)
-    for i, samples in zip(
-        unknown.tolist(), probe([Clip(*row) for row in clip_rows(rows)], sample_rate, longest), strict=True
-    ):
-        if isinstance(samples, str):
-            problems[i] = samples
-        else:
-            lengths[i] = samples
-    return lengths, problems
+    versions = np.full(len(clips), None)
+    probed = probe([Clip(*row) for row in clip_rows(rows)], sample_rate, longest)
+    for i, found in zip(unknown.tolist(), probed, strict=True):
+        lengths[i], versions[i] = found.samples, found.version
+        if found.problem is not None:
+            problems[i] = found.problem
+    return lengths, problems, versions
 
 
 def _frames(model: Model, lengths: np.ndarray) -> np.ndarray:
@@ -144,9 +146,11 @@ def _frames(model: Model, lengths: np.ndarray) -> np.ndarray:
     return np.array([model.num_frames(int(n)) if n else 0 for n in distinct], np.int64)[inverse]
 
 
-def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None]]:
-    """Iterate over (path, offset, duration) of a table of clips."""
-    return zip(*(clips[name].to_pylist() for name in ("path", "offset", "duration")), strict=True)
+def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None, str | None]]:
+    """Iterate over the fields of :class:`Clip` of a table of clips, or of a plan."""
+    columns = [clips[name].to_pylist() for name in ("path", "offset", "duration")]
+    versions = clips["etag"].to_pylist() if "etag" in clips.column_names else [None] * len(clips)
+    return zip(*columns, versions, strict=True)
 
 
 def too_short(model: Model, samples: int, shortest: int) -> str:

@@ -1,10 +1,12 @@
 """Manifests as inputs: CSV, JSON Lines or Parquet, a row a clip."""
 
 import functools
+import hashlib
 import io
 import os
 import posixpath
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded
@@ -29,6 +31,14 @@ class Manifest(Source):
 
     def recognises(self, given: str) -> bool:
         return os.path.splitext(given)[1].lower() in FORMATS and (scheme(given) in SCHEMES or os.path.isfile(given))
+
+    def signature(self, given: str, options: Options) -> str | None:
+        try:
+            content = read_object(check_url(given)) if scheme(given) else Path(given).read_bytes()
+        except OSError:
+            return None  # the table's error says why
+        root = os.path.abspath(options.root or ".") if not scheme(options.root or "") else options.root
+        return f"{hashlib.sha256(content).hexdigest()} {os.path.abspath(given)} {root} {options.allow_outside}"
 
     def table(self, given: str, options: Options) -> "pa.Table":
         import pyarrow as pa

@@ -32,10 +32,12 @@ class Source(Protocol):
     Attributes:
         scheme: of the paths of its clips, as ``s3`` in ``s3://bucket/clip.wav``; empty for local paths.
         distinct: each row is a clip of its own, even if another input has the same file.
+        unit: a regular expression for the part of a path that clips share which can only be read together.
     """
 
     scheme: str = ""
     distinct: bool = False
+    unit: str = ""
 
     def recognises(self, given: str) -> bool:
         """Whether an input is of this kind."""
@@ -53,15 +55,24 @@ class Source(Protocol):
         """
         ...
 
-    def open(self, path: str) -> BinaryIO:
-        """Open a clip's file to read it; the result can seek.
+    def signature(self, given: str, options: Options) -> str | None:
+        """Say shortly what :meth:`table` depends on: where it is the same, so is the table. None: read the table.
+
+        Raises:
+            InputError: the input cannot be read.
+        """
+        return None
+
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
+        """Open a clip's file to read it; the result can seek. Its attribute ``version`` names its content, if any.
 
         Args:
             path: :func:`decoded`, with its scheme.
+            version: that the file must have, where files have versions.
 
         Raises:
             AudioError: there is no file; names it.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or was replaced.
         """
         return audio.open_file(path)
 

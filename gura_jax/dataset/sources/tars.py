@@ -4,7 +4,6 @@ Nothing is unpacked: a clip is a range of bytes of its archive, which its path n
 ``tar://OFFSET+SIZE/ARCHIVE!MEMBER``.
 """
 
-import glob
 import io
 import os
 import re
@@ -12,8 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gura_jax import objects
-from gura_jax.dataset.sources.buckets import matching
+from gura_jax.dataset.sources.containers import containers, open_container, signature
 from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.source import Options, Source, clip_table, encoded
 from gura_jax.errors import AudioError, InputError
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 SIDECARS = ("json", "txt", "cls")  # kept as text, in columns of these names
 MAX_SIDECAR = 1 << 20  # bytes
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_PATH = re.compile(r"tar://(\d+)\+(\d+)/(.+)!(.+)", re.DOTALL)
+_PATH = re.compile(r"tar://(\d+)\+(\d+)/(.+?\.(?i:tar))!(.+)", re.DOTALL)
 
 
 class Tar(Source):
@@ -43,30 +41,21 @@ class Tar(Source):
                 f"{given}: expected a plain .tar, found a compressed one, in which no clip is a range of bytes: "
                 "decompress it first"
             )
-        tables = [table for archive in _archives(given) if (table := _members(archive)) is not None]
+        tables = [table for archive in containers(given) if (table := _members(archive)) is not None]
         return pa.concat_tables(tables, promote_options="permissive") if tables else None
 
-    def open(self, path: str) -> BinaryIO:
+    def signature(self, given: str, options: Options) -> str | None:
+        return signature(given)
+
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
         match = _PATH.fullmatch(path)
         if match is None:
             raise AudioError(f"{path}: expected tar://OFFSET+SIZE/ARCHIVE!MEMBER")
         offset, size, archive = int(match[1]), int(match[2]), match[3]
         try:
-            return io.BufferedReader(_Part(_open(archive, offset), offset, size))  # pyright: ignore[reportReturnType]
+            return _Part(open_container(archive, offset, version), offset, size)  # pyright: ignore[reportReturnType]
         except FileNotFoundError:
             raise AudioError(f"{path}: expected an archive {archive}, found none") from None
-
-
-def _archives(given: str) -> list[str]:
-    if objects.scheme(given):
-        return matching(objects.check_url(given))
-    if glob.has_magic(given) and not os.path.isfile(given):
-        return sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
-    return [given]
-
-
-def _open(archive: str, at: int = 0) -> Any:
-    return objects.open_object(archive, at) if objects.scheme(archive) else open(archive, "rb")
 
 
 def _members(archive: str) -> "pa.Table | None":
@@ -79,7 +68,7 @@ def _members(archive: str) -> "pa.Table | None":
     keys: list[str] = []
     texts: dict[str, dict[str, str]] = {name: {} for name in SIDECARS}
     try:
-        with _open(archive) as file:
+        with open_container(archive) as file:
             for member in _walk(archive, file):
                 folder, _, name = member.name.rpartition("/")
                 key, _, field = name.partition(".")
@@ -128,6 +117,7 @@ class _Part(io.RawIOBase):
 
     def __init__(self, file: Any, offset: int, size: int) -> None:
         self.file, self.offset, self.size, self._position = file, offset, size, 0
+        self.version = getattr(file, "version", None)
 
     def readable(self) -> bool:
         return True
