@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded
 from gura_jax.errors import InputError
-from gura_jax.objects import SCHEMES, WRITTEN, check_url, read_object, scheme
+from gura_jax.objects import SCHEMES, WRITTEN, check_url, pinned, read_object, scheme
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +34,7 @@ class Manifest(Source):
 
     def signature(self, given: str, options: Options) -> str | None:
         try:
-            content = read_object(check_url(given)) if scheme(given) else Path(given).read_bytes()
+            content = read_object(pinned(check_url(given))) if scheme(given) else Path(given).read_bytes()
         except OSError:
             return None  # the table's error says why
         root = os.path.abspath(options.root or ".") if not scheme(options.root or "") else options.root
@@ -43,7 +43,7 @@ class Manifest(Source):
     def table(self, given: str, options: Options) -> "pa.Table":
         import pyarrow as pa
 
-        path = check_url(given) if scheme(given) else given
+        path = pinned(check_url(given)) if scheme(given) else given
         table = _read_table(path)
         _check_names(path, table)
         columns = _typed_columns(path, table)

@@ -39,7 +39,7 @@ class AudioTable(Source):
             return False
         try:
             return all(_audio_column(_schema(path)) is not None for path in containers(given)[:1])
-        except (OSError, InputError, ValueError):
+        except (OSError, ValueError):
             return False  # a manifest's error says what it is
 
     def table(self, given: str, options: Options) -> "pa.Table | None":
