@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from refusals import refuses
 from s3_server import environment, proxied, serving, stored
-from toy import contents, embedded, write_clips
+from toy import contents, embedded, opened, write_clips
 
 from gura_jax import EmbeddingStore, objects
 from gura_jax.audio import load_segments
@@ -406,6 +406,26 @@ def test_writes_that_stop_in_the_middle(
     assert embedded(tmp_path / "in", f"{bucket}/out", SETTINGS).left == 0
     embedded(tmp_path / "in", tmp_path / "out", SETTINGS)
     assert stored(OUT) == contents(tmp_path / "out")
+
+
+def test_objects_that_are_replaced_after_the_plan(bucket: str, tmp_path: Path) -> None:
+    """They are named as failed, by themselves and within an archive; tried again, they are taken as they are now."""
+    paths = write_clips(tmp_path / "in", SECONDS[:3])
+    upload(tmp_path / "in", "in")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, f"a/{path.name}")
+    archive = (tmp_path / "a.tar").read_bytes()
+    put("tars/a.tar", archive)
+    inputs = [f"{bucket}/in", f"{bucket}/tars/*.tar"]
+    opened(inputs, OUT, SETTINGS)
+    put(f"in/{paths[1].name}", wav(1.2, seed=9))  # as long as it was
+    put("tars/a.tar", archive.replace(b"RIFF", b"RIFX", 1))
+    summary = embedded(inputs, OUT, SETTINGS)
+    assert {failure.id for failure in summary.failed} == {paths[1].name, *(f"a/{path.name}" for path in paths)}
+    assert all("it was replaced meanwhile" in failure.reason for failure in summary.failed)
+    put("tars/a.tar", archive)
+    assert embedded(inputs, OUT, SETTINGS, retry_failed=True).failed == []
 
 
 def test_a_tar_in_a_bucket(bucket: str, tmp_path: Path) -> None:
