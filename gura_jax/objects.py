@@ -24,7 +24,7 @@ from gura_jax.errors import InputError, StoreError
 T = TypeVar("T")
 
 # A scheme and the extra that brings its client; web servers are only read.
-SCHEMES = {"s3": "s3", "gs": "gcs", "https": "s3", "http": "s3", "hf": "convert"}
+SCHEMES = {"s3": "s3", "gs": "gcs", "https": "s3", "http": "s3", "hf": "hf"}
 LISTED, WRITTEN = ("s3", "gs", "hf"), ("s3", "gs")
 PINNED = ("hf",)  # whose URLs name a revision
 FIRST_BYTES = 1 << 16  # of an object: a header, or a short clip
