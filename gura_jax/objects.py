@@ -29,7 +29,11 @@ LISTED, WRITTEN = ("s3", "gs", "hf"), ("s3", "gs")
 PINNED = ("hf",)  # whose URLs name a revision
 FIRST_BYTES = 1 << 16  # of an object: a header, or a short clip
 BLOCK_BYTES, LARGEST_BLOCK = 1 << 20, 1 << 23  # read ahead of what is asked for, more and more where it goes on
-RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
+RETRIES: dict[str, Any] = {
+    "max_retries": 50,  # the time is the bound: a pause that a server asks for is not read, but outlasted
+    "retry_timeout": timedelta(minutes=2),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=20), "base": 3},
+}
 ATTEMPTS = 6  # at a request whose answer breaks off
 CLIENT: dict[str, Any] = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=10)}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")

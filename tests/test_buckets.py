@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pytest
 import soundfile
 from refusals import refuses
-from s3_server import environment, proxied, serving, stored
+from s3_server import environment, files_served, proxied, serving, stored
 from toy import contents, embedded, opened, write_clips
 
 from gura_jax import EmbeddingStore, objects
@@ -359,6 +360,21 @@ def test_faults_that_pass(
     assert (summary.done.clips, summary.failed) == (4, [])
 
 
+def test_a_server_that_asks_for_a_pause(bucket: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses all requests until the pause is over, however many there are."""
+    put("a.bin", b"content")
+    refused: list[float] = []
+
+    def fault(method: str, path: str, before: int) -> str:
+        refused.append(time.monotonic())
+        return "429" if refused[-1] - refused[0] < 2 else ""
+
+    with proxied(server, fault) as address:
+        use(monkeypatch, address)
+        assert objects.read_object(f"{bucket}/a.bin") == b"content"
+    assert 1 < len(refused) < 20
+
+
 def test_a_clip_that_cannot_be_fetched(
     bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
@@ -441,3 +457,29 @@ def test_a_tar_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     assert sorted(store.ids) == sorted(own.ids)
     for name in own.ids:
         np.testing.assert_array_equal(store[name].scene, own[name].scene)
+
+
+# A web server
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_files_of_a_web_server(tmp_path: Path, ranges: bool) -> None:
+    """Clips, a manifest and an archive by http://; also where the server answers with the whole file."""
+    paths = write_clips(tmp_path / "web" / "clips", SECONDS)
+    (tmp_path / "web" / "all.csv").write_text("id,path\n" + "".join(f"{p.name},clips/{p.name}\n" for p in paths))
+    with tarfile.open(tmp_path / "web" / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, f"tar/{path.name}")
+    with files_served(tmp_path / "web", ranges) as address:
+        if not ranges:
+            with refuses(InputError, f"{address}/a.tar: expected a tar archive, found one that cannot be read"):
+                read_inputs([f"{address}/a.tar"])
+            return
+        inputs = [f"{address}/all.csv", f"{address}/a.tar", f"{address}/clips/{paths[0].name}"]
+        assert embedded(inputs, tmp_path / "out", SETTINGS).failed == []
+    embedded(tmp_path / "web" / "clips", tmp_path / "plain", SETTINGS)
+    found, plain = EmbeddingStore(tmp_path / "out"), EmbeddingStore(tmp_path / "plain")
+    assert len(found) == 12
+    for path in paths:
+        for name in (path.name, f"tar/{path.name}"):
+            np.testing.assert_array_equal(found[name].scene, plain[path.name].scene)
