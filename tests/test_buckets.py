@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import soundfile
+from pyarrow import parquet
 from refusals import refuses
 from s3_server import environment, files_served, proxied, serving, stored
 from toy import contents, embedded, opened, write_clips
@@ -324,19 +326,36 @@ def test_several_processes_at_once(bucket: str, tmp_path: Path) -> None:
     assert stored(OUT) == contents(tmp_path / "out")
 
 
-def test_killed_at_every_request(server: str, bucket: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "form"),
+    [
+        ("in", "npy"),
+        pytest.param("in", "parquet", marks=pytest.mark.slow),
+        pytest.param("packed/a.tar", "npy", marks=pytest.mark.slow),
+        pytest.param("packed/a.parquet", "parquet", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_every_request(inputs: str, form: str, server: str, bucket: str, tmp_path: Path) -> None:
     """Resumed, the store has the same bytes, whichever request a process was killed before."""
-    write_clips(tmp_path / "in", SECONDS[:4])
+    paths = write_clips(tmp_path / "in", SECONDS[:4])
     upload(tmp_path / "in", "in")
+    (tmp_path / "packed").mkdir()
+    with tarfile.open(tmp_path / "packed" / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    parquet.write_table(pa.table({"audio": rows}), tmp_path / "packed" / "a.parquet", row_group_size=2)
+    upload(tmp_path / "packed", "packed")
     script = Path(__file__).with_name("killed_requests.py")
     run = subprocess.run(
-        [sys.executable, str(script), f"{bucket}/in", f"{bucket}/runs"],
+        [sys.executable, str(script), f"{bucket}/{inputs}", f"{bucket}/runs", form],
         capture_output=True,
         text=True,
         env=os.environ | environment(server),
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    print(f"killed {run.stdout.split()[-1]} times, {inputs}, {form}")
     assert int(run.stdout.split()[-1]) > 20
 
 
