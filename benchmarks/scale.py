@@ -1,6 +1,6 @@
 """Large collections: plans, lists, stores that go on, formats, and a bucket beside a disk.
 
-python benchmarks/scale.py [plan] [list] [resume] [formats] [bucket] [--rows 10000000] [--keys 1000000]
+python benchmarks/scale.py [plan] [list] [resume] [formats] [bucket] [decode] [--rows 10000000] [--keys 1000000]
     [--shards 10000] [--clips 100000] [--folder DIR]
 
 - plan: a Parquet manifest with durations, read and planned; nothing is opened.
@@ -10,6 +10,7 @@ python benchmarks/scale.py [plan] [list] [resume] [formats] [bucket] [--rows 100
   these are installed (duckdb, polars, datasets).
 - bucket: the same clips from disk to disk and from bucket to bucket, in turns, on moto's server of S3, which is a
   process on the same machine and takes its time from the run.
+- decode: rates of formats, and of two threads beside two processes.
 
 Each in a process of its own, of which the peak memory is.
 """
@@ -313,12 +314,75 @@ def bucket(arguments: argparse.Namespace) -> None:
             )
 
 
+# Suffix, rate, channels, and what soundfile calls it.
+FORMS = {
+    "WAV 16 kHz mono": ("wav", 16_000, 1, "WAV", "PCM_16"),
+    "WAV 44.1 kHz stereo": ("wav", 44_100, 2, "WAV", "PCM_16"),
+    "FLAC 44.1 kHz stereo": ("flac", 44_100, 2, "FLAC", "PCM_16"),
+    "MP3 44.1 kHz stereo": ("mp3", 44_100, 2, "MP3", "MPEG_LAYER_III"),
+    "OGG Vorbis 44.1 kHz stereo": ("ogg", 44_100, 2, "OGG", "VORBIS"),
+    "Opus 48 kHz stereo": ("opus", 48_000, 2, "OGG", "OPUS"),
+}
+DECODED_SECONDS, DECODED_CLIPS = 10, 64
+
+
+def _load(path: str) -> int:
+    from gura_jax.audio import load_audio
+
+    return len(load_audio(path))
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    """Rates of one thread, and of two threads beside two processes, in turns."""
+    import multiprocessing
+    from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+
+    import soundfile
+
+    folder = arguments.folder / "decode"
+    folder.mkdir(exist_ok=True)
+    print(f"\n{DECODED_CLIPS} clips of {DECODED_SECONDS} s, to 16 kHz; medians of {arguments.rounds} rounds in turns\n")
+    columns = ("", "s of audio a core-second", "2 threads: s of audio/s", "2 processes", "threads / processes")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    with ThreadPoolExecutor(2) as threads, ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        for name, (suffix, rate, channels, form, subtype) in FORMS.items():
+            path = folder / f"{rate}-{channels}.{suffix}"
+            t = np.arange(DECODED_SECONDS * rate) / rate
+            noise = 0.1 * np.random.default_rng(0).standard_normal((len(t), channels))
+            soundfile.write(
+                path, 0.3 * np.sin(2 * np.pi * 220 * t)[:, None] + noise, rate, format=form, subtype=subtype
+            )
+            paths, audio = [str(path)] * DECODED_CLIPS, DECODED_CLIPS * DECODED_SECONDS
+
+            def seconds(pool: Executor, paths: list[str] = paths) -> float:
+                start = time.perf_counter()
+                list(pool.map(_load, paths, chunksize=4))
+                return time.perf_counter() - start
+
+            alone, both = [], []
+            seconds(processes)
+            for _ in range(arguments.rounds):
+                start = time.process_time()
+                for each in paths:
+                    _load(each)
+                alone.append(time.process_time() - start)
+                both.append((seconds(threads), seconds(processes)))
+            of_threads, of_processes = (statistics.median(column) for column in zip(*both, strict=True))
+            ratio = statistics.median(b / a for a, b in both)
+            print(
+                f"| {name} | {audio / statistics.median(alone):.0f} | {audio / of_threads:.0f} "
+                f"| {audio / of_processes:.0f} | {ratio:.2f} |",
+                flush=True,
+            )
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "plan": plan,
     "list": names,
     "resume": resume,
     "formats": formats,
     "bucket": bucket,
+    "decode": decode,
 }
 
 
