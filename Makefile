@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 s3prl==0.4.18 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
 BIN := .venv/bin
 
-.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page bench bench-gpu bench-long bench-collection bench-evaluate check format clean
+.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
 
 install: .venv/installed
 
@@ -110,6 +110,10 @@ bench-long: install
 bench-collection: install
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py crepe-tiny --clips 20000 --rounds 1 --ray
+
+# Ten million clips planned, a million keys listed, 10,000 shards resumed, formats, a bucket beside a disk: ten minutes.
+bench-scale: install
+	$(BIN)/python benchmarks/scale.py
 
 # Beside HEAR's kit, on the same embeddings: half an hour on two cores.
 bench-evaluate: install .venv-hear/installed
