@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 s3prl==0.4.18 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
 BIN := .venv/bin
 
-.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
+.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page test-azure bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
 
 install: .venv/installed
 
@@ -55,6 +55,11 @@ test-full: install
 test-page: install
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || $(call debian,chromium chromium-driver)
 	$(BIN)/python -m pytest -m page
+
+# Stores in Azure's blob storage, as its emulator has it; needs npm.
+test-azure: install
+	npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.35.0
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_azure.py
 
 # Every system at full size by the compilers of accelerators, which need not be here: see docs/accelerators.md. Prints
 # seconds of compiling, and GB of weights and batch and of temporaries, of each.

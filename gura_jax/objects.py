@@ -3,8 +3,8 @@
 obstore reads and writes; what it lacks, the Hugging Face hub, is :mod:`gura_jax.hub`.
 
 Credentials, regions and endpoints come from where each store's own tools take them (``AWS_ACCESS_KEY_ID``,
-``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, a machine's role, ...), and never from a URL. Requests that
-fail for a while are repeated by obstore, with growing and random pauses.
+``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_ACCOUNT_NAME``, a machine's role, ...), and
+never from a URL. Requests that fail for a while are repeated by obstore, with growing and random pauses.
 """
 
 import functools
@@ -24,8 +24,9 @@ from gura_jax.errors import InputError, StoreError
 T = TypeVar("T")
 
 # A scheme and the extra that brings its client; web servers are only read.
-SCHEMES = {"s3": "s3", "gs": "gcs", "https": "s3", "http": "s3", "hf": "hf"}
-LISTED, WRITTEN = ("s3", "gs", "hf"), ("s3", "gs")
+SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure", "https": "s3", "http": "s3", "hf": "hf"}
+WRITTEN = ("s3", "gs", "az")
+LISTED = (*WRITTEN, "hf")
 PINNED = ("hf",)  # whose URLs name a revision
 FIRST_BYTES = 1 << 16  # of an object: a header, or a short clip
 BLOCK_BYTES, LARGEST_BLOCK = 1 << 20, 1 << 23  # read ahead of what is asked for, more and more where it goes on
@@ -140,7 +141,11 @@ def _client(root: str) -> Any:
     except ModuleNotFoundError:
         raise _no_client(root, "obstore") from None
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    plain = scheme(root) == "http" or (scheme(root) == "s3" and endpoint.startswith("http://"))
+    plain = {
+        "http": True,
+        "s3": endpoint.startswith("http://"),
+        "az": bool(os.environ.get("AZURE_STORAGE_USE_EMULATOR")),
+    }.get(scheme(root), False)
     return from_url(root, client_options={**CLIENT, "allow_http": plain}, retry_config=RETRIES)  # pyright: ignore
 
 

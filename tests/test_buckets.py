@@ -143,7 +143,7 @@ def test_an_object_that_is_replaced_while_it_is_read(bucket: str) -> None:
         ("s3://key:very-secret@clips/a.wav", "s3://.../a.wav: expected a URL without user"),
         ("https://host/a.wav?token=very-secret", "https://.../a.wav: expected a URL without user"),
         ("s3:///a.wav", "expected a bucket or a host after s3://"),
-        ("ftp://host/a.wav", "ftp://...: expected a path or a URL of s3, gs, https, http"),
+        ("ftp://host/a.wav", "ftp://...: expected a path or a URL of s3, gs, az, https, http, hf"),
     ],
 )
 def test_urls_that_are_refused(url: str, words: str) -> None:
