@@ -36,6 +36,7 @@ _ROUNDING = 0.05  # seconds: how far past a file's end a clip may be said to go,
 _RANDOM_ACCESS = {"WAV", "WAVEX", "W64", "RF64", "AIFF", "AU", "CAF"}
 _PLAIN_SAMPLES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _UNKNOWN = np.iinfo(np.int64).max  # frames, says libsndfile of a FLAC that was written to a pipe
+_NOT_RECOGNISED = 1  # libsndfile's code for a format that it does not know
 
 # libsndfile shortens a cut file to what is there, and says so only in its log.
 _LOGGED_SIZE = re.compile(r"^ *(?:data|riff|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -94,7 +95,7 @@ def load_audio(
     sample_rate: int = HEAR_RATE,
     max_seconds: float = MAX_SECONDS,
 ) -> np.ndarray:
-    """Decode an audio file in any format that soundfile reads, average its channels, and resample it.
+    """Decode an audio file in any format that soundfile or PyAV reads, average its channels, and resample it.
 
     Resampling is soxr's HQ, and equals ``librosa.load(path, sr=sample_rate, res_type="soxr_hq", ...)``. The file is
     decoded in blocks, so memory is bounded by the clip itself, whatever the header says and however many channels
@@ -289,9 +290,14 @@ def soundfile_error() -> type[Exception]:
 def _cannot_decode(path: str | os.PathLike[str], error: Exception) -> AudioError:
     if isinstance(error, OSError):
         return AudioError(f"{path}: cannot be read: {error.strerror or error}")
+    return not_decoded(path, getattr(error, "error_string", str(error)))
+
+
+def not_decoded(path: str | os.PathLike[str], reason: str, more: str = "") -> AudioError:
+    """Return the error of a file that is in no known format, or damaged; ``more`` goes on about formats."""
     return AudioError(
-        f"{path}: cannot be decoded ({getattr(error, 'error_string', str(error)).strip(' .')}): expected a complete "
-        "file in a format that soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...)"
+        f"{path}: cannot be decoded ({reason.strip(' .')}): expected a complete file in a format that soundfile reads "
+        f"(WAV, FLAC, OGG, MP3, AIFF, ...){more}"
     )
 
 
@@ -383,8 +389,16 @@ def _opened(path: str | os.PathLike[str], opener: Callable[[str], BinaryIO]) -> 
         file = stack.enter_context(opener(os.fspath(path)))
         if Path(path).suffix.lower() == ".raw":  # soundfile takes it for samples without a header
             raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV")
-        sound = stack.enter_context(_forward_sound_file()(_descriptor(file), closefd=False))
-        recording = _SoundFile(path, file, sound)
+        try:
+            sound = stack.enter_context(_forward_sound_file()(_descriptor(file), closefd=False))
+            recording: Recording = _SoundFile(path, file, sound)
+        except soundfile_error() as error:
+            if getattr(error, "code", None) != _NOT_RECOGNISED:
+                raise
+            from gura_jax import pyav
+
+            file.seek(0)
+            recording = stack.enter_context(pyav.opened(path, file))
         if not MIN_RATE <= recording.rate <= MAX_RATE:
             raise AudioError(
                 f"{path}: expected a sample rate from {MIN_RATE} to {MAX_RATE} Hz, found {recording.rate}: the header "
