@@ -1,6 +1,7 @@
 """Formats that libsndfile does not know (M4A, MP4, AAC, WebM, MKA, WMA), decoded by FFmpeg through PyAV, an extra."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
@@ -58,7 +59,7 @@ def opened(path: str | os.PathLike[str], file: BinaryIO) -> Iterator["AvRecordin
             )
         except (av.error.FFmpegError, ValueError) as error:
             reader.check()
-            other = isinstance(error, av.error.ArgumentError)  # not on the list
+            other = getattr(error, "errno", None) == errno.EINVAL  # not on the list
             raise not_decoded(path, _UNKNOWN if other else _reason(error), _KNOWN) from None
         yield AvRecording(path, reader, container)
 
