@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -60,7 +61,7 @@ def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, 
         "batch_seconds": batch_seconds(model, settings),
         "code_version": version("gura-jax"),
         "inputs_sha256": inputs_sha256,
-        "versions": {name: version(name) for name in ("jax", "flax", "soundfile")},
+        "versions": {name: version(name) for name in ("jax", "flax", "soundfile", "av") if find_spec(name)},
     }
     if settings.format != DEFAULT:  # stores of earlier versions do not have it
         run["format"] = settings.format
