@@ -3,6 +3,7 @@
 Its own conventions hold: ``HF_TOKEN`` or a login, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -36,8 +37,22 @@ def pinned(url: str) -> str:
     root, path = split(url)
     repository, _, revision = root.removeprefix("hf://datasets/").partition("@")
     if not _COMMIT.fullmatch(revision):
-        revision = HfApi().dataset_info(repository, revision=revision or None).sha
+        with _as_os_errors():
+            revision = HfApi().dataset_info(repository, revision=revision or None).sha
     return f"hf://datasets/{repository}@{revision}" + (f"/{path}" if path else "")
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Where there is no network, huggingface_hub lets its client's own errors through."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        if type(error).__module__.split(".")[0].startswith("httpx"):
+            raise OSError(5, f"no connection to the hub ({type(error).__name__})") from None
+        raise
 
 
 class Repository:
@@ -61,14 +76,13 @@ class Repository:
             OSError: it cannot be read.
         """
         name = f"{self.root}/{path}"
-        size = int(self.files.info(name)["size"])
-        start, stop = span or (0, size)
-        stop = min(stop, size)
-        if start >= stop:
-            return b"", size
-        return self.files.cat_file(
-            name, start=start, end=stop, cache_type="none", block_size=max(1, stop - start)
-        ), size
+        with _as_os_errors():
+            size = int(self.files.info(name)["size"])
+            start, stop = span or (0, size)
+            stop = min(stop, size)
+            if start >= stop:
+                return b"", size
+            return self.files.cat_file(name, start=start, end=stop, cache_type="none", block_size=stop - start), size
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """The files below a path, at any depth, with their sizes.
@@ -76,6 +90,7 @@ class Repository:
         Raises:
             OSError: it cannot be listed.
         """
-        found = self.files.find(f"{self.root}/{prefix}".rstrip("/"), detail=True)
+        with _as_os_errors():
+            found = self.files.find(f"{self.root}/{prefix}".rstrip("/"), detail=True)
         for name in sorted(found):
             yield name[len(self.root) + 1 :], int(found[name]["size"])

@@ -36,8 +36,16 @@ RETRIES: dict[str, Any] = {
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=20), "base": 3},
 }
 ATTEMPTS = 6  # at a request whose answer breaks off
-CLIENT: dict[str, Any] = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=10)}
+# Of a connection on which nothing comes; a large object may take its time.
+CLIENT: dict[str, Any] = {
+    "timeout": timedelta(hours=6),
+    "read_timeout": timedelta(seconds=60),
+    "connect_timeout": timedelta(seconds=10),
+}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_ONE_SLASH = re.compile(rf"({'|'.join(SCHEMES)}):/(?!/)")
+# Of signed URLs; else a "?" may be part of a key.
+_SIGNED = re.compile(r"[?&](X-Amz-|X-Goog-|AWSAccessKeyId=|GoogleAccessId=|Signature=|sig=|token=)", re.IGNORECASE)
 _ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*")
 
 
@@ -62,6 +70,13 @@ class Entry(NamedTuple):
     version: str | None = None
 
 
+class Put(NamedTuple):
+    """What a request to write did."""
+
+    written: bool
+    version: str | None
+
+
 class Answer(NamedTuple):
     """Some bytes of an object, its size, and its version where it has one."""
 
@@ -74,20 +89,45 @@ def check_url(url: str) -> str:
     """Return a URL that can be opened, without a slash at its end.
 
     Raises:
-        InputError: another scheme, no bucket or host, or credentials or a query in it, which are not repeated.
+        InputError: another scheme, no bucket or host, a key that no client takes, or credentials or a query in it,
+            which are not repeated.
     """
     kind = scheme(url)
     if kind not in SCHEMES:
-        raise InputError(f"{kind}://...: expected a path or a URL of {', '.join(SCHEMES)}")
-    parts = urlsplit(url)
-    if "@" in parts.netloc or (kind in ("http", "https") and (parts.query or parts.fragment)):
+        raise InputError(f"{kind}://...: expected a path or a URL of {', '.join(SCHEMES)}, in small letters")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise InputError(f"{kind}://...: expected a URL, found one that is none: {error}") from None
+    secret = _SIGNED.search(url) or (kind in ("http", "https") and (parts.query or parts.fragment))
+    if "@" in parts.netloc or secret:
         raise InputError(
             f"{kind}://...{parts.path}: expected a URL without user, password, query or fragment in it, found one with "
             "(not shown): credentials are taken from the environment, as the store's own tools do"
         )
     if not parts.netloc:
         raise InputError(f"{url}: expected a bucket or a host after {kind}://, found none")
-    return url.rstrip("/")
+    url = url.rstrip("/")
+    key = url[len(bucket(url)) :].strip("/")
+    odd = key and any(part in ("", ".", "..") for part in key.split("/"))
+    if odd or not url.isprintable() or " " in parts.netloc:
+        raise InputError(
+            f"{url!r}: expected a URL whose parts are names that can be printed, found an empty one, a dot, two or a "
+            "control character, which no client of buckets takes: rename the object"
+        )
+    return url
+
+
+def check_place(text: str) -> str:
+    """Return a path or URL as it is.
+
+    Raises:
+        InputError: a URL with one slash, which would be a local path.
+    """
+    if match := _ONE_SLASH.match(text):
+        raise InputError(f"{text}: expected a path or a URL, found one slash after {match[1]}: write {match[1]}://")
+    return text
 
 
 def locate(url: str) -> Place:
@@ -121,7 +161,7 @@ def pinned(url: str) -> str:
         return hub.pinned(url)
     except ModuleNotFoundError:
         raise _no_client(url, "huggingface_hub") from None
-    except (*errors(), ValueError) as error:
+    except errors() as error:
         raise InputError(f"{url}: expected a data set on the hub, found: {why(error)}") from None
 
 
@@ -141,6 +181,8 @@ def _client(root: str) -> Any:
     except ModuleNotFoundError:
         raise _no_client(root, "obstore") from None
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    if scheme(root) == "s3" and endpoint and not endpoint.startswith(("http://", "https://")):
+        raise InputError("AWS_ENDPOINT_URL: expected http:// or https:// and a host, found neither (not shown)")
     plain = {
         "http": True,
         "s3": endpoint.startswith("http://"),
@@ -154,7 +196,10 @@ def why(error: BaseException) -> str:
     name = type(error).__name__
     if name in _REASONS:
         return _REASONS[name]
-    text = " ".join(str(error).split())
+    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))  # credentials of an endpoint are not repeated
+    for part, words in _KINDS.items():
+        if part in text:
+            return words
     if status := re.search(r"status code: (\d{3})(?: ([A-Z][A-Za-z ]+))?", text):
         code = re.search(r"<Code>(\w{1,60})</Code>", text)
         found = {"404": "no such object or bucket", "403": "access denied"}.get(status[1], status[2] or "")
@@ -162,11 +207,17 @@ def why(error: BaseException) -> str:
     return re.split(r" in [\d.]+[mµn]?s\b|,? after \d+ retries|\.? Debug source|, source:", text)[0][:300]
 
 
+_KINDS = {
+    "Range request not supported": "a web server that serves no ranges of bytes, which are needed: download it",
+    "invalid path": "a key with an empty part or a dot, which obstore does not list: rename it",
+    "kind: Connect": "no connection to its server: check the network, and the endpoint",
+    "kind: Timeout": "no answer in time",
+}
 _REASONS = {  # obstore has errors of its own, and Python's where there is one
     "NotFoundError": "no such object or bucket",
     "FileNotFoundError": "no such object or bucket",
-    "PermissionDeniedError": "access denied",
-    "PermissionError": "access denied",
+    "PermissionDeniedError": "access denied: check the credentials",
+    "PermissionError": "access denied: check the credentials",
     "UnauthenticatedError": "no valid credentials",
     "PreconditionError": "it was replaced meanwhile",
     "RepositoryNotFoundError": "no such data set, or none that may be read: see HF_TOKEN",
@@ -181,8 +232,8 @@ def errors() -> tuple[type[BaseException], ...]:
     try:
         from obstore.exceptions import BaseError
     except ModuleNotFoundError:
-        return (OSError,)
-    return (BaseError, OSError)
+        return (OSError, ValueError)
+    return (BaseError, OSError, ValueError)  # of a key or URL that it does not take
 
 
 def open_object(url: str, at: int = 0, version: str | None = None) -> "ObjectFile":
@@ -211,10 +262,26 @@ def entry(url: str) -> Entry:
     try:
         if isinstance(place.store, hub.Repository):
             return Entry(place.key, place.store.read(place.key, (0, 0))[1], place.store.root)
-        meta = _requested(lambda: _obstore().head(place.store, place.key))
-        return Entry(place.key, int(meta["size"]), meta.get("e_tag"))
+        return _head(place)
     except errors() as error:
         raise _as_os_error(error, place.key) from None
+
+
+def version(place: Place) -> str | None:
+    """The version of an object of a bucket.
+
+    Raises:
+        OSError: there is none, or it cannot be found out.
+    """
+    try:
+        return _head(place).version
+    except errors() as error:
+        raise _as_os_error(error, place.key) from None
+
+
+def _head(place: Place) -> Entry:
+    meta = _requested(lambda: _obstore().head(place.store, place.key))
+    return Entry(place.key, int(meta["size"]), meta.get("e_tag"))
 
 
 def read_object(url: str) -> bytes:
@@ -252,7 +319,7 @@ def _read(place: Place, span: tuple[int, int] | None = None, version: str | None
     return _requested(request)
 
 
-def put(place: Place, content: Any, *, create: bool = False) -> bool:
+def put(place: Place, content: Any, *, create: bool = False) -> Put:
     """Write an object, complete or not at all, by one request.
 
     Args:
@@ -261,7 +328,7 @@ def put(place: Place, content: Any, *, create: bool = False) -> bool:
         create: only if there is none.
 
     Returns:
-        Whether it was written.
+        Whether it was written, and its version.
 
     Raises:
         OSError: it cannot be written.
@@ -271,12 +338,12 @@ def put(place: Place, content: Any, *, create: bool = False) -> bool:
     mode = "create" if create else "overwrite"
     try:
         # Never in parts: what a killed process leaves of those is charged for, and seen by nobody.
-        _requested(lambda: _obstore().put(place.store, place.key, content, mode=mode, use_multipart=False))
+        answer = _requested(lambda: _obstore().put(place.store, place.key, content, mode=mode, use_multipart=False))
     except errors() as error:
         if create and isinstance(error, (FileExistsError, AlreadyExistsError, PreconditionError)):
-            return False
+            return Put(False, None)
         raise _as_os_error(error, place.key) from None
-    return True
+    return Put(True, answer.get("e_tag"))
 
 
 def delete(place: Place) -> None:
@@ -319,6 +386,19 @@ def entries(place: Place) -> Iterator[Entry]:
             if attempts == ATTEMPTS or not _broke_off(error):
                 raise _as_os_error(error, place.key) from None
             _pause(attempts)
+
+
+def children(place: Place) -> dict[str, int]:
+    """The objects right below a prefix, by name, and their sizes.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        found = _requested(lambda: _obstore().list_with_delimiter(place.store, place.key or None))
+    except errors() as error:
+        raise _as_os_error(error, place.key) from None
+    return {item["path"].rsplit("/", 1)[-1]: item["size"] for item in found["objects"]}
 
 
 def _requested(request: Callable[[], T]) -> T:
@@ -365,7 +445,7 @@ class ObjectFile(io.RawIOBase):
         try:
             answer = _read(place, (at, at + FIRST_BYTES), version)
         except errors() as error:
-            if "status code: 416" not in str(error):
+            if "status code: 416" not in str(error) or at:
                 raise _as_os_error(error, name) from None
             answer, at = Answer(b"", 0, None), 0  # an empty object has no range
         self._start = at

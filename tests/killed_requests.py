@@ -24,7 +24,7 @@ from toy import embedded
 from gura_jax import objects
 from gura_jax.dataset.table import Settings
 
-REQUESTS = ("get", "put", "delete", "list", "head")
+REQUESTS = ("get", "put", "delete", "list", "list_with_delimiter", "head")
 FAILED = 77
 
 

@@ -27,7 +27,7 @@ from toy import contents, embedded, opened, write_clips
 from gura_jax import EmbeddingStore, objects
 from gura_jax.audio import load_segments
 from gura_jax.dataset import commit
-from gura_jax.dataset.places import find_place
+from gura_jax.dataset.places import Bucket, find_place
 from gura_jax.dataset.sources import open_clip, read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.errors import InputError, StoreError
@@ -143,6 +143,12 @@ def test_an_object_that_is_replaced_while_it_is_read(bucket: str) -> None:
         ("s3://key:very-secret@clips/a.wav", "s3://.../a.wav: expected a URL without user"),
         ("https://host/a.wav?token=very-secret", "https://.../a.wav: expected a URL without user"),
         ("s3:///a.wav", "expected a bucket or a host after s3://"),
+        ("s3://clips/a.wav?X-Amz-Signature=very-secret", "s3://.../a.wav: expected a URL without user"),
+        ("s3://clips/a//b.wav", "expected a URL whose parts are names"),
+        ("s3://clips/a/../b.wav", "expected a URL whose parts are names"),
+        ("s3://clips/a\nb.wav", "expected a URL whose parts are names"),
+        ("http://host:99999/a.wav", "http://...: expected a URL, found one that is none"),
+        ("s3:/clips/a.wav", "expected a path or a URL, found one slash after s3"),
         ("ftp://host/a.wav", "ftp://...: expected a path or a URL of s3, gs, az, https, http, hf"),
     ],
 )
@@ -174,6 +180,12 @@ def test_prefixes_patterns_and_objects(bucket: str) -> None:
     assert read_inputs([f"{bucket}/in/*/*.wav"])["id"].to_pylist() == ["deep/c.wav"]
     assert read_inputs([f"{bucket}/other/d.wav", f"{bucket}/in/b.wav"])["id"].to_pylist() == ["d.wav", "b.wav"]
     assert len(read_inputs([bucket])) == 4
+    # As in a shell: "*" stays within a folder, and "**/" is any number of them.
+    assert read_inputs([f"{bucket}/in/*.wav"])["id"].to_pylist() == ["b.wav"]
+    assert read_inputs([f"{bucket}/in/**/*.wav"])["id"].to_pylist() == ["b.wav", "deep/c.wav"]
+    assert read_inputs([f"{bucket}/in/deep/[ab].*"])["id"].to_pylist() == ["a.flac"]
+    put("odd/br[0].wav", wav(0.1))
+    assert read_inputs([f"{bucket}/odd/br[0].wav"])["id"].to_pylist() == ["br[0].wav"]
     with refuses(InputError, "expected audio files, found none"):
         read_inputs([f"{bucket}/nothing"])
     with refuses(InputError, "s3://nowhere: expected a bucket that can be listed", "no such object or bucket"):
@@ -272,7 +284,7 @@ def test_damage_and_other_runs(bucket: str, tmp_path: Path) -> None:
     assert not any(name.startswith("frames") for name in found)
 
 
-def test_two_workers_with_one_shard(bucket: str, tmp_path: Path) -> None:
+def test_two_workers_with_one_shard(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of equal bytes one record stays; of different ones no record is left that describes others."""
     import pyarrow as pa
 
@@ -286,23 +298,27 @@ def test_two_workers_with_one_shard(bucket: str, tmp_path: Path) -> None:
     before = stored(OUT)
     write(1.0)
     assert stored(OUT) == before
-    write(2.0)  # all of its data were written last
-    assert commit.check_shard(out, 0, "r") is not None
-    original = type(out).write
+    write(2.0)  # of devices of another kind: what is finished stays
+    assert stored(OUT) == before
+    original = Bucket.put
+    theirs = ["scene-00000.npy"]
 
-    def meets(self: Any, name: str, content: Any) -> None:
-        """The other's scenes are written after ours."""
-        original(self, name, content)
+    def meets(self: Bucket, name: str, content: Any) -> str | None:
+        """Another's objects are written after ours."""
+        version = original(self, name, content)
         if name == "meta-00000.parquet":
-            original(self, "scene-00000.npy", before["scene-00000.npy"])
+            for each in theirs:
+                original(self, each, before[each])
+        return version
 
-    try:
-        type(out).write = meets
-        with refuses(StoreError, f"{bucket}/out/shard-00000.json: two processes wrote different embeddings at once"):
-            write(3.0)
-    finally:
-        type(out).write = original
+    monkeypatch.setattr(Bucket, "put", meets)
+    out.remove("shard-00000.json")
+    with refuses(StoreError, f"{bucket}/out/shard-00000.json: two processes wrote different embeddings at once"):
+        write(3.0)
     assert commit.read_shard(out, 0) is None
+    theirs.append("shard-00000.json")  # all of theirs is there
+    write(3.0)
+    assert stored(OUT) == before
 
 
 def test_several_processes_at_once(bucket: str, tmp_path: Path) -> None:
@@ -409,6 +425,35 @@ def test_a_clip_that_cannot_be_fetched(
     summary = embedded([f"{bucket}/in"], f"{bucket}/out", SETTINGS, retry_failed=True)
     assert summary.failed == []
     assert len(EmbeddingStore(f"{bucket}/out")) == 3
+
+
+def test_a_record_that_cannot_be_read(
+    bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """It is not taken for one that is not there: nothing is computed again, no failure is forgotten."""
+    write_clips(tmp_path / "in", SECONDS[:2])
+    (tmp_path / "in" / "broken.wav").write_text("not audio")
+    embedded(tmp_path / "in", OUT, SETTINGS)
+    before = stored(OUT)
+    denied = proxied(server, lambda method, path, before: "403" if "shard-" in path and method == "GET" else "")
+    with denied as address:
+        use(monkeypatch, address)
+        with refuses(StoreError, "shard-00000.json: cannot be read: access denied: check the credentials"):
+            embedded(tmp_path / "in", OUT, SETTINGS)
+        with refuses(StoreError, "shard-00000.json: cannot be read: access denied: check the credentials"):
+            EmbeddingStore(OUT)
+    use(monkeypatch, server)
+    assert stored(OUT) == before
+
+
+def test_credentials_of_an_endpoint_are_not_repeated(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    use(monkeypatch, "http://user:very-secret@127.0.0.1:1")
+    with pytest.raises(OSError, match="no connection to its server") as failed:
+        objects.read_object(f"{BUCKET}/a.wav")
+    assert "very-secret" not in str(failed.value)
+    use(monkeypatch, "127.0.0.1:1")
+    with refuses(InputError, "AWS_ENDPOINT_URL: expected http:// or https:// and a host"):
+        objects.read_object(f"{BUCKET}/a.wav")
 
 
 def test_writes_that_stop_in_the_middle(

@@ -15,7 +15,7 @@ from refusals import refuses
 from toy import contents, embedded, opened, write_clips
 
 from gura_jax import EmbeddingStore
-from gura_jax.dataset.sources import gzips, open_clip, read_inputs
+from gura_jax.dataset.sources import decoded, gzips, open_clip, read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.errors import AudioError, InputError
 
@@ -178,6 +178,50 @@ def test_compressed_archives_that_are_refused(tmp_path: Path, cache: Path) -> No
     path.write_bytes(gzip.compress(pack(tmp_path / "bomb.tar", [("a.wav", bytes(50_000_000))]).read_bytes()))
     with refuses(InputError, f"{path}: expected audio, found 50000", "more than 200 times the compressed: a bomb?"):
         read_inputs([path])
+
+
+def test_of_several_archives_the_others_go_on(tmp_path: Path) -> None:
+    """One that cannot be read is named; names that repeat have the archive's before them."""
+    noise = write_clips(tmp_path / "clips", [0.5])[0].read_bytes()
+    for name in ("a", "b", "c"):
+        pack(tmp_path / f"{name}.tar", [("x.wav", noise)])
+    cut = tmp_path / "b.tar"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    (failure,) = embedded(f"{tmp_path}/*.tar", tmp_path / "out", Settings(batch_seconds=2)).failed
+    assert failure.id.endswith("b.tar")
+    assert "found one that is cut within 'x.wav'" in failure.reason
+    assert EmbeddingStore(tmp_path / "out").ids == ["a/x.wav", "c/x.wav"]
+
+
+def test_archives_of_an_enemy(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    one = pack(tmp_path / "one.tar", [("a.wav", b"x")])
+    path.write_bytes(one.read_bytes() + one.read_bytes())
+    with refuses(InputError, f"{path}: expected one archive, found more after its end"):
+        read_inputs([path])
+    sparse = tarfile.TarInfo("hole.wav")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512
+    path.write_bytes(sparse.tobuf(tarfile.GNU_FORMAT) + bytes(512) + bytes(1024))
+    with refuses(InputError, f"{path}: expected files as they are, found 'hole.wav', packed as a sparse file"):
+        read_inputs([path])
+    folder, back = tarfile.TarInfo("folder"), tarfile.TarInfo("z")
+    folder.type, back.type, back.size = tarfile.DIRTYPE, b"Z", -512
+    path.write_bytes(folder.tobuf(tarfile.GNU_FORMAT) + back.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with refuses(InputError, f"{path}: expected a"):
+        read_inputs([path])
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1
+    path.write_bytes((long.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, bytes(1))) * 3000 + bytes(1024))
+    with refuses(InputError, f"{path}: expected a tar archive, found one that cannot be read"):
+        read_inputs([path])
+
+
+def test_an_archive_whose_name_is_odd(tmp_path: Path) -> None:
+    noise = write_clips(tmp_path / "clips", [0.5])[0].read_bytes()
+    folder = tmp_path / "back\\slash"
+    folder.mkdir()
+    (path,) = read_inputs([pack(folder / "a.tar", [("x.wav", noise)])])["path"].to_pylist()
+    assert open_clip(decoded(path)).read() == noise
 
 
 def test_a_header_that_says_it_is_long(tmp_path: Path) -> None:

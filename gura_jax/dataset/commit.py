@@ -145,6 +145,9 @@ def write_shard(
     files: dict[str, Mapping[str, Any]] = {}
     place = find_place(location)
     with place.writer() as writer:
+        # Where there are no locks, what another process has finished meanwhile is not to be touched.
+        if (found := check_shard(place, number, run)) is not None:
+            return found
 
         def create(file: str, write: Callable[[BinaryIO], object]) -> None:
             name = data_file(file, number)
@@ -190,13 +193,23 @@ def read_run(location: Location) -> dict[str, Any] | None:
 
 
 def read_shard(location: Location, number: int) -> ShardRecord | None:
-    """Read a shard's record; None if there is none, or a damaged one."""
+    """Read a shard's record; None if there is none, or a damaged one.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    place = find_place(location)
     try:
-        with find_place(location).open(record_file(number)) as file:
+        with place.open(record_file(number)) as file:
             content = json.loads(file.read())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise StoreError(f"{place / record_file(number)}: cannot be read: {error.strerror or error}") from None
+    try:
         failed = tuple(Failure(**failure) for failure in content.pop("failed"))
         record = ShardRecord(**content, failed=failed)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (TypeError, AttributeError, KeyError):
         return None
     well_formed = record.number == number and isinstance(record.files, dict) and _find_sink(number, record.files)
     return record if well_formed else None
@@ -222,8 +235,10 @@ def check_shard(
             complete = all(sizes.get(name) == described["bytes"] for name, described in record.files.items())
         else:
             complete = all(_matches(place, name, described) for name, described in record.files.items())
-    except (OSError, KeyError, TypeError):
+    except (FileNotFoundError, KeyError, TypeError):
         return None
+    except OSError as error:
+        raise StoreError(f"{place}: shard {number} cannot be read: {error.strerror or error}") from None
     return record if complete else None
 
 

@@ -43,8 +43,10 @@ def decode_threads() -> int:
 def probe(clips: Sequence[Clip], sample_rate: int, max_seconds: float) -> list[Probed]:
     """Return the length of each clip in samples at ``sample_rate``."""
 
+    together = max(1, min(PROBED_TOGETHER, len(clips) // (4 * PROBE_THREADS)))
+
     def some(start: int) -> list[Probed]:
-        return [one(clip) for clip in clips[start : start + PROBED_TOGETHER]]
+        return [one(clip) for clip in clips[start : start + together]]
 
     def one(clip: Clip) -> Probed:
         version: str | None = None
@@ -69,7 +71,7 @@ def probe(clips: Sequence[Clip], sample_rate: int, max_seconds: float) -> list[P
         return Probed(samples, None, version)
 
     with ThreadPoolExecutor(PROBE_THREADS) as threads:
-        return [length for part in threads.map(some, range(0, len(clips), PROBED_TOGETHER)) for length in part]
+        return [length for part in threads.map(some, range(0, len(clips), together)) for length in part]
 
 
 def reason(error: AudioError, path: str) -> str:

@@ -132,7 +132,7 @@ def find_place(location: "str | os.PathLike[str] | Place") -> Place:
     """
     if isinstance(location, (Folder, Bucket)):
         return location
-    text = os.fspath(location)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    text = objects.check_place(os.fspath(location))  # pyright: ignore[reportArgumentType, reportCallIssue]
     kind = objects.scheme(text)
     if not kind:
         return Folder(Path(text))
@@ -252,7 +252,7 @@ class Bucket:
         """Write an object, list, and remove it; one that a killed process left is the same."""
         try:
             objects.put(self._place(PROBE), b"")
-            next(objects.entries(self._root), None)
+            objects.children(self._root)
             objects.delete(self._place(PROBE))
         except OSError as error:
             raise self.cannot_write(error) from None
@@ -263,12 +263,10 @@ class Bucket:
 
     def sizes(self) -> Mapping[str, int]:
         """Of the objects right below the prefix."""
-        skip = len(self._root.key) + 1 if self._root.key else 0
         try:
-            found = {entry.key[skip:]: entry.size for entry in objects.entries(self._root)}
+            return objects.children(self._root)
         except OSError as error:
             raise StoreError(f"{self}: expected a bucket that can be listed, found: {error.strerror}") from None
-        return {name: size for name, size in found.items() if files.is_plain_name(name)}
 
     def open(self, name: str) -> BinaryIO:
         """Open an object by ranges."""
@@ -278,17 +276,21 @@ class Bucket:
         """Objects that count with the last one."""
         return _BucketWriter(self)
 
-    def write(self, name: str, content: bytes | memoryview) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """By one request."""
+        self.put(name, content)
+
+    def put(self, name: str, content: bytes | memoryview) -> str | None:
+        """Write an object by one request, and return its version."""
         try:
-            objects.put(self._place(name), content)
+            return objects.put(self._place(name), content).version
         except OSError as error:
             raise self.cannot_write(error) from None
 
     def create(self, name: str, content: bytes) -> bool:
         """By one request, which fails where there is an object."""
         try:
-            return objects.put(self._place(name), content, create=True)
+            return objects.put(self._place(name), content, create=True).written
         except OSError as error:
             raise self.cannot_write(error) from None
 
@@ -298,6 +300,13 @@ class Bucket:
             return objects.get(self._place(name)) == content
         except OSError:
             return False
+
+    def version(self, name: str) -> str | None:
+        """The version that an object has now; None if there is none."""
+        try:
+            return objects.version(self._place(name))
+        except OSError:
+            return None
 
     def matches(self, name: str, described: Mapping[str, Any]) -> bool:
         """Whether an object has this size and sha256."""
@@ -332,6 +341,7 @@ class _BucketWriter:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
         self._written: dict[str, dict[str, Any]] = {}
+        self._versions: dict[str, str | None] = {}
 
     def __enter__(self) -> "_BucketWriter":
         return self
@@ -343,18 +353,19 @@ class _BucketWriter:
         buffer = io.BytesIO()
         write(buffer)
         content = buffer.getbuffer()
-        self.bucket.write(name, content)
+        self._versions[name] = self.bucket.put(name, content)
         described = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         self._written[name] = described
         return described
 
     def publish(self, name: str, content: bytes, is_there: Callable[[], bool]) -> None:
-        if self.bucket.create(name, content):
+        created = self.bucket.create(name, content)
+        if created and self._is_whole():
             return
         # Another process was given the same work, and was faster; or an older run left it.
-        if self.bucket.has(name, content) or is_there():
+        if not created and (self.bucket.has(name, content) or is_there()):
             return
-        if not all(self.bucket.matches(each, described) for each, described in self._written.items()):
+        if not self._is_whole(read=True):
             # Each has written over some of the other's: neither is whole.
             with contextlib.suppress(OSError):
                 self.bucket.remove(name)
@@ -363,3 +374,9 @@ class _BucketWriter:
                 "arguments, to compute that shard anew"
             )
         self.bucket.write(name, content)
+
+    def _is_whole(self, *, read: bool = False) -> bool:
+        """Whether the objects are still those that were written: by their versions, or by every byte."""
+        if read:
+            return all(self.bucket.matches(each, described) for each, described in self._written.items())
+        return all(self.bucket.version(each) == version for each, version in self._versions.items())

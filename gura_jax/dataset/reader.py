@@ -76,6 +76,8 @@ class EmbeddingStore:
             if record is None or record.run != run["fingerprint"]:
                 raise _damaged(self.place / record_file(number))
             for name, expected in record.files.items():
+                if name not in sizes:  # a list in pages is older at its start than at its end
+                    sizes = self.place.sizes()
                 if sizes.get(name) != expected["bytes"]:
                     raise _damaged(self.place / name)
             self._records[number] = record

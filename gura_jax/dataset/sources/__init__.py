@@ -17,7 +17,7 @@ from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, p
 from gura_jax.dataset.sources.tables import AudioTable
 from gura_jax.dataset.sources.tars import Tar
 from gura_jax.errors import InputError
-from gura_jax.objects import LISTED, SCHEMES, check_url, scheme
+from gura_jax.objects import LISTED, SCHEMES, check_place, check_url, scheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def read_inputs(
     options = Options(check_rate(sample_rate), None if root is None else os.fspath(root), allow_outside)
     tables: list[pa.Table] = []
     distinct: list[bool] = []  # of each table
-    for given in [os.fspath(given) for given in inputs]:
+    for given in [check_place(os.fspath(given)) for given in inputs]:
         source = next((source for source in SOURCES if source.recognises(given)), None)
         if source is None:
             raise InputError(f"{check_url(given)}: expected an input of a known kind")
@@ -107,7 +107,7 @@ def read_inputs(
 def _packed(given: str) -> tuple[Source, str] | None:
     """The tables or archives of a folder, a prefix or a data set that has no audio files, as a pattern."""
     if scheme(given) in LISTED and not glob.has_magic(given):
-        folder = f"{given.rstrip('/')}/"
+        folder = f"{given.rstrip('/')}/**/"
     elif os.path.isdir(given):
         folder = f"{glob.escape(given)}/**/"
     else:

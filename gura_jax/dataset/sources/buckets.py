@@ -1,8 +1,8 @@
 """Objects as inputs: a prefix of a bucket, a pattern, or one object by its URL, also of a web server."""
 
-import fnmatch
 import glob
 import itertools
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -30,10 +30,10 @@ class Objects(Source):
         import pyarrow as pa
 
         url = objects.pinned(objects.check_url(given))
-        if is_audio(url) and not glob.has_magic(url):
+        if is_audio(url) and is_one(url):
             return clip_table([(url.rsplit("/", 1)[-1], url)])
         prefix = _fixed(url) if glob.has_magic(url) else url
-        found = (each for each in listed(url if glob.has_magic(url) else f"{url}/*") if is_audio(each))
+        found = (each for each in listed(url if glob.has_magic(url) else f"{url}/**") if is_audio(each))
         tables: list[pa.Table] = []
         # A million names are held as Arrow does, not one by one.
         while page := clip_table([(each[len(prefix) + 1 :], each) for each in itertools.islice(found, NAMES_AT_ONCE)]):
@@ -59,16 +59,41 @@ def listed(url: str) -> Iterator[str]:
     kind, fixed = objects.scheme(url), _fixed(url)
     if kind not in objects.LISTED:
         raise InputError(
-            f"{url.removesuffix('/*')}: expected an audio file or a manifest, found a URL that cannot be listed: list "
+            f"{url.removesuffix('/**')}: expected an audio file or a manifest, found a URL that cannot be listed: list "
             "the clips in a manifest"
         )
-    root = objects.bucket(url)
+    root, pattern = objects.bucket(url), _compiled(url)
     try:
         for entry in objects.entries(objects.locate(fixed)):
-            if fnmatch.fnmatchcase(each := f"{root}/{entry.key}", url):
+            if pattern.fullmatch(each := f"{root}/{entry.key}"):
                 yield each
     except OSError as error:
         raise InputError(f"{fixed}: expected a bucket that can be listed, found: {error.strerror}") from None
+
+
+def is_one(url: str) -> bool:
+    """Whether a URL names one object: it has no wildcards, or there is an object of that very name."""
+    if not glob.has_magic(url):
+        return True
+    try:
+        objects.entry(url)
+    except OSError:
+        return False
+    return True
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern as in a shell: ``*`` and ``?`` stay within a folder, ``**/`` is any number of folders."""
+    out = ""
+    while pattern:
+        found = re.match(r"\*\*/|\*\*|\*|\?|\[(!?)([^]]+)\]", pattern)
+        if found is None:
+            out, pattern = out + re.escape(pattern[0]), pattern[1:]
+            continue
+        plain = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        chosen = f"[{'^' if found[1] else ''}{re.escape(found[2] or '').replace(chr(92) + '-', '-')}]"
+        out, pattern = out + plain.get(found[0], chosen), pattern[found.end() :]
+    return re.compile(out, re.DOTALL)
 
 
 def _fixed(url: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.dataset.plan import COLUMNS
-from gura_jax.dataset.sources.containers import containers, open_container, signature
+from gura_jax.dataset.sources.containers import containers, joined, open_container, raise_again, signature
 from gura_jax.dataset.sources.manifests import RESERVED
 from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable
 from gura_jax.errors import AudioError, InputError
@@ -43,15 +43,13 @@ class AudioTable(Source):
             return False  # a manifest's error says what it is
 
     def table(self, given: str, options: Options) -> "pa.Table | None":
-        import pyarrow as pa
-
-        tables = [table for path in containers(given) if len(table := _rows(path))]
-        return pa.concat_tables(tables, promote_options="permissive") if tables else None
+        return joined(containers(given), _rows, self.scheme)
 
     def signature(self, given: str, options: Options) -> str | None:
         return signature(given)
 
     def open(self, path: str, version: str | None = None) -> BinaryIO:
+        raise_again(path, _rows, self.scheme)
         match = _PATH.fullmatch(path)
         if match is None:
             raise AudioError(f"{path}: expected parquet://GROUP/FILE!ROW/NAME")
@@ -96,8 +94,8 @@ def _audio_column(schema: "pa.Schema") -> str | None:
     return "audio" if "audio" in said else said[0] if len(said) == 1 else None
 
 
-def _rows(path: str) -> "pa.Table":
-    """The rows of a table as clips, without their audio."""
+def _rows(path: str) -> "pa.Table | None":
+    """The rows of a table as clips, without their audio; None if there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import parquet
@@ -136,7 +134,7 @@ def _rows(path: str) -> "pa.Table":
     }
     for name in kept:
         columns[f"row_{name}" if name in (*columns, *RESERVED, *COLUMNS) else name] = rows[name]
-    return pa.table(columns)
+    return pa.table(columns) if ids else None
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:

@@ -11,10 +11,10 @@ import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gura_jax.dataset.sources.containers import containers, open_container, signature
+from gura_jax.dataset.sources.containers import containers, joined, open_container, raise_again, signature
 from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.gzips import RATIO, Gzip
-from gura_jax.dataset.sources.source import Options, Source, clip_table, encoded
+from gura_jax.dataset.sources.source import Options, Source, clip_table
 from gura_jax.errors import AudioError, InputError
 
 if TYPE_CHECKING:
@@ -35,20 +35,18 @@ class Tar(Source):
         return given.lower().endswith((".tar", *GZIPPED, *REFUSED)) and not os.path.isdir(given)
 
     def table(self, given: str, options: Options) -> "pa.Table | None":
-        import pyarrow as pa
-
         if given.lower().endswith(REFUSED):
             raise InputError(
                 f"{given}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
                 "start: decompress it first"
             )
-        tables = [table for archive in containers(given) if (table := _members(archive)) is not None]
-        return pa.concat_tables(tables, promote_options="permissive") if tables else None
+        return joined(containers(given), _members, self.scheme)
 
     def signature(self, given: str, options: Options) -> str | None:
         return signature(given)
 
     def open(self, path: str, version: str | None = None) -> BinaryIO:
+        raise_again(path, _members, self.scheme)
         match = _PATH.fullmatch(path)
         if match is None:
             raise AudioError(f"{path}: expected tar://OFFSET+SIZE/ARCHIVE!MEMBER")
@@ -83,12 +81,14 @@ def _members(archive: str) -> "pa.Table | None":
                     file.seek(member.offset_data)
                     texts[field][key] = file.read(member.size).decode("utf-8", "backslashreplace")
                 elif is_audio(member.name):
-                    path = f"tar://{member.offset_data}+{member.size}/{encoded(archive)}!{member.name}"
+                    path = f"tar://{member.offset_data}+{member.size}/{archive}!{member.name}"
                     clips.append((member.name, path))
                     keys.append(key)
             if isinstance(file, Gzip):
                 file.keep()
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except InputError:
+        raise
+    except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason}") from None
     columns = {name: [found.get(key) for key in keys] for name, found in texts.items() if found}
@@ -103,10 +103,17 @@ def _walk(archive: str, file: Any) -> Iterator[tarfile.TarInfo]:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
     with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
-        end = 0
+        end = before = 0
         while (member := tar.next()) is not None:
             end = tar.offset
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else it keeps all
+            if member.issparse():
+                raise InputError(
+                    f"{archive}: expected files as they are, found {member.name!r}, packed as a sparse file"
+                )
+            if end <= before:
+                raise InputError(f"{archive}: expected a tar archive, found a header that leads back, at {before}")
+            before = end
             if not member.isreg():
                 continue
             stop = member.offset_data + member.size
@@ -125,6 +132,9 @@ def _walk(archive: str, file: Any) -> Iterator[tarfile.TarInfo]:
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise InputError(f"{archive}: expected a whole archive, found no end after {len(seen)} files: it was cut")
+    # Tools that pack fill their last record, with zeros.
+    if any(file.read(tarfile.RECORDSIZE)):
+        raise InputError(f"{archive}: expected one archive, found more after its end: unpack and pack it as one")
 
 
 class _Headers:
