@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -20,6 +21,9 @@ if CACHE not in os.environ:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other: threads of PyTorch's would only wait for cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 sys.path.append(str(Path(sys.prefix) / "tpu"))  # libtpu, see Makefile
 
@@ -46,6 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """From Z to A: the last file is the longest and the first are short, so that two processes end together."""
     items.sort(key=lambda item: item.path, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: looking through it for cycles took 0.7 s each time, of a hundred times."""
+    importlib.import_module("hypothesis")  # which looks for what holds its parts, and would not find what is frozen
+    gc.collect()
+    gc.freeze()
 
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and few cycles: looking for them took 5 % of the time
