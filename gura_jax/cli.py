@@ -23,6 +23,7 @@ from gura_jax.errors import CheckpointError, DownloadError, GuraError, InputErro
 from gura_jax.loading import load_model, outline
 from gura_jax.model import Model
 from gura_jax.models.families import ENCODERS, find_preset, import_families
+from gura_jax.objects import SCHEMES
 from gura_jax.parallel import cache_compilations
 from gura_jax.systems import SYSTEMS, System, find_system, group_of
 
@@ -293,12 +294,13 @@ def embed(
         typer.Argument(
             metavar="INPUT...",
             help="Audio files, folders of them, glob patterns, manifests (CSV, JSON Lines or Parquet with the columns "
-            "id and path, perhaps offset and duration in seconds, and any others), folders of HEAR tasks.",
+            "id and path, perhaps offset and duration in seconds, and any others), tar archives, Parquet tables with a "
+            "column of audio, folders of HEAR tasks. Also URLs: s3://, gs://, az://, hf://datasets/, https://.",
         ),
     ],
     system: SystemOption,
     out: Annotated[
-        str, typer.Option(metavar="PLACE", help="Folder, or s3:// or gs:// URL, to write to or to go on in.")
+        str, typer.Option(metavar="PLACE", help="Folder, or s3://, gs:// or az:// URL, to write to or to go on in.")
     ],
     timestamps: Annotated[bool, typer.Option("--timestamps", help="Write timestamp embeddings (frames) too.")] = False,
     weights: WeightsOption = None,
@@ -622,7 +624,7 @@ def _sources(
 
 @app.command()
 def plot(
-    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders that embed or evaluate wrote.")],
+    stores: Annotated[list[str], typer.Argument(metavar="STORE...", help="Places that embed or evaluate wrote to.")],
     out: Annotated[list[Path], typer.Option(help="FIGURE.png, .svg or .pdf, or PAGE.html, which plays (repeatable).")],
     color: Annotated[
         str, typer.Option(help="A column of the metadata, or 'data set': the store, or the HEAR task.")
@@ -637,6 +639,8 @@ def plot(
     from gura_jax import tsne
 
     for path in out:
+        if path.parts and path.parts[0].removesuffix(":") in SCHEMES:
+            raise InputError(f"--out: expected a file on this machine, found {path}")
         if path.suffix not in (*tsne.PICTURES, tsne.PAGE):
             raise InputError(f"--out: expected {', '.join(tsne.PICTURES)} or {tsne.PAGE}, found {path}")
     clips = tsne.read_clips(stores, inputs=inputs or ())

@@ -212,6 +212,8 @@ def block_faults(config: Any) -> Iterator[str]:
         yield f"conv_depthwise_kernel_size: expected an odd number, found {config.conv_depthwise_kernel_size}"
     if config.position_embeddings_type == "rotary" and config.hidden_size // config.num_attention_heads % 2:
         yield f"hidden_size: expected an even number for each head, found {config.hidden_size}"
+    if config.position_embeddings_type == "relative" and config.hidden_size % 2:
+        yield f"hidden_size: expected an even number, found {config.hidden_size}"
 
 
 PARTITION: Mapping[str, int] = MappingProxyType(

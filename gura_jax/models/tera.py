@@ -22,6 +22,7 @@ from gura_jax.models.spectrogram import Spectrogram, SpectrogramEncoder
 from gura_jax.models.transformer import Transformer
 
 COLUMN, COLUMN_HOP, MELS = 400, 160, 80  # samples of a column of the spectrogram, and from one to the next; bands
+LOUDEST = 200.0  # dB: beyond what float32 holds squares of, in either direction
 FLOOR = 1e-10  # added to energies, deviations and the loudness of a clip
 WAVELENGTH = 10_000.0  # of the slowest sinusoid, in columns over 2 pi
 
@@ -62,6 +63,8 @@ class TeraConfig(EncoderConfig):
         yield from self._multiples("hidden_size", ["num_attention_heads"])
         if self.hidden_size % 2:
             yield f"hidden_size: expected an even number, found {self.hidden_size}"
+        if not -LOUDEST <= self.target_level <= LOUDEST:
+            yield f"target_level: expected from -{LOUDEST:g} to {LOUDEST:g} dB, found {self.target_level}"
 
     def tiny(self) -> Self:
         """A small encoder of the same kind, with pieces of 0.8 s."""
