@@ -150,13 +150,32 @@ def write_shard(
             name = data_file(file, number)
             files[name] = writer.write(name, write)
 
-        sink.write(Shard(meta, scenes, frames), create)
+        # In one piece: the bytes of a file depend on where a table is split.
+        sink.write(Shard(as_read(meta).combine_chunks(), scenes, frames), create)
         assert list(files) == [data_file(file, number) for file in sink.files(frames is not None)], "those it names"
         record = ShardRecord(number, run, len(scenes), samples, files, tuple(failed))
         content = record._asdict() | {"failed": [failure._asdict() for failure in failed]}
         writer.publish(record_file(number), json_bytes(content), lambda: check_shard(place, number, run) is not None)
         place.remove_temporary({*files, record_file(number)})
     return record
+
+
+def as_read(table: "pa.Table") -> "pa.Table":
+    """Return a table with the types that it has when read from a Parquet file, so that it is the same when resumed.
+
+    Writing renames the elements of lists, and may drop the values of dictionaries that no row has.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table.schema.empty_table(), sink)
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type) and not field.type.ordered:
+            table = table.set_column(
+                i, field.name, table[i].cast(field.type.value_type).combine_chunks().dictionary_encode()
+            )
+    return table.cast(parquet.read_schema(pa.BufferReader(sink.getvalue())))
 
 
 def read_run(location: Location) -> dict[str, Any] | None:

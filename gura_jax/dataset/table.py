@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from gura_jax.audio import MAX_SECONDS, kilohertz
-from gura_jax.dataset.commit import Storage
+from gura_jax.dataset.commit import Storage, as_read
 from gura_jax.dataset.decode import Clip, probe
 from gura_jax.dataset.plan import Plan, ShardLimits, make_plan
 from gura_jax.dataset.sinks import DEFAULT, SINKS
@@ -99,7 +99,7 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
         if name in table.column_names:
             raise InputError(f"expected a manifest without the column {name}, which the plan has: rename it")
         table = table.append_column(name, columns[name])
-    return table
+    return as_read(table)
 
 
 def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None]]:
