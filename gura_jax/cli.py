@@ -669,14 +669,15 @@ def export(
         typer.Option(
             "--format",
             help="npy, parquet: a copy in that format of the store, which embed resumes; datasets: Parquet for Hugging "
-            "Face datasets; hear: .npy as HEAR's kit has them.",
+            "Face datasets; hear: .npy as HEAR's kit has them; hoplite: perch-hoplite's database.",
         ),
     ],
     timestamps: Annotated[
         bool,
         typer.Option(
             "--timestamps",
-            help="Frames: beside the scenes (datasets), or in their place (hear); npy and parquet copy them anyway.",
+            help="Frames: beside the scenes (datasets), or in their place (hear, hoplite); npy and parquet copy them "
+            "anyway.",
         ),
     ] = False,
 ) -> None:

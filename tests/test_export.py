@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from pyarrow import parquet
@@ -18,11 +20,12 @@ from test_manifest import hear_task
 from toy import contents, embedded, interrupt, opened, write_clips
 
 from gura_jax import EmbeddingStore, files
-from gura_jax.dataset.commit import shard_numbers
+from gura_jax.dataset.commit import RUN_FILE, shard_numbers, write_shard
 from gura_jax.dataset.export import export, hugging_face
 from gura_jax.dataset.sinks import SINKS
 from gura_jax.dataset.table import Settings
 from gura_jax.errors import InputError, StoreError
+from gura_jax.files import write_json
 
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
@@ -260,3 +263,86 @@ def test_a_damaged_copy_is_mended(made: EmbeddingStore, tmp_path: Path) -> None:
     (tmp_path / "copy" / "shard-00000.json").unlink()
     export(made, tmp_path / "copy", "parquet")
     assert contents(tmp_path / "copy") == whole
+
+
+# perch-hoplite, which make test-hoplite installs
+
+
+def test_without_hoplite(made: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "perch_hoplite", None)
+    with refuses(StoreError, "--format hoplite: expected perch-hoplite", "pip install 'gura-jax[hoplite]'"):
+        export(made, tmp_path / "new", "hoplite")
+    assert list(tmp_path.iterdir()) == []
+
+
+FILES, CLIPS, SECONDS = 5, 40, 2.5
+
+
+def scattered(folder: Path, form: str) -> EmbeddingStore:
+    """A store of vectors in all directions and of norms from 1e-3 to 1e3; one is zero."""
+    rng = np.random.default_rng(0)
+    sizes = {"scene_embedding_size": 64, "timestamp_embedding_size": 32}
+    run = {"fingerprint": "r", "system": {"name": "toy"}, "sample_rate": 16_000, "storage": "float32"} | sizes
+    folder.mkdir()
+    write_json(folder, RUN_FILE, run)
+    for shard in range(2):
+        meta = pa.table(
+            {
+                "id": [f"é/{shard}/{i}" for i in range(CLIPS)],
+                "path": [f"in/{i % FILES}.wav" for i in range(CLIPS)],
+                "offset": [SECONDS * (i // FILES + 100 * shard) for i in range(CLIPS)],
+                "duration": [SECONDS] * CLIPS,
+                "num_samples": [40_000] * CLIPS,
+                "num_frames": [1 + i % 3 for i in range(CLIPS)],
+                "frame_start": np.cumsum([0, *(1 + i % 3 for i in range(CLIPS - 1))]),
+                "frame_offset_ms": [500.0] * CLIPS,
+                "frame_hop_ms": [1000.0 if i % 3 else 0.0 for i in range(CLIPS)],
+            }
+        )
+        scenes = (rng.standard_normal((CLIPS, 64)) * 10 ** rng.uniform(-3, 3, (CLIPS, 1))).astype(np.float32)
+        scenes[7] *= shard
+        frames = [rng.standard_normal((n, 32)).astype(np.float32) for n in meta["num_frames"].to_pylist()]
+        write_shard(folder, shard, run="r", scenes=scenes, frames=frames, meta=meta, failed=[], sink=SINKS[form])
+    return EmbeddingStore(folder)
+
+
+@pytest.mark.hoplite
+@pytest.mark.parametrize("timestamps", [False, True])
+@pytest.mark.parametrize("form", list(SINKS))
+def test_hoplite_searches_it(form: str, timestamps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reopened, each vector's nearest neighbour is itself; recordings, time spans, ids and norms are there."""
+    reason = "needs perch-hoplite: make test-hoplite"
+    hoplite = pytest.importorskip("perch_hoplite.db.sqlite_usearch_impl", reason=reason)
+    monkeypatch.setattr("gura_jax.dataset.export.hoplite.BATCH", 7)
+    store = scattered(tmp_path / "out", form)
+    assert export(store, tmp_path / "db", "hoplite", timestamps=timestamps) == 2 * CLIPS
+    assert sorted(path.name for path in (tmp_path / "db").iterdir()) == ["hoplite.sqlite", "usearch.index"]
+
+    database = hoplite.SQLiteUSearchDB.create(str(tmp_path / "db"), readonly=True)
+    assert [(d.name, d.project) for d in database.get_all_deployments()] == [("out", "out")]
+    paths = {recording.id: recording.filename for recording in database.get_all_recordings()}
+    assert sorted(paths.values()) == [f"in/{i}.wav" for i in range(FILES)]
+    windows = iter(database.get_all_windows(include_embedding=True))
+    for clip in store:
+        start, vectors = clip.meta["offset"], clip.frames if timestamps else clip.scene[None]
+        assert vectors is not None
+        spans = [(start + i, start + min(i + 1, SECONDS)) for i in range(len(vectors))]
+        if not timestamps or len(vectors) == 1:
+            spans = [(start, start + SECONDS)]
+        for vector, span in zip(vectors, spans, strict=True):
+            window = next(windows)
+            assert (window.clip_id, paths[window.recording_id]) == (clip.meta["id"], clip.meta["path"])
+            np.testing.assert_allclose(window.offsets, span)
+            assert window.norm == pytest.approx(np.linalg.norm(vector))
+            np.testing.assert_allclose(
+                window.norm * window.embedding.astype(np.float32), vector, atol=5e-4 * window.norm
+            )
+            for approximate in (False, True) if vector.any() else ():
+                found = list(database.search(vector, 3, approximate=approximate))
+                assert found[0].window_id == window.id
+    assert next(windows, None) is None
+    model = database.get_metadata("model_config")
+    assert (model.model_key, model.model_config.system) == ("gura_jax", "toy")
+    sources = pytest.importorskip("perch_hoplite.agile.source_info").AudioSources
+    (audio,) = sources.from_config_dict(database.get_metadata("audio_sources")).audio_globs
+    assert (audio.dataset_name, audio.base_path) == ("out", ".")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gura_jax.dataset.export.copy import copy_store
 from gura_jax.dataset.export.hear import write_hear
+from gura_jax.dataset.export.hoplite import write_hoplite
 from gura_jax.dataset.export.hugging_face import write_datasets
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.sinks import SINKS
@@ -50,15 +51,16 @@ FORMATS: dict[str, Export] = {
     **{form: functools.partial(_copied, form) for form in SINKS},
     "datasets": functools.partial(_into_folder, write_datasets),
     "hear": functools.partial(_into_folder, write_hear),
+    "hoplite": functools.partial(_into_folder, write_hoplite),
 }
 
 
 def export(store: EmbeddingStore, out: Output, form: str, *, timestamps: bool = False) -> int:
     """Write a store in another format.
 
-    ``npy`` and ``parquet`` copy the store, with all that it has, to any place (:func:`copy_store`). ``datasets``
-    and ``hear`` write into a folder that is new or empty: scene embeddings, and with ``timestamps`` frames,
-    beside the scenes (``datasets``) or in their place (``hear``).
+    ``npy`` and ``parquet`` copy the store, with all that it has, to any place (:func:`copy_store`). ``datasets``,
+    ``hear`` and ``hoplite`` write into a folder that is new or empty: scene embeddings, and with ``timestamps`` frames,
+    beside the scenes (``datasets``) or in their place (``hear``, ``hoplite``).
 
     Args:
         store: the store; for all formats but its own also a part of one (``store.filter``).
