@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 s3prl==0.4.18 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
 BIN := .venv/bin
 
-.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-hoplite test-page bench bench-gpu bench-long bench-collection bench-evaluate check format clean
+.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-hoplite test-page test-azure bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
 
 install: .venv/installed
 
@@ -16,7 +16,7 @@ install: .venv/installed
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[convert,evaluate,plot,ray,s3,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[av,convert,evaluate,hf,plot,ray,s3,tar,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES)
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tpu "$$($(BIN)/python -c "$$LIBTPU")" || \
 		echo "no libtpu for this machine: what it compiles for TPUs is not tested"
@@ -55,6 +55,11 @@ test-full: install
 test-page: install
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || $(call debian,chromium chromium-driver)
 	$(BIN)/python -m pytest -m page
+
+# Stores in Azure's blob storage, as its emulator has it; needs npm.
+test-azure: install
+	npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@3.35.0
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_azure.py
 
 # Every system at full size by the compilers of accelerators, which need not be here: see docs/accelerators.md. Prints
 # seconds of compiling, and GB of weights and batch and of temporaries, of each.
@@ -120,6 +125,10 @@ bench-long: install
 bench-collection: install
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/collection.py crepe-tiny --clips 20000 --rounds 1 --ray
+
+# Ten million clips planned, a million keys listed, 10,000 shards resumed, formats, a bucket beside a disk: ten minutes.
+bench-scale: install
+	$(BIN)/python benchmarks/scale.py
 
 # Beside HEAR's kit, on the same embeddings: half an hour on two cores.
 bench-evaluate: install .venv-hear/installed

@@ -6,9 +6,10 @@ import io
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, overload
 
 import numpy as np
 
@@ -35,10 +36,42 @@ _ROUNDING = 0.05  # seconds: how far past a file's end a clip may be said to go,
 _RANDOM_ACCESS = {"WAV", "WAVEX", "W64", "RF64", "AIFF", "AU", "CAF"}
 _PLAIN_SAMPLES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _UNKNOWN = np.iinfo(np.int64).max  # frames, says libsndfile of a FLAC that was written to a pipe
+_NOT_RECOGNISED = 1  # libsndfile's code for a format that it does not know
 
 # libsndfile shortens a cut file to what is there, and says so only in its log.
 _LOGGED_SIZE = re.compile(r"^ *(?:data|riff|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _LOGGED_OGG_CUT = re.compile(r"Ogg ?: (?:Junk after the last page|File ended unexpectedly)")
+
+
+class Recording(Protocol):
+    """An open file, decoded from its start to its end. A frame is a sample of each channel."""
+
+    @property
+    def rate(self) -> int:
+        """In Hz."""
+        ...
+
+    @property
+    def frames(self) -> int:
+        """How many the header promises, exactly; 0: it does not say."""
+        ...
+
+    @property
+    def at_least(self) -> int:
+        """How many a complete file has at least, by its header; 0: it does not say."""
+        ...
+
+    def skip(self, frames: int) -> int:
+        """Pass over as many frames as there are, up to ``frames``; return how many that were."""
+        ...
+
+    def read(self, frames: int) -> np.ndarray:
+        """Decode the next block: [n] float32, the channels' mean, n at most ``frames``; empty at the file's end."""
+        ...
+
+    def check_complete(self, *, whole: bool) -> None:
+        """Refuse a file that was cut short; ``whole`` where it was read to its end, else only if that is known."""
+        ...
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -62,7 +95,7 @@ def load_audio(
     sample_rate: int = HEAR_RATE,
     max_seconds: float = MAX_SECONDS,
 ) -> np.ndarray:
-    """Decode an audio file in any format that soundfile reads, average its channels, and resample it.
+    """Decode an audio file in any format that soundfile or PyAV reads, average its channels, and resample it.
 
     Resampling is soxr's HQ, and equals ``librosa.load(path, sr=sample_rate, res_type="soxr_hq", ...)``. The file is
     decoded in blocks, so memory is bounded by the clip itself, whatever the header says and however many channels
@@ -114,18 +147,17 @@ def load_segments(
     clips: list[np.ndarray | AudioError] = []
     try:
         with contextlib.ExitStack() as stack:
-            file, sound = stack.enter_context(_opened(path, opener))
+            recording = stack.enter_context(_opened(path, opener))
             position = 0.0  # in frames
             for offset, duration in segments:
-                start = round(offset * sound.samplerate)
-                stop = None if duration is None else start + round(duration * sound.samplerate)
+                start, stop = _span(recording, offset, duration)
                 if position > start:
-                    file, sound = stack.enter_context(_opened(path, opener))
+                    recording = stack.enter_context(_opened(path, opener))
                     position = 0
                 try:
                     skip, position = start - int(position), math.inf if stop is None else stop
-                    clip = _decode(path, sound, skip, start, stop, sample_rate, max_seconds)
-                    _check_complete(path, file, sound, whole=stop is None)
+                    clip = _decode(path, recording, skip, start, stop, sample_rate, max_seconds)
+                    recording.check_complete(whole=stop is None)
                     clips.append(check_clip(clip, name=str(path), sample_rate=sample_rate))
                 except AudioError as error:
                     position = math.inf
@@ -146,7 +178,9 @@ def probe_audio(
     max_seconds: float = MAX_SECONDS,
     opener: Callable[[str], BinaryIO] = open_file,
 ) -> int:
-    """Return the number of samples of a clip that :func:`load_segments` decodes, from the file's header if it has it.
+    """Return the number of samples of a clip that :func:`load_segments` decodes.
+
+    From the file's header where it says that exactly, else counted by decoding.
 
     Arguments as in :func:`load_segments`.
 
@@ -155,19 +189,18 @@ def probe_audio(
     """
     check_rate(sample_rate)
     try:
-        with _opened(path, opener) as (_, sound):
-            rate, frames = sound.samplerate, sound.frames
-            if frames >= _UNKNOWN:  # a FLAC from a pipe: counted by decoding
-                (clip,) = load_segments(
-                    path, [(offset, duration)], sample_rate=sample_rate, max_seconds=max_seconds, opener=opener
-                )
-                if isinstance(clip, AudioError):
-                    raise clip
-                return len(clip)
-            start = round(offset * rate)
-            stop = frames if duration is None else start + round(duration * rate)
-            _check_span(path, rate, frames, start, stop, max_seconds)
-            return resampled_length(min(stop, frames) - start, rate, sample_rate)
+        with _opened(path, opener) as recording:
+            start, stop = _span(recording, offset, duration)
+            _check_length(path, recording, start, stop, max_seconds)
+            if recording.frames:
+                frames = recording.frames
+            elif stop is not None and stop <= recording.at_least:
+                frames = recording.at_least
+            else:
+                frames = _count(recording, start + max_seconds * recording.rate if stop is None else stop)
+                _check_length(path, recording, start, frames if stop is None else stop, max_seconds)
+            _check_within(path, recording.rate, frames, start, stop)
+            return resampled_length(min(frames if stop is None else stop, frames) - start, recording.rate, sample_rate)
     except (soundfile_error(), OSError) as error:
         raise _cannot_decode(path, error) from None
 
@@ -257,9 +290,14 @@ def soundfile_error() -> type[Exception]:
 def _cannot_decode(path: str | os.PathLike[str], error: Exception) -> AudioError:
     if isinstance(error, OSError):
         return AudioError(f"{path}: cannot be read: {error.strerror or error}")
+    return not_decoded(path, getattr(error, "error_string", str(error)))
+
+
+def not_decoded(path: str | os.PathLike[str], reason: str, more: str = "") -> AudioError:
+    """Return the error of a file that is in no known format, or damaged; ``more`` goes on about formats."""
     return AudioError(
-        f"{path}: cannot be decoded ({getattr(error, 'error_string', str(error)).strip(' .')}): expected a complete "
-        "file in a format that soundfile reads (WAV, FLAC, OGG, MP3, AIFF, ...)"
+        f"{path}: cannot be decoded ({reason.strip(' .')}): expected a complete file in a format that soundfile reads "
+        f"(WAV, FLAC, OGG, MP3, AIFF, ...){more}"
     )
 
 
@@ -276,21 +314,97 @@ def _forward_sound_file() -> "type[soundfile.SoundFile]":
     return ForwardSoundFile
 
 
+class _SoundFile:
+    """A recording that libsndfile decodes."""
+
+    def __init__(self, path: str | os.PathLike[str], file: BinaryIO, sound: "soundfile.SoundFile") -> None:
+        self._path, self._file, self._sound = path, file, sound
+        self.rate: int = sound.samplerate
+        self.frames: int = sound.frames if sound.frames < _UNKNOWN else 0
+        self.at_least = self.frames
+        self._block = max(1, BLOCK_VALUES // sound.channels)
+
+    def skip(self, frames: int) -> int:
+        if self.frames and self._seeks_exactly():
+            position = self._sound.tell()
+            return self._sound.seek(min(self.frames, position + frames)) - position
+        skipped = 0
+        while skipped < frames and (more := len(self._read(frames - skipped))):
+            skipped += more
+        return skipped
+
+    def read(self, frames: int) -> np.ndarray:
+        return mix(self._read(frames))
+
+    def _read(self, frames: int) -> np.ndarray:  # [n, channels]
+        return self._sound.read(min(self._block, frames), dtype="float32", always_2d=True)
+
+    def _seeks_exactly(self) -> bool:
+        plain = self._sound.format in _RANDOM_ACCESS and self._sound.subtype.startswith(_PLAIN_SAMPLES)
+        return plain or self._sound.format == "FLAC"
+
+    def check_complete(self, *, whole: bool) -> None:
+        """Most formats are just read less of where they are cut."""
+        path, file, sound = self._path, self._file, self._sound
+        read, promised = sound.tell(), sound.frames
+        log = sound.extra_info
+        cut = bool(_LOGGED_OGG_CUT.search(log)) or any(
+            int(there) < int(claimed) < _STREAMED for claimed, there in _LOGGED_SIZE.findall(log)
+        )
+        if not whole:
+            pass
+        elif sound.format == "MP3":
+            position = file.tell()
+            if _mp3_has_length(file):
+                cut = read < promised - _MP3_SLACK
+            elif position < file.seek(0, os.SEEK_END) - _MP3_READ_AHEAD:
+                # Then the length is a guess from the first frame, and libsndfile reads no further.
+                raise AudioError(
+                    f"{path}: expected an MP3 whose header says its length, found one without, which soundfile reads "
+                    f"only in part ({read / self.rate:.1f} s): rewrite it with ffmpeg -i IN.mp3 -c copy OUT.mp3"
+                )
+        elif read < promised < _UNKNOWN:
+            cut = True
+        if cut:
+            raise cut_short(path, sound.format, read / self.rate)
+
+
+def cut_short(path: str | os.PathLike[str], form: str, seconds: float) -> AudioError:
+    """Return the error of a file that ends before its header says."""
+    return AudioError(
+        f"{path}: expected a complete file, found one cut short: its {form} data end after {seconds:.3f} s, before its "
+        "header says"
+    )
+
+
+def mix(block: np.ndarray) -> np.ndarray:
+    """Return the mean of channels: [n, channels] float32 to [n]; too large a sum becomes infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+
+
 @contextlib.contextmanager
-def _opened(
-    path: str | os.PathLike[str], opener: Callable[[str], BinaryIO]
-) -> Iterator[tuple[BinaryIO, "soundfile.SoundFile"]]:
+def _opened(path: str | os.PathLike[str], opener: Callable[[str], BinaryIO]) -> Iterator[Recording]:
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(opener(os.fspath(path)))
         if Path(path).suffix.lower() == ".raw":  # soundfile takes it for samples without a header
             raise AudioError(f"{path}: expected a format with a header, found raw samples: convert it to WAV")
-        sound = stack.enter_context(_forward_sound_file()(_descriptor(file), closefd=False))
-        if not MIN_RATE <= sound.samplerate <= MAX_RATE:
+        try:
+            sound = stack.enter_context(_forward_sound_file()(_descriptor(file), closefd=False))
+            recording: Recording = _SoundFile(path, file, sound)
+        except soundfile_error() as error:
+            if getattr(error, "code", None) != _NOT_RECOGNISED:
+                raise
+            from gura_jax import pyav
+
+            file.seek(0)
+            recording = stack.enter_context(pyav.opened(path, file))
+        if not MIN_RATE <= recording.rate <= MAX_RATE:
             raise AudioError(
-                f"{path}: expected a sample rate from {MIN_RATE} to {MAX_RATE} Hz, found "
-                f"{sound.samplerate}: the header is damaged"
+                f"{path}: expected a sample rate from {MIN_RATE} to {MAX_RATE} Hz, found {recording.rate}: the header "
+                "is damaged"
             )
-        yield file, sound
+        yield recording
 
 
 def _descriptor(file: BinaryIO) -> int | BinaryIO:
@@ -301,30 +415,53 @@ def _descriptor(file: BinaryIO) -> int | BinaryIO:
         return file
 
 
-def _seeks_exactly(sound: "soundfile.SoundFile") -> bool:
-    return sound.format == "FLAC" or (sound.format in _RANDOM_ACCESS and sound.subtype.startswith(_PLAIN_SAMPLES))
+def _span(recording: Recording, offset: float, duration: float | None) -> tuple[int, int | None]:
+    """Return a clip's first frame, and the one after its last; None: to the file's end."""
+    start = round(offset * recording.rate)
+    return start, None if duration is None else start + round(duration * recording.rate)
 
 
-def _check_span(
-    path: str | os.PathLike[str], rate: int, frames: int, start: int, stop: int | None, max_seconds: float
+def too_long(seconds: float, max_seconds: float) -> str:
+    """Return the reason why a clip of so many seconds is refused."""
+    return (
+        f"expected at most {max_seconds:g} s, found {seconds:.1f} s: cut it into windows (--window), or allow more "
+        "(--max-duration)"
+    )
+
+
+def _check_length(
+    path: str | os.PathLike[str], recording: Recording, start: int, stop: int | None, max_seconds: float
 ) -> None:
-    """Refuse a clip that is too long, or not in the file; ``frames`` is as the header promises, or 0."""
+    """Refuse a clip that is too long, as far as the header tells."""
+    seconds = ((recording.at_least if stop is None else stop) - start) / recording.rate
+    if seconds > max_seconds:
+        raise AudioError(f"{path}: {too_long(seconds, max_seconds)}")
+
+
+def _check_within(path: str | os.PathLike[str], rate: int, frames: int, start: int, stop: int | None) -> None:
+    """Refuse a clip that is not within a file of ``frames``."""
     end = frames if stop is None else stop
-    if end - start > max_seconds * rate:
-        raise AudioError(
-            f"{path}: expected at most {max_seconds:g} s, found {(end - start) / rate:.1f} s: cut it into windows "
-            "(--window), or allow more (--max-duration)"
-        )
-    if frames and (start >= frames or end > frames + _ROUNDING * rate):
+    if start >= frames or end > frames + _ROUNDING * rate:
         raise AudioError(
             f"{path}: expected a clip within the file's {frames / rate:.3f} s, found one from {start / rate:.3f} "
             f"to {end / rate:.3f} s"
         )
 
 
+def _count(recording: Recording, limit: float) -> int:
+    """Return the number of frames in a recording that was just opened; of a longer one, a number above ``limit``."""
+    frames = 0
+    while frames <= limit:
+        frames += (skipped := recording.skip(BLOCK_VALUES))
+        if skipped < BLOCK_VALUES:
+            recording.check_complete(whole=True)
+            break
+    return frames
+
+
 def _decode(
     path: str | os.PathLike[str],
-    sound: "soundfile.SoundFile",
+    recording: Recording,
     skip: int,
     start: int,
     stop: int | None,
@@ -334,31 +471,27 @@ def _decode(
     """Decode frames ``start`` to ``stop``, or to the end; ``skip`` is the distance from here to ``start``."""
     import soxr
 
-    rate = sound.samplerate
-    promised = sound.frames if sound.frames < _UNKNOWN else 0
-    _check_span(path, rate, promised, start, stop, max_seconds)
+    rate = recording.rate
+    _check_length(path, recording, start, stop, max_seconds)
+    if recording.frames:
+        _check_within(path, rate, recording.frames, start, stop)
     # The stream gives the same samples as resampling the whole at once.
     stream = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ") if rate != sample_rate else None
     parts: list[np.ndarray] = []
-    block_frames = BLOCK_VALUES // sound.channels
     # Asked for more than the header promises, the decoder would run on past it and drop the rest.
-    end = sound.frames if stop is None else min(stop, sound.frames)
-    if skip and _seeks_exactly(sound):
-        sound.seek(start)
-    else:
-        while skip and (skipped := len(sound.read(min(block_frames, skip), dtype="float32", always_2d=True))):
-            skip -= skipped
+    end = min(recording.frames or sys.maxsize, sys.maxsize if stop is None else stop)
+    skipped = recording.skip(skip)
     read = 0
-    while len(block := sound.read(min(block_frames, end - start - read), dtype="float32", always_2d=True)):
-        with np.errstate(over="ignore", invalid="ignore"):  # reported below
-            mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+    while len(mono := recording.read(end - start - read)):
         if not np.isfinite(mono).all():
             bad = (start + read + int(np.argmin(np.isfinite(mono)))) / rate
             raise AudioError(f"{path}: expected finite samples, found NaN or infinity at {bad:.3f} s")
-        read += len(block)
+        read += len(mono)
         if read > max_seconds * rate:
-            _check_span(path, rate, 0, 0, read, max_seconds)
+            _check_length(path, recording, 0, read, max_seconds)
         parts.append(stream.resample_chunk(mono) if stream else mono)
+    if skipped < skip:
+        _check_within(path, rate, start - skip + skipped, start, stop)
     if not read:
         raise AudioError(f"{path}: expected audio, found a file with no samples")
     if stop is not None and start + read < stop - _ROUNDING * rate:
@@ -372,34 +505,6 @@ def _decode(
         missing = resampled_length(read, rate, sample_rate) - sum(map(len, parts))
         parts.append(np.zeros(max(0, missing), np.float32))
     return np.concatenate(parts)
-
-
-def _check_complete(path: str | os.PathLike[str], file: BinaryIO, sound: "soundfile.SoundFile", *, whole: bool) -> None:
-    """Refuse a file cut short; where ``whole``, it was read to its end: for most formats soundfile just reads less."""
-    read, promised = sound.tell(), sound.frames
-    log = sound.extra_info
-    cut = bool(_LOGGED_OGG_CUT.search(log)) or any(
-        int(there) < int(claimed) < _STREAMED for claimed, there in _LOGGED_SIZE.findall(log)
-    )
-    if not whole:
-        pass
-    elif sound.format == "MP3":
-        position = file.tell()
-        if _mp3_has_length(file):
-            cut = read < promised - _MP3_SLACK
-        elif position < file.seek(0, os.SEEK_END) - _MP3_READ_AHEAD:
-            # Then the length is a guess from the first frame, and libsndfile reads no further.
-            raise AudioError(
-                f"{path}: expected an MP3 whose header says its length, found one without, which soundfile reads only "
-                f"in part ({read / sound.samplerate:.1f} s): rewrite it with ffmpeg -i IN.mp3 -c copy OUT.mp3"
-            )
-    elif read < promised < _UNKNOWN:
-        cut = True
-    if cut:
-        raise AudioError(
-            f"{path}: expected a complete file, found one cut short: "
-            f"its {sound.format} data end after {read / sound.samplerate:.3f} s, before its header says"
-        )
 
 
 def _mp3_has_length(file: BinaryIO) -> bool:

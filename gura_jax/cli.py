@@ -361,7 +361,7 @@ def embed(
         logging.getLogger("gura_jax").setLevel(logging.INFO)
     from gura_jax.dataset import ray_engine, workers
     from gura_jax.dataset.run import open_run
-    from gura_jax.dataset.sources import read_inputs
+    from gura_jax.dataset.sources import Inputs
     from gura_jax.dataset.table import Settings
 
     described = find_system(system)
@@ -386,16 +386,16 @@ def embed(
         raise InputError("--target plans for devices that need not be here: expected --dry-run with it")
     program = _program(described, target, size, dtype, timestamps) if target is not None else None
     sizes = program.model if program is not None else outline(described, size=size)
-    clips = read_inputs(inputs, sample_rate=sizes.sample_rate, root=root, allow_outside=allow_outside)
+    clips = Inputs(inputs, sample_rate=sizes.sample_rate, root=root, allow_outside=allow_outside)
     if dry_run:
-        _print_plan(sizes, clips, settings, program)
+        _print_plan(sizes, clips.table, settings, program)
         return
     kept = f"the shards that were finished are safe in {out}; run the same command again (without --overwrite) to go on"
     with _interruptible(kept):
         if engine == "ray":
             summary = ray_engine.work_with_ray(
                 arguments,
-                clips,
+                clips.shortest,
                 out,
                 settings,
                 address=address,

@@ -1,8 +1,10 @@
-"""Objects of a bucket or a web server: opened by ranges, listed, written and removed, through obstore.
+"""Objects of a bucket, a web server or a hub: opened by ranges, listed, written and removed.
+
+obstore reads and writes; what it lacks, the Hugging Face hub, is :mod:`gura_jax.hub`.
 
 Credentials, regions and endpoints come from where each store's own tools take them (``AWS_ACCESS_KEY_ID``,
-``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, a machine's role, ...), and never from a URL. Requests that
-fail for a while are repeated by obstore, with growing and random pauses.
+``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_ACCOUNT_NAME``, a machine's role, ...), and
+never from a URL. Requests that fail for a while are repeated by obstore, with growing and random pauses.
 """
 
 import functools
@@ -16,16 +18,23 @@ from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from gura_jax import hub
 from gura_jax.errors import InputError, StoreError
 
 T = TypeVar("T")
 
 # A scheme and the extra that brings its client; web servers are only read.
-SCHEMES = {"s3": "s3", "gs": "gcs", "https": "s3", "http": "s3"}
-LISTED, WRITTEN = ("s3", "gs"), ("s3", "gs")
+SCHEMES = {"s3": "s3", "gs": "gcs", "az": "azure", "https": "s3", "http": "s3", "hf": "hf"}
+WRITTEN = ("s3", "gs", "az")
+LISTED = (*WRITTEN, "hf")
+PINNED = ("hf",)  # whose URLs name a revision
 FIRST_BYTES = 1 << 16  # of an object: a header, or a short clip
 BLOCK_BYTES, LARGEST_BLOCK = 1 << 20, 1 << 23  # read ahead of what is asked for, more and more where it goes on
-RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
+RETRIES: dict[str, Any] = {
+    "max_retries": 50,  # the time is the bound: a pause that a server asks for is not read, but outlasted
+    "retry_timeout": timedelta(minutes=2),
+    "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=20), "base": 3},
+}
 ATTEMPTS = 6  # at a request whose answer breaks off
 CLIENT: dict[str, Any] = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=10)}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -46,10 +55,19 @@ class Place(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An object of a listing."""
+    """An object of a listing; two of one version have the same content."""
 
     key: str
     size: int
+    version: str | None = None
+
+
+class Answer(NamedTuple):
+    """Some bytes of an object, its size, and its version where it has one."""
+
+    content: bytes
+    size: int
+    version: str | None
 
 
 def check_url(url: str) -> str:
@@ -78,20 +96,56 @@ def locate(url: str) -> Place:
     Raises:
         InputError: see :func:`check_url`; or the client is not installed.
     """
-    root = _ROOT.match(check_url(url))
+    root = bucket(check_url(url))
+    return Place(_client(root), url[len(root) :].strip("/"))
+
+
+def bucket(url: str) -> str:
+    """Return the start of a URL that names the bucket, the host or the repository."""
+    if scheme(url) == "hf":
+        return hub.split(url)[0]
+    root = _ROOT.match(url)
     assert root is not None, "it has a scheme"
-    return Place(_client(root[0]), url[len(root[0]) :].strip("/"))
+    return root[0]
+
+
+def pinned(url: str) -> str:
+    """Return a URL whose objects stay the same, where it names a revision; another one as it is.
+
+    Raises:
+        InputError: there is no such repository or revision.
+    """
+    if scheme(url) not in PINNED:
+        return url
+    try:
+        return hub.pinned(url)
+    except ModuleNotFoundError:
+        raise _no_client(url, "huggingface_hub") from None
+    except (*errors(), ValueError) as error:
+        raise InputError(f"{url}: expected a data set on the hub, found: {why(error)}") from None
+
+
+def _no_client(url: str, package: str) -> InputError:
+    return InputError(f"{url}: expected {package}, found none: pip install 'gura-jax[{SCHEMES[scheme(url)]}]'")
 
 
 @functools.cache
 def _client(root: str) -> Any:
+    if scheme(root) == "hf":
+        try:
+            return hub.Repository(root)
+        except ModuleNotFoundError:
+            raise _no_client(root, "huggingface_hub") from None
     try:
         from obstore.store import from_url
     except ModuleNotFoundError:
-        extra = SCHEMES[scheme(root)]
-        raise InputError(f"{root}: expected obstore, found none: pip install 'gura-jax[{extra}]'") from None
+        raise _no_client(root, "obstore") from None
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    plain = scheme(root) == "http" or (scheme(root) == "s3" and endpoint.startswith("http://"))
+    plain = {
+        "http": True,
+        "s3": endpoint.startswith("http://"),
+        "az": bool(os.environ.get("AZURE_STORAGE_USE_EMULATOR")),
+    }.get(scheme(root), False)
     return from_url(root, client_options={**CLIENT, "allow_http": plain}, retry_config=RETRIES)  # pyright: ignore
 
 
@@ -115,24 +169,52 @@ _REASONS = {  # obstore has errors of its own, and Python's where there is one
     "PermissionError": "access denied",
     "UnauthenticatedError": "no valid credentials",
     "PreconditionError": "it was replaced meanwhile",
+    "RepositoryNotFoundError": "no such data set, or none that may be read: see HF_TOKEN",
+    "GatedRepoError": "access denied: see HF_TOKEN",
+    "RevisionNotFoundError": "no such revision",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
 }
 
 
 def errors() -> tuple[type[BaseException], ...]:
     """What requests raise; also what the clients raise when the network is not there."""
-    from obstore.exceptions import BaseError
-
+    try:
+        from obstore.exceptions import BaseError
+    except ModuleNotFoundError:
+        return (OSError,)
     return (BaseError, OSError)
 
 
-def open_object(url: str, at: int = 0) -> "ObjectFile":
+def open_object(url: str, at: int = 0, version: str | None = None) -> "ObjectFile":
     """Open an object to read it: its first bytes are fetched at once, or those at a place within.
+
+    Args:
+        url: of the object.
+        at: where reading begins.
+        version: that it must have.
 
     Raises:
         FileNotFoundError: there is none.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is of another version.
     """
-    return ObjectFile(locate(url), url, at)
+    return ObjectFile(locate(url), url, at, version)
+
+
+def entry(url: str) -> Entry:
+    """Describe an object without reading it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be found out.
+    """
+    place = locate(url)
+    try:
+        if isinstance(place.store, hub.Repository):
+            return Entry(place.key, place.store.read(place.key, (0, 0))[1], place.store.root)
+        meta = _requested(lambda: _obstore().head(place.store, place.key))
+        return Entry(place.key, int(meta["size"]), meta.get("e_tag"))
+    except errors() as error:
+        raise _as_os_error(error, place.key) from None
 
 
 def read_object(url: str) -> bytes:
@@ -148,9 +230,26 @@ def read_object(url: str) -> bytes:
 def get(place: Place) -> bytes:
     """As :func:`read_object`."""
     try:
-        return _requested(lambda: bytes(_obstore().get(place.store, place.key).bytes()))
+        return _read(place).content
     except errors() as error:
         raise _as_os_error(error, place.key) from None
+
+
+def _read(place: Place, span: tuple[int, int] | None = None, version: str | None = None) -> Answer:
+    """Read an object, or its bytes from one place to another."""
+    if isinstance(place.store, hub.Repository):
+        return Answer(*place.store.read(place.key, span), None)  # a revision is a version
+    options: dict[str, Any] = {}
+    if span is not None:
+        options["range"] = span
+    if version is not None:
+        options["if_match"] = version
+
+    def request() -> Answer:
+        answer = _obstore().get(place.store, place.key, options=options)
+        return Answer(bytes(answer.bytes()), int(answer.meta["size"]), answer.meta.get("e_tag"))
+
+    return _requested(request)
 
 
 def put(place: Place, content: Any, *, create: bool = False) -> bool:
@@ -202,12 +301,18 @@ def entries(place: Place) -> Iterator[Entry]:
     """
     last: str | None = None
     attempts = 0
+    if isinstance(place.store, hub.Repository):
+        try:
+            yield from (Entry(*each) for each in place.store.list(place.key))
+        except errors() as error:
+            raise _as_os_error(error, place.key) from None
+        return
     while True:
         try:
             for page in _obstore().list(place.store, place.key or None, offset=last, chunk_size=1000):
                 for item in page:
                     last, attempts = item["path"], 0
-                    yield Entry(item["path"], item["size"])
+                    yield Entry(item["path"], item["size"], item.get("e_tag"))
             return
         except errors() as error:
             attempts += 1
@@ -254,23 +359,17 @@ class ObjectFile(io.RawIOBase):
     All blocks are of the object that was opened: another one under its name is an error.
     """
 
-    def __init__(self, place: Place, name: str, at: int = 0) -> None:
+    def __init__(self, place: Place, name: str, at: int = 0, version: str | None = None) -> None:
         self.place, self.name = place, name
         self._position = 0
         try:
-            options = {"range": (at, at + FIRST_BYTES)}
-
-            def first() -> tuple[bytes, Any]:
-                answer = _obstore().get(place.store, place.key, options=options)
-                return bytes(answer.bytes()), answer
-
-            self._start = at
-            self._block, answer = _requested(first)
-            self.size, self._etag = int(answer.meta["size"]), answer.meta.get("e_tag")
+            answer = _read(place, (at, at + FIRST_BYTES), version)
         except errors() as error:
             if "status code: 416" not in str(error):
                 raise _as_os_error(error, name) from None
-            self._start, self._block, self.size, self._etag = 0, b"", 0, None  # an empty object has no range
+            answer, at = Answer(b"", 0, None), 0  # an empty object has no range
+        self._start = at
+        self._block, self.size, self.version = answer
         self._next = BLOCK_BYTES
 
     def readable(self) -> bool:
@@ -321,13 +420,8 @@ class ObjectFile(io.RawIOBase):
         """
         if start >= stop:
             return b""
-        options: dict[str, Any] = {"range": (start, stop)}
-        if self._etag is not None:
-            options["if_match"] = self._etag
         try:
-            content = _requested(
-                lambda: bytes(_obstore().get(self.place.store, self.place.key, options=options).bytes())
-            )
+            content = _read(self.place, (start, stop), self.version).content
         except errors() as error:
             raise _as_os_error(error, self.name) from None
         if len(content) != stop - start:

@@ -1,6 +1,6 @@
 """Kill a run before every request to a bucket, go on, and compare; run by test_buckets.py in a process of its own.
 
-python killed_requests.py INPUTS PREFIX
+python killed_requests.py INPUTS PREFIX FORMAT
 
 Prints how many requests there were. The parent never starts JAX, so that it can fork.
 """
@@ -24,12 +24,11 @@ from toy import embedded
 from gura_jax import objects
 from gura_jax.dataset.table import Settings
 
-SETTINGS = Settings(timestamps=True, shard_hours=2 / 3600, batch_seconds=2)
-REQUESTS = ("get", "put", "delete", "list")
+REQUESTS = ("get", "put", "delete", "list", "head")
 FAILED = 77
 
 
-def embed(inputs: str, out: str, kill_at: int) -> bool:
+def embed(inputs: str, out: str, form: str, kill_at: int) -> bool:
     """Embed in a child that is killed before a request (0: before none); whether it got that far."""
     child = os.fork()
     if not child:
@@ -50,7 +49,8 @@ def embed(inputs: str, out: str, kill_at: int) -> bool:
         for name in REQUESTS:
             setattr(obstore, name, counted(getattr(obstore, name)))
         try:
-            embedded([inputs], out, SETTINGS)
+            settings = Settings(timestamps=True, shard_hours=2 / 3600, batch_seconds=2, format=form)
+            embedded([inputs], out, settings)
         except BaseException:
             os.write(1, traceback.format_exc().encode())
             os._exit(FAILED)
@@ -63,15 +63,15 @@ def embed(inputs: str, out: str, kill_at: int) -> bool:
     return False
 
 
-def main(inputs: str, prefix: str) -> None:
-    embed(inputs, f"{prefix}/whole", 0)
+def main(inputs: str, prefix: str, form: str) -> None:
+    embed(inputs, f"{prefix}/whole", form, 0)
     whole = stored(f"{prefix}/whole")
     step = 0
-    while embed(inputs, out := f"{prefix}/{step + 1}", step + 1):
+    while embed(inputs, out := f"{prefix}/{step + 1}", form, step + 1):
         step += 1
         finished = {name: content for name, content in stored(out).items() if name.startswith("shard-")}
         assert finished.items() <= whole.items(), f"request {step}: a shard that is marked as done is wrong"
-        assert not embed(inputs, out, 0)
+        assert not embed(inputs, out, form, 0)
         again = stored(out)
         different = [name for name in {**whole, **again} if whole.get(name) != again.get(name)]
         assert not different, f"killed before request {step}, then resumed: {different} differ"

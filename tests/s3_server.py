@@ -1,7 +1,10 @@
 """A server of S3 (moto's) in a process of its own, and a proxy before it that makes faults."""
 
+import base64
 import contextlib
+import hashlib
 import http.client
+import json
 import socket
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from gura_jax.dataset.commit import ASIDE
@@ -113,13 +117,71 @@ def proxied(address: str, fault: Fault) -> Iterator[str]:
         server.server_close()
 
 
+@contextlib.contextmanager
+def files_served(folder: Path, ranges: bool = True) -> Iterator[str]:
+    """The address of a web server of these files, with ranges of bytes or without."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            path = folder / self.path.lstrip("/")
+            if not path.is_file():
+                self.send_response(404)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            content = path.read_bytes()
+            first, stop = 0, len(content)
+            asked = self.headers.get("Range") if ranges else None
+            if asked:
+                begin, _, end = asked.removeprefix("bytes=").partition("-")
+                first, stop = int(begin), min(stop, int(end or stop) + 1)
+            self.send_response(206 if asked else 200)
+            if asked:
+                self.send_header("Content-Range", f"bytes {first}-{stop - 1}/{len(content)}")
+            self.send_header("Content-Length", str(stop - first))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+            self.end_headers()
+            self.wfile.write(content[first:stop])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def environment(address: str) -> dict[str, str]:
     """Of a client of the server."""
     return {**ACCESS, "AWS_ENDPOINT_URL": address}
 
 
+_READ = """
+import base64, json, sys
+from gura_jax import objects
+from gura_jax.dataset.commit import ASIDE
+root = objects.locate(sys.argv[1])
+names = [entry.key.removeprefix(f"{root.key}/") for entry in objects.entries(root)]
+names = [name for name in names if not name.startswith(f"{ASIDE}/")]
+content = {name: objects.get(objects.Place(root.store, f"{root.key}/{name}")) for name in names}
+print(json.dumps({name: base64.b64encode(each).decode() for name, each in content.items()}))
+"""
+
+
 def stored(url: str) -> dict[str, bytes]:
     """Every object of a store but those that were set aside, as another client sees them, one that survives a fork."""
+    if not url.startswith("s3://"):
+        # A process that forks may not have used obstore.
+        found = subprocess.run([sys.executable, "-c", _READ, url], capture_output=True, check=True).stdout
+        return {name: base64.b64decode(content) for name, content in json.loads(found).items()}
     import boto3
 
     bucket, _, prefix = url.removeprefix("s3://").partition("/")

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import soundfile
+from pyarrow import parquet
 from refusals import refuses
-from s3_server import environment, proxied, serving, stored
-from toy import contents, embedded, write_clips
+from s3_server import environment, files_served, proxied, serving, stored
+from toy import contents, embedded, opened, write_clips
 
 from gura_jax import EmbeddingStore, objects
 from gura_jax.audio import load_segments
@@ -141,7 +144,7 @@ def test_an_object_that_is_replaced_while_it_is_read(bucket: str) -> None:
         ("s3://key:very-secret@clips/a.wav", "s3://.../a.wav: expected a URL without user"),
         ("https://host/a.wav?token=very-secret", "https://.../a.wav: expected a URL without user"),
         ("s3:///a.wav", "expected a bucket or a host after s3://"),
-        ("ftp://host/a.wav", "ftp://...: expected a path or a URL of s3, gs, https, http"),
+        ("ftp://host/a.wav", "ftp://...: expected a path or a URL of s3, gs, az, https, http, hf"),
     ],
 )
 def test_urls_that_are_refused(url: str, words: str) -> None:
@@ -359,19 +362,36 @@ def test_several_processes_at_once(bucket: str, tmp_path: Path) -> None:
     assert stored(OUT) == contents(tmp_path / "out")
 
 
-def test_killed_at_every_request(server: str, bucket: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("inputs", "form"),
+    [
+        ("in", "npy"),
+        pytest.param("in", "parquet", marks=pytest.mark.slow),
+        pytest.param("packed/a.tar", "npy", marks=pytest.mark.slow),
+        pytest.param("packed/a.parquet", "parquet", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_every_request(inputs: str, form: str, server: str, bucket: str, tmp_path: Path) -> None:
     """Resumed, the store has the same bytes, whichever request a process was killed before."""
-    write_clips(tmp_path / "in", SECONDS[:4])
+    paths = write_clips(tmp_path / "in", SECONDS[:4])
     upload(tmp_path / "in", "in")
+    (tmp_path / "packed").mkdir()
+    with tarfile.open(tmp_path / "packed" / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    parquet.write_table(pa.table({"audio": rows}), tmp_path / "packed" / "a.parquet", row_group_size=2)
+    upload(tmp_path / "packed", "packed")
     script = Path(__file__).with_name("killed_requests.py")
     run = subprocess.run(
-        [sys.executable, str(script), f"{bucket}/in", f"{bucket}/runs"],
+        [sys.executable, str(script), f"{bucket}/{inputs}", f"{bucket}/runs", form],
         capture_output=True,
         text=True,
         env=os.environ | environment(server),
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    print(f"killed {run.stdout.split()[-1]} times, {inputs}, {form}")
     assert int(run.stdout.split()[-1]) > 20
 
 
@@ -393,6 +413,21 @@ def test_faults_that_pass(
         use(monkeypatch, address)
         summary = embedded([f"{bucket}/in"], f"{bucket}/out", SETTINGS)
     assert (summary.done.clips, summary.failed) == (4, [])
+
+
+def test_a_server_that_asks_for_a_pause(bucket: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses all requests until the pause is over, however many there are."""
+    put("a.bin", b"content")
+    refused: list[float] = []
+
+    def fault(method: str, path: str, before: int) -> str:
+        refused.append(time.monotonic())
+        return "429" if refused[-1] - refused[0] < 2 else ""
+
+    with proxied(server, fault) as address:
+        use(monkeypatch, address)
+        assert objects.read_object(f"{bucket}/a.bin") == b"content"
+    assert 1 < len(refused) < 20
 
 
 def test_a_clip_that_cannot_be_fetched(
@@ -444,6 +479,26 @@ def test_writes_that_stop_in_the_middle(
     assert stored(OUT) == contents(tmp_path / "out")
 
 
+def test_objects_that_are_replaced_after_the_plan(bucket: str, tmp_path: Path) -> None:
+    """They are named as failed, by themselves and within an archive; tried again, they are taken as they are now."""
+    paths = write_clips(tmp_path / "in", SECONDS[:3])
+    upload(tmp_path / "in", "in")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, f"a/{path.name}")
+    archive = (tmp_path / "a.tar").read_bytes()
+    put("tars/a.tar", archive)
+    inputs = [f"{bucket}/in", f"{bucket}/tars/*.tar"]
+    opened(inputs, OUT, SETTINGS)
+    put(f"in/{paths[1].name}", wav(1.2, seed=9))  # as long as it was
+    put("tars/a.tar", archive.replace(b"RIFF", b"RIFX", 1))
+    summary = embedded(inputs, OUT, SETTINGS)
+    assert {failure.id for failure in summary.failed} == {paths[1].name, *(f"a/{path.name}" for path in paths)}
+    assert all("it was replaced meanwhile" in failure.reason for failure in summary.failed)
+    put("tars/a.tar", archive)
+    assert embedded(inputs, OUT, SETTINGS, retry_failed=True).failed == []
+
+
 def test_a_tar_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     """Its clips by ranges, of which none is outside the clip but for what is read ahead."""
     paths = write_clips(tmp_path / "clips", SECONDS)
@@ -457,3 +512,29 @@ def test_a_tar_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     assert sorted(store.ids) == sorted(own.ids)
     for name in own.ids:
         np.testing.assert_array_equal(store[name].scene, own[name].scene)
+
+
+# A web server
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_files_of_a_web_server(tmp_path: Path, ranges: bool) -> None:
+    """Clips, a manifest and an archive by http://; also where the server answers with the whole file."""
+    paths = write_clips(tmp_path / "web" / "clips", SECONDS)
+    (tmp_path / "web" / "all.csv").write_text("id,path\n" + "".join(f"{p.name},clips/{p.name}\n" for p in paths))
+    with tarfile.open(tmp_path / "web" / "a.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, f"tar/{path.name}")
+    with files_served(tmp_path / "web", ranges) as address:
+        if not ranges:
+            with refuses(InputError, f"{address}/a.tar: expected a tar archive, found one that cannot be read"):
+                read_inputs([f"{address}/a.tar"])
+            return
+        inputs = [f"{address}/all.csv", f"{address}/a.tar", f"{address}/clips/{paths[0].name}"]
+        assert embedded(inputs, tmp_path / "out", SETTINGS).failed == []
+    embedded(tmp_path / "web" / "clips", tmp_path / "plain", SETTINGS)
+    found, plain = EmbeddingStore(tmp_path / "out"), EmbeddingStore(tmp_path / "plain")
+    assert len(found) == 12
+    for path in paths:
+        for name in (path.name, f"tar/{path.name}"):
+            np.testing.assert_array_equal(found[name].scene, plain[path.name].scene)

@@ -309,7 +309,7 @@ class ZipArchive(Source):
         with zipfile.ZipFile(given) as archive:
             return clip_table([(name, f"zip://{given}!{name}") for name in archive.namelist()])
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
         archive, name = path.removeprefix("zip://").split("!")
         try:
             return io.BytesIO(zipfile.ZipFile(archive).read(name))

@@ -19,10 +19,14 @@ lengths_of_clips = st.lists(st.one_of(st.just(0), st.integers(400, 960_000)), ma
     lengths_of_clips,
     st.integers(1, 2_000_000),
     st.builds(ShardLimits, st.integers(1, 50), st.integers(1, 4_000_000), st.integers(1, 100_000)),
+    st.one_of(st.none(), st.integers(1, 8)),
 )
-def test_every_clip_is_planned_once(lengths: list[int], batch_samples: int, limits: ShardLimits) -> None:
+def test_every_clip_is_planned_once(
+    lengths: list[int], batch_samples: int, limits: ShardLimits, together: int | None
+) -> None:
     sizes = np.arange(len(lengths))
-    plan = make_plan(lengths, sizes, batch_samples, limits)
+    units = None if together is None else np.arange(len(lengths)) // together - 1
+    plan = make_plan(lengths, sizes, batch_samples, limits, units=units)
     assert sorted(plan.order) == list(range(len(lengths)))
     np.testing.assert_array_equal(plan.lengths, np.array(lengths, np.int64)[plan.order])
     # Shards follow each other, and batches within them; only clips that cannot be read are in none.
@@ -42,6 +46,23 @@ def test_every_clip_is_planned_once(lengths: list[int], batch_samples: int, limi
             assert stop - shard.start <= limits.clips
             assert plan.lengths[shard.start : stop].sum() <= limits.samples
             assert sizes[chosen].sum() <= limits.bytes
+
+
+@given(lengths_of_clips, st.integers(1, 8), st.integers(1, 50))
+def test_clips_that_are_read_together_are_in_one_shard(lengths: list[int], together: int, most: int) -> None:
+    units = np.arange(len(lengths)) // together - 1  # the first by themselves
+    plan = make_plan(lengths, np.ones(len(lengths)), 2_000_000, ShardLimits(most, 1 << 60, 1 << 60), units=units)
+    found: dict[int, set[int]] = {}
+    for number, shard in enumerate(plan.shards):
+        own = plan.order[shard.start : shard.stop]
+        for unit in units[own[plan.lengths[shard.start : shard.stop] > 0]].tolist():
+            found.setdefault(unit, set()).add(number)
+    if together <= most:
+        assert all(len(shards) == 1 for unit, shards in found.items() if unit >= 0)
+    # Within a shard the longest are first, and there are no more lengths than without units.
+    for shard in plan.shards:
+        assert [batch.samples for batch in shard.batches] == sorted((b.samples for b in shard.batches), reverse=True)
+    assert set(plan.buckets) <= set(bucket_lengths(np.array([n for n in lengths if n])).tolist())
 
 
 @given(lengths_of_clips, st.randoms(use_true_random=False))
@@ -107,13 +128,17 @@ def test_nothing_to_plan() -> None:
     assert plan.padding == 0
 
 
-@given(st.floats(0, 100), st.floats(0.03, 1000), st.floats(0.1, 60))
-def test_windows_cover_a_clip(offset: float, duration: float, window: float) -> None:
+@given(st.lists(st.floats(0.03, 1000), min_size=1, max_size=5), st.floats(0.1, 60))
+def test_windows_cover_each_clip(durations: list[float], window: float) -> None:
     shortest = 0.025
-    cuts = list(windows(offset, duration, window, shortest))
-    assert cuts[0][0] == offset
-    assert cuts[-1][0] + cuts[-1][1] == pytest.approx(offset + duration)
-    for (start, length), (following, _) in itertools.pairwise(cuts):
-        assert length == window
-        assert following == pytest.approx(start + window)
-    assert shortest * 0.99 <= cuts[-1][1] <= window + shortest * 1.01 or len(cuts) == 1
+    cuts = list(zip(*(column.tolist() for column in windows(np.array(durations), window, shortest)), strict=True))
+    for clip, duration in enumerate(durations):
+        own = [cut for cut in cuts if cut[1] == clip]
+        assert [cut[0] for cut in own] == list(range(len(own)))
+        assert own[0][2] == 0
+        assert own[-1][2] + own[-1][3] == pytest.approx(duration)
+        for (_, _, start, length), (_, _, following, _) in itertools.pairwise(own):
+            assert length == window
+            assert following == pytest.approx(start + window)
+        assert shortest * 0.99 <= own[-1][3] <= window + shortest * 1.01 or len(own) == 1
+    assert [cut[1] for cut in cuts] == sorted(cut[1] for cut in cuts)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import environment as bucket_environment
+from s3_server import serving, stored
 from toy import contents, environment, write_clips
 
-from gura_jax import EmbeddingStore
+from gura_jax import EmbeddingStore, objects
 from gura_jax.dataset import commit
 from gura_jax.errors import InputError
 
@@ -37,11 +39,18 @@ SECONDS = [0.5] * 24  # of one length: one program to compile
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A head and another node, each with a CPU of its own."""
+def server() -> Iterator[str]:
+    with serving("clips") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def cluster(server: str) -> Iterator[str]:
+    """A head and another node, each with a CPU of its own, and with the credentials of the bucket."""
     from ray.cluster_utils import Cluster
 
-    before = {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    ENVIRONMENT.update(bucket_environment(server))
+    before = {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS", *bucket_environment(server))}
     os.environ |= {name: ENVIRONMENT[name] for name in before}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
@@ -50,6 +59,8 @@ def cluster() -> Iterator[str]:
     for name, value in before.items():
         if value is not None:
             os.environ[name] = value
+        else:
+            os.environ.pop(name)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +131,46 @@ def test_a_worker_that_is_killed_is_replaced(cluster: str, clips: Path, whole: P
     assert len(killed) == 2
     assert contents(tmp_path / "out") == contents(whole)
     assert len(EmbeddingStore(tmp_path / "out")) == len(SECONDS)
+
+
+@pytest.mark.slow
+def test_from_bucket_to_bucket(cluster: str, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a folder that the workers share; one is killed. And two tasks of Slurm, at once."""
+    for name in bucket_environment(""):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    objects._client.cache_clear()
+    for path in clips.iterdir():
+        objects.put(objects.locate(f"s3://clips/in/{path.name}"), path.read_bytes())
+    gura("s3://clips/in", "--out", "s3://clips/one")
+    killed: list[int] = []
+
+    def kill() -> None:
+        while len(commit.shard_numbers("s3://clips/ray")) < 2:
+            time.sleep(0.1)
+        killed.append(workers()[0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    gura("s3://clips/in", "--out", "s3://clips/ray", "--engine", "ray", "--address", cluster)
+    killer.join()
+    assert len(killed) == 1
+    assert stored("s3://clips/ray") == stored("s3://clips/one")
+    program = Path(sys.executable).with_name("gura-jax")
+    tasks = [
+        subprocess.Popen(
+            [program, "embed", "s3://clips/in", "--out", "s3://clips/slurm", *COMMAND],
+            env=ENVIRONMENT | {"SLURM_PROCID": str(i), "SLURM_STEP_NUM_TASKS": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [task.communicate() for task in tasks]
+    assert [task.returncode for task in tasks] in ([3, 3], [0, 3], [3, 0]), outputs  # who has the broken clip says so
+    assert all("of 2 (by SLURM_PROCID)" in out for out, _ in outputs)
+    assert stored("s3://clips/slurm") == stored("s3://clips/one")
 
 
 def test_which_hosts_get_a_worker() -> None:

@@ -26,6 +26,7 @@ from gura_jax.dataset.commit import (
     is_store_file,
     read_shard,
     remove_store,
+    remove_temporary,
     set_aside,
     shard_numbers,
     write_failed,
@@ -127,6 +128,7 @@ def test_what_killed_writers_left_goes_when_the_shard_is_complete(tmp_path: Path
     for path in (left, other, foreign):
         path.touch()
     write(tmp_path)
+    remove_temporary(tmp_path, [0])
     assert [path.exists() for path in (left, other, foreign)] == [False, True, True]
 
 

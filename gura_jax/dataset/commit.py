@@ -156,8 +156,15 @@ def write_shard(
         record = ShardRecord(number, run, len(scenes), samples, files, tuple(failed))
         content = record._asdict() | {"failed": [failure._asdict() for failure in failed]}
         writer.publish(record_file(number), json_bytes(content), lambda: check_shard(place, number, run) is not None)
-        place.remove_temporary({*files, record_file(number)})
     return record
+
+
+def remove_temporary(location: Location, numbers: Iterable[int]) -> None:
+    """Remove what killed processes left of shards that are complete."""
+    files = _all_data_files()
+    find_place(location).remove_temporary(
+        {name for n in numbers for name in (record_file(n), *(data_file(file, n) for file in files))}
+    )
 
 
 def as_read(table: "pa.Table") -> "pa.Table":
@@ -172,9 +179,7 @@ def as_read(table: "pa.Table") -> "pa.Table":
     parquet.write_table(table.schema.empty_table(), sink)
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type) and not field.type.ordered:
-            table = table.set_column(
-                i, field.name, table[i].cast(field.type.value_type).combine_chunks().dictionary_encode()
-            )
+            table = table.set_column(i, field.name, table[i].cast(field.type.value_type).dictionary_encode())
     return table.cast(parquet.read_schema(pa.BufferReader(sink.getvalue())))
 
 

@@ -1,10 +1,11 @@
 """Clips from files, in threads: their lengths before the plan, their samples ahead of the devices."""
 
 import collections
+import functools
 import os
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,15 @@ class Clip(NamedTuple):
     path: str
     offset: float
     duration: float | None
+    version: str | None = None  # that its file must have
+
+
+class Probed(NamedTuple):
+    """The length of a clip in samples; or 0, and the reason why it has none. And the version of its file."""
+
+    samples: int
+    problem: str | None
+    version: str | None
 
 
 def decode_threads() -> int:
@@ -30,24 +40,33 @@ def decode_threads() -> int:
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def probe(clips: Sequence[Clip], sample_rate: int, max_seconds: float) -> list[int | str]:
-    """Return the length of each clip in samples at ``sample_rate``, or the reason why it has none."""
+def probe(clips: Sequence[Clip], sample_rate: int, max_seconds: float) -> list[Probed]:
+    """Return the length of each clip in samples at ``sample_rate``."""
 
-    def some(start: int) -> list[int | str]:
+    def some(start: int) -> list[Probed]:
         return [one(clip) for clip in clips[start : start + PROBED_TOGETHER]]
 
-    def one(clip: Clip) -> int | str:
+    def one(clip: Clip) -> Probed:
+        version: str | None = None
+
+        def opener(path: str) -> BinaryIO:
+            nonlocal version
+            file = open_clip(path, version)
+            version = getattr(file, "version", None)
+            return file
+
         try:
-            return probe_audio(
+            samples = probe_audio(
                 decoded(clip.path),
                 clip.offset,
                 clip.duration,
                 sample_rate=sample_rate,
                 max_seconds=max_seconds,
-                opener=open_clip,
+                opener=opener,
             )
         except AudioError as error:
-            return reason(error, clip.path)
+            return Probed(0, reason(error, clip.path), version)
+        return Probed(samples, None, version)
 
     with ThreadPoolExecutor(PROBE_THREADS) as threads:
         return [length for part in threads.map(some, range(0, len(clips), PROBED_TOGETHER)) for length in part]
@@ -96,7 +115,7 @@ class _Decoding:
                 segments,
                 sample_rate=sample_rate,
                 max_seconds=max_seconds,
-                opener=open_clip,
+                opener=functools.partial(open_clip, version=clips[rows[0]].version),
             )
             self.files.append((rows, future))
 

@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +24,7 @@ from gura_jax.systems import Member
 if TYPE_CHECKING:
     import pyarrow as pa
 
+HASHED_ROWS = 1 << 16  # at once
 # Runs that differ in any of these are different runs.
 _IDENTITY = (
     "system", "random_weights", "dtype", "precision", "resampler", "sample_rate", "storage", "scene_embedding_size",
@@ -31,7 +33,7 @@ _IDENTITY = (
 )  # fmt: skip
 
 
-def describe(model: Model, clips: "pa.Table", settings: Settings) -> dict[str, Any]:
+def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, Any]:
     """Describe a run, without its plan, as ``run.json`` has it."""
     system = model.system
     described = {
@@ -58,8 +60,8 @@ def describe(model: Model, clips: "pa.Table", settings: Settings) -> dict[str, A
         "shard_hours": settings.shard_hours,
         "batch_seconds": batch_seconds(model, settings),
         "code_version": version("gura-jax"),
-        "inputs_sha256": table_sha256(clips),
-        "versions": {name: version(name) for name in ("jax", "flax", "soundfile")},
+        "inputs_sha256": inputs_sha256,
+        "versions": {name: version(name) for name in ("jax", "flax", "soundfile", "av") if find_spec(name)},
     }
     return run | _format(settings.format)
 
@@ -144,11 +146,34 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def table_sha256(table: "pa.Table") -> str:
-    """Return the hash of a table's columns, types and values, whatever wrote it."""
+    """Return the hash of a table's columns, types and values, whatever wrote it and however it is divided."""
     digest = hashlib.sha256(str([(field.name, str(field.type)) for field in table.schema]).encode())
-    for batch in table.to_batches(max_chunksize=4096):
-        digest.update(json.dumps(batch.to_pylist(), default=str).encode())
+    for start in range(0, len(table), HASHED_ROWS):
+        for column in table.slice(start, HASHED_ROWS).columns:
+            for part in _canonical(column):
+                digest.update(part)
     return digest.hexdigest()
+
+
+def _canonical(column: "pa.ChunkedArray") -> Iterator[bytes | memoryview]:
+    """Bytes of a column that depend on its values alone: nulls, then lengths and content, or numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    yield np.asarray(column.is_valid()).tobytes()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        filled = pc.fill_null(column, "")  # pyright: ignore[reportAttributeAccessIssue]
+        yield np.asarray(pc.binary_length(filled)).astype(np.int64).tobytes()  # pyright: ignore[reportAttributeAccessIssue]
+        for array in filled.chunks:
+            _, offsets, content = array.buffers()
+            ends = np.frombuffer(offsets, np.int32 if pa.types.is_string(kind) else np.int64)
+            yield memoryview(content)[ends[array.offset] : ends[array.offset + len(array)]] if content else b""
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        zero = pa.scalar(0, kind)
+        yield np.ascontiguousarray(pc.fill_null(column, zero)).tobytes()  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        yield json.dumps(column.to_pylist(), default=str).encode()
 
 
 def _params_sha256(params: Any) -> str:

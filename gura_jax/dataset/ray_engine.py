@@ -1,7 +1,7 @@
 """A run on a Ray cluster: a worker on each host, shards handed out one by one, dead workers replaced.
 
-Ray restarts a worker that died; until it is back, the others do its shards. All write into one folder, which every host
-must see.
+Ray restarts a worker that died; until it is back, the others do its shards. All write into one folder that every host
+sees, or into a bucket, with the credentials that each host has.
 """
 
 import collections
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gura_jax.dataset.commit import Location
 from gura_jax.dataset.progress import Progress
 from gura_jax.dataset.run import Done, Run, open_run
+from gura_jax.dataset.sources import Inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Summary, finish_store
 from gura_jax.errors import GuraError, InputError, StoreError
@@ -32,7 +33,12 @@ class _Worker:
     """A process on a host of the cluster, with all its accelerators."""
 
     def __init__(
-        self, model: Mapping[str, Any], clips: "pa.Table", folder: Location, settings: Settings, working_folder: str
+        self,
+        model: Mapping[str, Any],
+        clips: "pa.Table | Inputs",
+        folder: Location,
+        settings: Settings,
+        working_folder: str,
     ) -> None:
         from gura_jax.loading import load_model
         from gura_jax.models.families import import_families
@@ -66,7 +72,7 @@ class _Worker:
 
 def work_with_ray(
     model: Mapping[str, Any],
-    clips: "pa.Table",
+    clips: "pa.Table | Inputs",
     folder: Location,
     settings: Settings,
     *,

@@ -21,8 +21,10 @@ from gura_jax.dataset.commit import Failure, Location, ShardRecord
 from gura_jax.dataset.decode import Clip, decode_ahead, reason
 from gura_jax.dataset.identity import check_same, describe, describe_plan, fingerprint, table_sha256
 from gura_jax.dataset.places import Place, find_place
+from gura_jax.dataset.plan import COLUMNS
 from gura_jax.dataset.sinks import SINKS
-from gura_jax.dataset.table import PLAN_COLUMNS, Settings, clip_rows, plan_table, too_short
+from gura_jax.dataset.sources import Inputs
+from gura_jax.dataset.table import Settings, clip_rows, plan_table, too_short
 from gura_jax.errors import AudioError, StoreError
 from gura_jax.files import json_bytes
 from gura_jax.model import Model
@@ -46,7 +48,7 @@ Report = Callable[[Done], None]
 
 def open_run(
     model: Model,
-    clips: "pa.Table",
+    clips: "pa.Table | Inputs",
     folder: Location,
     settings: Settings,
     *,
@@ -57,7 +59,8 @@ def open_run(
 
     Args:
         model: the system.
-        clips: as from :func:`gura_jax.dataset.sources.read_inputs`.
+        clips: as from :func:`gura_jax.dataset.sources.read_inputs`, or what this would read: a run that goes on does so
+            without it where :attr:`Inputs.signature` is as it was.
         folder: of the store, or the URL of a bucket's prefix.
         settings: of the run.
         overwrite: delete the store in the folder first.
@@ -70,16 +73,23 @@ def open_run(
     place = find_place(folder)
     place.prepare()
     with place.locked():
-        description = describe(model, clips, settings)
         if overwrite:
             commit.remove_store(place)
         run = None if overwrite else commit.read_run(place)
+        signature = clips.signature if isinstance(clips, Inputs) else None
+        if run is not None and signature is not None and run.get("inputs_signature") == signature:
+            inputs = run["inputs_sha256"]
+        else:
+            inputs = table_sha256(_table(clips))
+        description = describe(model, inputs, settings)
         tables = None
         if run is None:
             commit.check_free(place)
-            table = plan_table(model, clips, settings)
+            table = plan_table(model, _table(clips), settings)
             run = description | describe_plan(table, model.sample_rate)
             run["fingerprint"] = fingerprint(run)
+            if signature is not None:
+                run["inputs_signature"] = signature
             if place.create(commit.RUN_FILE, json_bytes(run)):
                 _write_plan(place, 0, table)
                 tables = [table]
@@ -95,18 +105,23 @@ def open_run(
     return Run(model, place, settings, run["fingerprint"], tables)
 
 
+def _table(clips: "pa.Table | Inputs") -> "pa.Table":
+    return clips.table if isinstance(clips, Inputs) else clips
+
+
 def _plan_again(
     model: Model, place: Place, tables: list["pa.Table"], names: set[str], settings: Settings
 ) -> "pa.Table":
     """Plan the clips that failed once more, in shards after all others."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    columns = [name for name in tables[0].column_names if name not in PLAN_COLUMNS]
+    columns = [name for name in tables[0].column_names if name not in COLUMNS]
     all_clips = tables[0].select(columns)
-    chosen = [i for i, name in enumerate(all_clips["id"].to_pylist()) if name in names]
+    chosen = pc.is_in(all_clips["id"], pa.array(sorted(names)))  # pyright: ignore[reportAttributeAccessIssue]
     settings = dataclasses.replace(settings, window=None)  # the clips are windows already
     first = 1 + max(int(table["shard"].to_numpy().max()) for table in tables)
-    table = plan_table(model, all_clips.take(pa.array(chosen, pa.int64())), settings, first_shard=first)
+    table = plan_table(model, all_clips.filter(chosen), settings, first_shard=first)
     _write_plan(place, len(tables), table)
     return table
 
@@ -121,7 +136,7 @@ def _write_plan(place: Place, number: int, table: "pa.Table") -> None:
 
 
 def _read_plans(
-    model: Model, place: Place, run: dict[str, Any], clips: "pa.Table", settings: Settings
+    model: Model, place: Place, run: dict[str, Any], clips: "pa.Table | Inputs", settings: Settings
 ) -> list["pa.Table"]:
     """Read the plans in a folder. If the first is damaged, it is made again: it depends on the inputs alone."""
     import pyarrow as pa
@@ -137,7 +152,7 @@ def _read_plans(
                 raise StoreError(
                     f"{place / name}: expected the plan of clips tried again, found a damaged file: remove it"
                 ) from None
-            tables.append(plan_table(model, clips, settings))
+            tables.append(plan_table(model, _table(clips), settings))
             _write_plan(place, 0, tables[0])
     if table_sha256(tables[0]) != run["plan_sha256"]:
         raise StoreError(f"{place}: expected the plan that the run began with, found another: {commit.ELSEWHERE}")
@@ -430,5 +445,5 @@ class _Shard:
                 "frame_offset_ms": pa.array([float(t[0]) for t in times], pa.float64()),
                 "frame_hop_ms": pa.array(hops, pa.float64()),
             }
-        further = [name for name in table.column_names if name not in columns and name not in PLAN_COLUMNS]
+        further = [name for name in table.column_names if name not in columns and name not in COLUMNS]
         return pa.table(columns | {name: table[name] for name in further})

@@ -2,17 +2,17 @@
 
 import collections
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gura_jax.audio import MAX_SECONDS, kilohertz
+from gura_jax.audio import MAX_SECONDS, kilohertz, too_long
 from gura_jax.dataset.commit import Storage, as_read
 from gura_jax.dataset.decode import Clip, probe
-from gura_jax.dataset.plan import Plan, ShardLimits, make_plan
+from gura_jax.dataset.plan import COLUMNS, Plan, ShardLimits, make_plan
 from gura_jax.dataset.sinks import DEFAULT, SINKS
+from gura_jax.dataset.sources import units
 from gura_jax.errors import InputError, expected
 from gura_jax.model import Model
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 SHARD_CLIPS = 4096
 SHARD_BYTES = 1 << 30  # held in memory, beside the shard before, which is being written
-PLAN_COLUMNS = ("samples", "shard", "batch", "rows", "padded", "problem")
+ROWS_AT_ONCE = 1 << 20
+WHOLE = 1e-3  # of a sample: durations are decimal numbers, and their products with a rate are not exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,34 +78,79 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
 
     # Of a file that will be cut into windows, the length does not matter.
     longest = float("inf") if settings.window else settings.max_duration
-    found = probe([Clip(*row) for row in clip_rows(clips)], model.sample_rate, longest)
+    lengths, problems, versions = _lengths(clips, model.sample_rate, longest)
     shortest = model.shortest(frames=settings.timestamps, scenes=True)
     if settings.window is not None:
-        clips, found = _cut(model, clips, found, settings.window, shortest / model.sample_rate)
-    for i, samples in enumerate(found):
-        if isinstance(samples, int) and samples < shortest:
-            found[i] = too_short(model, samples, shortest)
-    lengths = np.array([samples if isinstance(samples, int) else 0 for samples in found], np.int64)
-    numbers = model.scene_embedding_size + np.zeros(len(lengths), np.int64)
+        clips, lengths, taken = _cut(model, clips, lengths, settings.window, shortest / model.sample_rate)
+        versions = versions[taken]
+        if problems:
+            problems = {i: problems[row] for i, row in enumerate(taken.tolist()) if row in problems}
+    for i in np.flatnonzero(lengths < shortest).tolist():
+        problems.setdefault(i, too_short(model, int(lengths[i]), shortest))
+    lengths[list(problems)] = 0
+    numbers = np.full(len(lengths), model.scene_embedding_size, np.int64)
     if settings.timestamps:
-        numbers += model.timestamp_embedding_size * np.array([model.num_frames(int(n)) if n else 0 for n in lengths])
+        numbers += model.timestamp_embedding_size * _frames(model, lengths)
     limits = ShardLimits(SHARD_CLIPS, int(settings.shard_hours * 3600 * model.sample_rate), SHARD_BYTES)
     size = np.dtype(settings.storage).itemsize
     batch_samples = int(batch_seconds(model, settings) * model.sample_rate)
-    plan = make_plan(lengths, size * numbers, batch_samples, limits, model.least)
-    table = clips.take(pa.array(plan.order))
-    problems = [samples if isinstance(samples, str) else None for samples in found]
-    columns = _columns(plan, first_shard) | {"problem": pa.array([problems[i] for i in plan.order], pa.string())}
-    for name in PLAN_COLUMNS:
-        if name in table.column_names:
-            raise InputError(f"expected a manifest without the column {name}, which the plan has: rename it")
-        table = table.append_column(name, columns[name])
+    plan = make_plan(lengths, size * numbers, batch_samples, limits, model.least, units(clips["path"]))
+    # Parts, as no Arrow array of strings exceeds 2 GB.
+    parts = [
+        clips.take(pa.array(part)) for part in np.split(plan.order, range(ROWS_AT_ONCE, len(plan.order), ROWS_AT_ONCE))
+    ]
+    table = pa.concat_tables(parts)
+    found = np.full(len(plan.order), None)
+    found[list(problems)] = list(problems.values())
+    columns = _columns(plan, first_shard) | {"problem": pa.array(found[plan.order], pa.string())}
+    if (versions != None).any():  # noqa: E711 - of each
+        columns["etag"] = pa.array(versions[plan.order], pa.string())
+    if taken_names := [name for name in COLUMNS if name in table.column_names]:
+        raise InputError(f"expected a manifest without the column {taken_names[0]}, which the plan has: rename it")
+    for name, column in columns.items():
+        table = table.append_column(name, column)
     return as_read(table)
 
 
-def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None]]:
-    """Iterate over (path, offset, duration) of a table of clips."""
-    return zip(*(clips[name].to_pylist() for name in ("path", "offset", "duration")), strict=True)
+def _lengths(clips: "pa.Table", sample_rate: int, longest: float) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
+    """The lengths of clips in samples, [n]; why those of length 0 cannot be read; and the versions of files, [n].
+
+    Where a clip's duration is known, nothing is opened: what its file lacks is found when it is decoded.
+    """
+    import pyarrow as pa
+
+    durations = clips["duration"].to_numpy()  # null: NaN
+    lengths = np.zeros(len(clips), np.int64)
+    problems: dict[int, str] = {}
+    known = np.isfinite(durations)
+    exact = durations[known] * sample_rate
+    whole = np.round(exact)
+    # A sample more, as resampling may round up.
+    lengths[known] = np.where(np.abs(exact - whole) < WHOLE, whole, np.ceil(exact) + 1)
+    for i in np.flatnonzero(durations > longest).tolist():
+        problems[i] = too_long(durations[i], longest)
+    unknown = np.flatnonzero(~known)
+    rows = clips.select(["path", "offset", "duration"]).take(pa.array(unknown)) if len(unknown) else clips.slice(0, 0)
+    versions = np.full(len(clips), None)
+    probed = probe([Clip(*row) for row in clip_rows(rows)], sample_rate, longest)
+    for i, found in zip(unknown.tolist(), probed, strict=True):
+        lengths[i], versions[i] = found.samples, found.version
+        if found.problem is not None:
+            problems[i] = found.problem
+    return lengths, problems, versions
+
+
+def _frames(model: Model, lengths: np.ndarray) -> np.ndarray:
+    """The numbers of frames of clips, [n]."""
+    distinct, inverse = np.unique(lengths, return_inverse=True)
+    return np.array([model.num_frames(int(n)) if n else 0 for n in distinct], np.int64)[inverse]
+
+
+def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None, str | None]]:
+    """Iterate over the fields of :class:`Clip` of a table of clips, or of a plan."""
+    columns = [clips[name].to_pylist() for name in ("path", "offset", "duration")]
+    versions = clips["etag"].to_pylist() if "etag" in clips.column_names else [None] * len(clips)
+    return zip(*columns, versions, strict=True)
 
 
 def too_short(model: Model, samples: int, shortest: int) -> str:
@@ -123,71 +169,79 @@ def batch_seconds(model: Model, settings: Settings) -> float:
     return float(model.platform.batch_seconds * devices)
 
 
-def windows(offset: float, duration: float, window: float, shortest: float) -> Iterable[tuple[float, float]]:
-    """Cut a clip into windows (offset, duration), in seconds.
+def windows(
+    seconds: np.ndarray, window: float, shortest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Cut clips into windows.
 
-    The last has the rest; if that is under ``shortest``, it is part of the window before.
+    The last of a clip has the rest; if that is under ``shortest``, it is part of the window before.
+
+    Args:
+        seconds: [n], durations of the clips.
+        window, shortest: in seconds.
+
+    Returns:
+        Of each window: its number in its clip, the clip's index, and its start and duration in seconds.
     """
-    count = max(1, math.ceil((duration - shortest) / window))
-    for i in range(count):
-        start = i * window
-        yield offset + start, (window if i < count - 1 else duration - start)
+    counts = np.ceil((seconds - shortest) / window).astype(np.int64)
+    counts = np.where(seconds <= window, 1, np.maximum(1, counts))
+    clip = np.repeat(np.arange(len(seconds)), counts)
+    number = np.arange(len(clip)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = number * window
+    return number, clip, start, np.where(number == counts[clip] - 1, seconds[clip] - start, window)
 
 
 def _cut(
-    model: Model, clips: "pa.Table", found: list[int | str], window: float, shortest: float
-) -> tuple["pa.Table", list[int | str]]:
-    """Replace longer clips by windows: of id ``ID#NUMBER``, with the clip's id in the column ``source``."""
+    model: Model, clips: "pa.Table", lengths: np.ndarray, window: float, shortest: float
+) -> tuple["pa.Table", np.ndarray, np.ndarray]:
+    """Replace longer clips by windows: of id ``ID#NUMBER``, with the clip's id in the column ``source``.
+
+    Returns:
+        The windows, their lengths in samples, and the rows that they were.
+    """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if "source" in clips.column_names:
         raise InputError("expected a manifest without the column source, which --window writes: rename it")
     rate = model.sample_rate
-    keep: list[int] = []
-    lengths: list[int | str] = []
-    ids, offsets, durations = [], [], []
-    names = clips["id"].to_pylist()
-    for i, ((_, offset, duration), samples) in enumerate(zip(clip_rows(clips), found, strict=True)):
-        if isinstance(samples, str) or samples <= window * rate:
-            cuts: list[tuple[str, float, float | None, int | str]] = [(names[i], offset, duration, samples)]
-        else:
-            # A sample more, as resampling may round up; the last window goes to the clip's own end.
-            cuts = [
-                (f"{names[i]}#{n}", start, length, int(np.ceil(length * rate)) + 1)
-                for n, (start, length) in enumerate(windows(offset, samples / rate, window, shortest))
-            ]
-            if duration is None:
-                cuts[-1] = cuts[-1][0], cuts[-1][1], None, cuts[-1][3]
-        for name, start, length, size in cuts:
-            keep.append(i)
-            ids.append(name)
-            offsets.append(start)
-            durations.append(length)
-            lengths.append(size)
-    if len(set(ids)) < len(ids):
-        twice = next(name for name, count in collections.Counter(ids).items() if count > 1)
+    number, taken, start, length = windows(lengths / rate, window, shortest)
+    cut = np.bincount(taken)[taken] > 1
+    # A sample more, as resampling may round up; the last window goes to the clip's own end.
+    samples = np.where(cut, np.ceil(length * rate).astype(np.int64) + 1, lengths[taken])
+    table = clips.take(pa.array(taken))
+    names, durations = table["id"], table["duration"].to_numpy()
+    last = np.append(np.diff(taken) > 0, True)
+    durations = np.where(~cut | (last & np.isnan(durations)), durations, length)
+    c: Any = pc
+    ids = c.if_else(pa.array(cut), c.binary_join_element_wise(names, pa.array(number).cast(pa.string()), "#"), names)
+    if c.count_distinct(ids).as_py() < len(ids):
+        twice = next(name for name, count in collections.Counter(ids.to_pylist()).items() if count > 1)
         raise InputError(f"expected ids that differ also in windows, found {twice!r} twice: rename a clip")
-    table = clips.take(pa.array(keep, pa.int64())).append_column("source", pa.array([names[i] for i in keep]))
-    for name, values, kind in (
-        ("id", ids, pa.string()),
-        ("offset", offsets, pa.float64()),
-        ("duration", durations, pa.float64()),
+    table = table.append_column("source", names)
+    for name, values in (
+        ("id", ids),
+        ("offset", pa.array(table["offset"].to_numpy() + start)),
+        ("duration", pa.array(durations, pa.float64(), mask=np.isnan(durations))),
     ):
-        table = table.set_column(table.column_names.index(name), name, pa.array(values, kind))
-    return table, lengths
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table, samples, taken
 
 
 def _columns(plan: Plan, first_shard: int) -> dict[str, "pa.Array"]:
     import pyarrow as pa
 
-    shard, batch, rows, padded = (np.full(len(plan.order), value, np.int64) for value in (0, -1, 0, 0))
-    number = 0
-    for index, planned in enumerate(plan.shards):
-        shard[planned.start : planned.stop] = first_shard + index
-        for b in planned.batches:
-            batch[b.start : b.stop], rows[b.start : b.stop], padded[b.start : b.stop] = number, b.rows, b.samples
-            number += 1
-    arrays = {"samples": plan.lengths, "shard": shard, "batch": batch, "rows": rows, "padded": padded}
+    start, stop, rows, samples = plan.table.T
+    sizes, unread = stop - start, len(plan.order) - int((stop - start).sum())
+    none = np.zeros(unread, np.int64)
+    starts = plan.shard_starts
+    arrays = {
+        "samples": plan.lengths,
+        "shard": first_shard + np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(plan.order)))),
+        "batch": np.append(np.repeat(np.arange(len(sizes)), sizes), none - 1),
+        "rows": np.append(np.repeat(rows, sizes), none),
+        "padded": np.append(np.repeat(samples, sizes), none),
+    }
     return {name: pa.array(values, pa.int64()) for name, values in arrays.items()}
 
 
@@ -214,7 +268,7 @@ def summarise(model: Model, settings: Settings, table: "pa.Table") -> PlanSummar
     readable = samples > 0
     numbers = model.scene_embedding_size * int(readable.sum())
     if settings.timestamps:
-        numbers += model.timestamp_embedding_size * sum(model.num_frames(int(n)) for n in samples[readable])
+        numbers += model.timestamp_embedding_size * int(_frames(model, samples[readable]).sum())
     return PlanSummary(
         clips=len(table),
         unreadable=int((~readable).sum()),

@@ -112,6 +112,8 @@ def finish_store(
         shards: all of the run.
     """
     failed = commit.write_failed(place)
-    left = len(set(shards) - set(commit.shard_numbers(place)))
+    finished = commit.shard_numbers(place)
+    commit.remove_temporary(place, finished)
+    left = len(set(shards) - set(finished))
     done = Done(*(a - b for a, b in zip(progress.done, progress.before, strict=True)))
     return Summary(done, done.samples / progress.sample_rate, before, len(mine), left, failed, progress.rates())

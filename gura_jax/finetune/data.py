@@ -68,9 +68,9 @@ def load(task: Task, model: Model, fold: Fold, batch_size: int) -> Data:
         found = probe(clips, model.sample_rate, MAX_SECONDS)
         shortest = model.shortest(frames=True, scenes=True)
         wrong = [
-            f"{decoded(clip.path)}: {samples if isinstance(samples, str) else too_short(model, samples, shortest)}"
-            for clip, samples in zip(clips, found, strict=True)
-            if isinstance(samples, str) or samples < shortest
+            f"{decoded(clip.path)}: {probed.problem or too_short(model, probed.samples, shortest)}"
+            for clip, probed in zip(clips, found, strict=True)
+            if probed.problem or probed.samples < shortest
         ]
         if wrong:
             raise InputError(
@@ -78,7 +78,8 @@ def load(task: Task, model: Model, fold: Fold, batch_size: int) -> Data:
                 f"that it cannot: {'; '.join(wrong[:NAMED])}: remove them from the task"
             )
         labels = tuple(task.clips[name][file] for name, file in files)
-        return Split(tuple(file for _, file in files), clips, np.array(found, np.int64), labels)
+        samples = np.array([probed.samples for probed in found], np.int64)
+        return Split(tuple(file for _, file in files), clips, samples, labels)
 
     train, valid = split(fold.train), split([fold.valid])
     _check_classes(task, train)

@@ -47,6 +47,7 @@ def copy_store(store: EmbeddingStore, out: Location, form: str) -> None:
     for number in tqdm(pending, desc=str(place), unit="shard", disable=None):
         _copy_shard(store, number, place, run["fingerprint"], SINKS[form])
     commit.write_failed(place)
+    commit.remove_temporary(place, commit.shard_numbers(place))
 
 
 def _begin(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ Neither compressed nor encoded by dictionaries, which embeddings do not gain fro
 others of their file.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,20 +98,30 @@ class _ListRows:
         self.size, self.dtype = kind.list_size, np.dtype(kind.value_type.to_pandas_dtype())
         groups = [self.metadata.row_group(i).num_rows for i in range(self.metadata.num_row_groups)]
         self.starts = np.cumsum([0, *groups])
+        self._last: tuple[int, np.ndarray] | None = None  # group: clips are often read in order
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
-        from pyarrow import parquet
-
         total = int(self.starts[-1])
         chosen = np.arange(*rows.indices(total)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
         flat = chosen.reshape(-1)
         group = np.searchsorted(self.starts, flat, side="right") - 1
         out = np.empty((len(flat), self.size), self.dtype)
+        for number, values in self._groups(np.unique(group).tolist()):
+            own = group == number
+            out[own] = values[flat[own] - self.starts[number]]
+        return out.reshape(*chosen.shape, self.size)
+
+    def _groups(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Read groups, but for the one that was read last."""
+        from pyarrow import parquet
+
+        if self._last is not None and numbers == [self._last[0]]:
+            yield self._last
+            return
         with self.open(self.name) as file:
             source = parquet.ParquetFile(file, metadata=self.metadata)
-            for number in np.unique(group).tolist():
+            for number in numbers:
                 column = source.read_row_group(number, columns=[self.column])[self.column].combine_chunks()
                 values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.size)
-                own = group == number
-                out[own] = values[flat[own] - self.starts[number]]
-        return out.reshape(*chosen.shape, self.size)
+                self._last = number, values
+                yield number, values

@@ -1,25 +1,51 @@
 """Inputs of ``gura-jax embed``, of any kind, as one table of clips. A kind is one module and one row of SOURCES."""
 
+import functools
+import glob
+import hashlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.audio import HEAR_RATE, check_rate
 from gura_jax.dataset.sources.buckets import Objects
+from gura_jax.dataset.sources.containers import containers
 from gura_jax.dataset.sources.folders import File, Folder, Pattern
 from gura_jax.dataset.sources.hear import HearTask
 from gura_jax.dataset.sources.manifests import Manifest
 from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable
+from gura_jax.dataset.sources.tables import AudioTable
 from gura_jax.dataset.sources.tars import Tar
 from gura_jax.errors import InputError
-from gura_jax.objects import SCHEMES, check_url, scheme
+from gura_jax.objects import LISTED, SCHEMES, check_url, scheme
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
-__all__ = ["SOURCES", "Options", "Source", "decoded", "encoded", "open_clip", "printable", "read_inputs"]
+__all__ = [
+    "SOURCES",
+    "Inputs",
+    "Options",
+    "Source",
+    "decoded",
+    "encoded",
+    "open_clip",
+    "printable",
+    "read_inputs",
+    "units",
+]
 
-SOURCES: list[Source] = [HearTask(), Manifest(), Tar(), *map(Objects, SCHEMES), Folder(), Pattern(), File()]
+SOURCES: list[Source] = [
+    HearTask(),
+    AudioTable(),
+    Manifest(),
+    Tar(),
+    *map(Objects, SCHEMES),
+    Folder(),
+    Pattern(),
+    File(),
+]
 """All kinds of inputs; the first that recognises an input reads it."""
 
 
@@ -35,9 +61,9 @@ def read_inputs(
     Args:
         inputs: each an audio file, a folder (searched at any depth for audio files), a glob pattern, a manifest
             (CSV, JSON Lines or Parquet, with the columns ``id`` and ``path``, perhaps ``offset`` and ``duration`` in
-            seconds, and any others), a tar archive or a pattern of them, or the folder of a HEAR task. All but the last
-            may be URLs (``s3://``, ``gs://``; files, manifests and archives also ``https://``), and a manifest's paths,
-            too.
+            seconds, and any others), a tar archive, a Parquet table with a column of audio, a pattern or a folder of
+            these, or the folder of a HEAR task. All but the last may be URLs (``s3://``, ``gs://``, ``hf://``; files,
+            manifests and archives also ``https://``), and a manifest's paths, too.
         sample_rate: of the model. A HEAR task's audio is read at this rate, else at the next higher one that it has,
             else at its highest.
         root: what a manifest's paths are relative to; by default the manifest's folder.
@@ -55,21 +81,90 @@ def read_inputs(
 
     options = Options(check_rate(sample_rate), None if root is None else os.fspath(root), allow_outside)
     tables: list[pa.Table] = []
-    distinct: list[bool] = []
+    distinct: list[bool] = []  # of each table
     for given in [os.fspath(given) for given in inputs]:
         source = next((source for source in SOURCES if source.recognises(given)), None)
         if source is None:
             raise InputError(f"{check_url(given)}: expected an input of a known kind")
         table = source.table(given, options)
+        if table is None and (packed := _packed(given)) is not None:
+            source, pattern = packed
+            table = source.table(pattern, options)
         if table is not None:
             tables.append(table)
-            distinct += [source.distinct] * len(table)
+            distinct.append(source.distinct)
     if not tables:
         raise InputError(f"expected audio files, found none in {', '.join(map(str, inputs)) or 'no inputs'}")
+    if len(tables) == 1 and _all_differ(tables[0]["id"]):
+        return tables[0]
     try:
-        return _unique(pa.concat_tables(tables, promote_options="permissive").combine_chunks(), distinct)
+        joined = pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputError(f"expected inputs whose columns are of the same types, found: {error}") from None
+    return _unique(joined, [each for each, table in zip(distinct, tables, strict=True) for _ in range(len(table))])
+
+
+def _packed(given: str) -> tuple[Source, str] | None:
+    """The tables or archives of a folder, a prefix or a data set that has no audio files, as a pattern."""
+    if scheme(given) in LISTED and not glob.has_magic(given):
+        folder = f"{given.rstrip('/')}/"
+    elif os.path.isdir(given):
+        folder = f"{glob.escape(given)}/**/"
+    else:
+        return None
+    for source, suffix in ((AudioTable(), ".parquet"), (Tar(), ".tar"), (Tar(), ".tar.gz")):
+        pattern = f"{folder}*{suffix}"
+        if containers(pattern) and source.recognises(pattern):
+            return source, pattern
+    return None
+
+
+class Inputs:
+    """What a run is given, read when it is needed: a run that goes on need not read it again.
+
+    Args:
+        inputs: as of :func:`read_inputs`, as are the others.
+        sample_rate, root, allow_outside: see there.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str | os.PathLike[str]],
+        *,
+        sample_rate: int = HEAR_RATE,
+        root: str | os.PathLike[str] | None = None,
+        allow_outside: bool = False,
+    ) -> None:
+        self._inputs = [os.fspath(given) for given in inputs]
+        self._options = Options(check_rate(sample_rate), None if root is None else os.fspath(root), allow_outside)
+
+    @functools.cached_property
+    def table(self) -> "pa.Table":
+        """The clips, as :func:`read_inputs` returns them."""
+        return read_inputs(self._inputs, **self._options._asdict())
+
+    @functools.cached_property
+    def signature(self) -> str | None:
+        """A hash that is the same where the table is; None where only the table tells."""
+        found: list[str] = []
+        for given in self._inputs:
+            source = next((source for source in SOURCES if source.recognises(given)), None)
+            own = source.signature(given, self._options) if source is not None else None
+            if own is None:
+                return None
+            found.append(own)
+        return hashlib.sha256("\n".join(found).encode("utf-8", "backslashreplace")).hexdigest()
+
+    @property
+    def shortest(self) -> "Inputs | pa.Table":
+        """What to give to other processes: what they need not read themselves."""
+        return self if self.signature is not None else self.table
+
+
+def _all_differ(column: "pa.ChunkedArray") -> bool:
+    import pyarrow.compute as pc
+
+    return pc.count_distinct(column).as_py() == len(column)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _unique(clips: "pa.Table", distinct: Sequence[bool]) -> "pa.Table":
@@ -95,11 +190,24 @@ def _unique(clips: "pa.Table", distinct: Sequence[bool]) -> "pa.Table":
     return clips.set_column(clips.column_names.index("id"), "id", pa.array(names, pa.string()))
 
 
-def open_clip(path: str) -> BinaryIO:
+def open_clip(path: str, version: str | None = None) -> BinaryIO:
     """Open a clip's file by the source of its path's scheme: see :meth:`Source.open`.
 
     Args:
         path: :func:`decoded`.
+        version: that the file must have.
     """
     kind = scheme(path)
-    return next(source for source in SOURCES if source.scheme == kind).open(path)
+    return next(source for source in SOURCES if source.scheme == kind).open(path, version)
+
+
+def units(paths: "pa.ChunkedArray") -> "np.ndarray | None":
+    """Number the clips that can only be read together, [n]; -1: by itself. None if there are none of these."""
+    import pyarrow.compute as pc
+
+    c: Any = pc  # its functions are made when it is imported
+    patterns = [source.unit for source in SOURCES if source.unit]
+    found = c.struct_field(c.extract_regex(paths, f"(?P<unit>{'|'.join(patterns)})"), "unit")
+    if found.null_count == len(found):
+        return None
+    return c.fill_null(c.dictionary_encode(found).combine_chunks().indices, -1).to_numpy()

@@ -2,7 +2,8 @@
 
 import fnmatch
 import glob
-import re
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from gura_jax import objects
@@ -12,6 +13,8 @@ from gura_jax.errors import AudioError, InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+NAMES_AT_ONCE = 1 << 16
 
 
 class Objects(Source):
@@ -24,39 +27,46 @@ class Objects(Source):
         return objects.scheme(given) == self.scheme
 
     def table(self, given: str, options: Options) -> "pa.Table | None":
-        url = objects.check_url(given)
+        import pyarrow as pa
+
+        url = objects.pinned(objects.check_url(given))
         if is_audio(url) and not glob.has_magic(url):
             return clip_table([(url.rsplit("/", 1)[-1], url)])
         prefix = _fixed(url) if glob.has_magic(url) else url
-        found = [each for each in matching(url if glob.has_magic(url) else f"{url}/*") if is_audio(each)]
-        return clip_table([(each[len(prefix) + 1 :], each) for each in found])
+        found = (each for each in listed(url if glob.has_magic(url) else f"{url}/*") if is_audio(each))
+        tables: list[pa.Table] = []
+        # A million names are held as Arrow does, not one by one.
+        while page := clip_table([(each[len(prefix) + 1 :], each) for each in itertools.islice(found, NAMES_AT_ONCE)]):
+            tables.append(page)
+        return pa.concat_tables(tables).sort_by("path") if tables else None
 
-    def open(self, path: str) -> BinaryIO:
+    def signature(self, given: str, options: Options) -> str | None:
+        return objects.pinned(objects.check_url(given)) if self.scheme in objects.PINNED else None
+
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
         try:
-            return objects.open_object(path)  # pyright: ignore[reportReturnType]
+            return objects.open_object(path, version=version)  # pyright: ignore[reportReturnType]
         except FileNotFoundError as error:
             raise AudioError(f"{path}: expected an audio file, found {error.strerror}") from None
 
 
-def matching(url: str) -> list[str]:
-    """The URLs of objects that match a pattern, sorted; that of one object as it is.
+def listed(url: str) -> Iterator[str]:
+    """Iterate over the URLs of objects that match a pattern.
 
     Raises:
         InputError: the bucket cannot be listed.
     """
-    if not glob.has_magic(url):
-        return [url]
     kind, fixed = objects.scheme(url), _fixed(url)
     if kind not in objects.LISTED:
         raise InputError(
             f"{url.removesuffix('/*')}: expected an audio file or a manifest, found a URL that cannot be listed: list "
             "the clips in a manifest"
         )
-    root = re.match(r"[^:]+://[^/]+", url)
-    assert root is not None, "it was checked"
+    root = objects.bucket(url)
     try:
-        found = (f"{root[0]}/{entry.key}" for entry in objects.entries(objects.locate(fixed)))
-        return sorted(each for each in found if fnmatch.fnmatchcase(each, url))
+        for entry in objects.entries(objects.locate(fixed)):
+            if fnmatch.fnmatchcase(each := f"{root}/{entry.key}", url):
+                yield each
     except OSError as error:
         raise InputError(f"{fixed}: expected a bucket that can be listed, found: {error.strerror}") from None
 

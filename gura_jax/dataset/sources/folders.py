@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gura_jax.dataset.sources.source import Options, Source, check_inside, clip_table
 from gura_jax.errors import InputError
 from gura_jax.objects import scheme
+from gura_jax.pyav import SUFFIXES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,8 +25,9 @@ class Folder(Source):
         folder = Path(given)
         files = _audio_files(folder)
         if not options.allow_outside:
+            parents: dict[str, str] = {}
             for file in files:
-                check_inside(str(file), folder, f"{given}: ")
+                check_inside(str(file), given, f"{given}: ", parents)
         return clip_table([(file.relative_to(folder).as_posix(), str(file)) for file in files])
 
 
@@ -67,7 +69,7 @@ def _suffixes() -> set[str]:
     import soundfile
 
     suffixes = {f".{name.lower()}" for name in soundfile.available_formats()} | {".aif", ".oga", ".opus"}
-    return suffixes - {".raw"}  # samples without a header: of unknown rate
+    return (suffixes | SUFFIXES) - {".raw"}  # samples without a header: of unknown rate
 
 
 def _cannot_list(error: OSError) -> None:

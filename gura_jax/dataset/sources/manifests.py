@@ -1,15 +1,17 @@
 """Manifests as inputs: CSV, JSON Lines or Parquet, a row a clip."""
 
+import functools
+import hashlib
 import io
-import math
 import os
 import posixpath
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded
 from gura_jax.errors import InputError
-from gura_jax.objects import SCHEMES, check_url, read_object, scheme
+from gura_jax.objects import SCHEMES, WRITTEN, check_url, pinned, read_object, scheme
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 FORMATS = {".csv": "CSV", ".jsonl": "JSON Lines", ".parquet": "Parquet"}
 # Columns that the store writes: a manifest may not have them, but for those that it gives.
 RESERVED = ("num_samples", "num_frames", "frame_start", "frame_offset_ms", "frame_hop_ms")
+ROWS_AT_ONCE = 1 << 16
+# A URL of a bucket, as check_url returns it: the bucket and a key.
+_PLAIN_URL = rf"^(?P<root>(?:{'|'.join(WRITTEN)})://[^/?#@\\]+)/[^\\]*[^/\\]$"
 
 
 class Manifest(Source):
@@ -27,15 +32,23 @@ class Manifest(Source):
     def recognises(self, given: str) -> bool:
         return os.path.splitext(given)[1].lower() in FORMATS and (scheme(given) in SCHEMES or os.path.isfile(given))
 
+    def signature(self, given: str, options: Options) -> str | None:
+        try:
+            content = read_object(pinned(check_url(given))) if scheme(given) else Path(given).read_bytes()
+        except OSError:
+            return None  # the table's error says why
+        root = os.path.abspath(options.root or ".") if not scheme(options.root or "") else options.root
+        return f"{hashlib.sha256(content).hexdigest()} {os.path.abspath(given)} {root} {options.allow_outside}"
+
     def table(self, given: str, options: Options) -> "pa.Table":
         import pyarrow as pa
 
-        path = check_url(given) if scheme(given) else given
+        path = pinned(check_url(given)) if scheme(given) else given
         table = _read_table(path)
         _check_names(path, table)
         columns = _typed_columns(path, table)
         root = options.root if options.root is not None else os.path.dirname(path)
-        columns["path"] = pa.array(_checked_paths(path, columns, root, options.allow_outside), pa.string())
+        columns["path"] = _checked_paths(path, columns, root, options.allow_outside)
         return pa.table(columns | {name: table[name] for name in table.column_names if name not in columns})
 
 
@@ -105,27 +118,60 @@ def _typed_columns(path: str, table: "pa.Table") -> dict[str, Any]:
     return columns
 
 
-def _checked_paths(path: str, columns: Mapping[str, Any], root: str, allow_outside: bool) -> list[str]:
-    """Check each row, and return the encoded path of its file."""
-    seen: dict[str, int] = {}
-    paths: list[str] = []
+def _checked_paths(path: str, columns: Mapping[str, Any], root: str, allow_outside: bool) -> "pa.ChunkedArray":
+    """Check all rows, and return the encoded paths of their files."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    c: Any = pc  # its functions are made when it is imported
+    ids, files, offsets, durations = (columns[name] for name in ("id", "path", "offset", "duration"))
+    faults = [
+        c.fill_null(c.equal(c.binary_length(ids), 0), True),
+        c.fill_null(c.equal(c.binary_length(files), 0), True),
+        c.fill_null(c.match_substring(files, "\0"), False),
+        c.invert(c.and_(c.is_finite(offsets), c.greater_equal(offsets, 0))),
+        c.fill_null(c.invert(c.and_(c.is_finite(durations), c.greater(durations, 0))), False),
+    ]
+    faulty = c.index(functools.reduce(c.or_, faults), True).as_py()
+    if faulty >= 0:
+        row = [column[faulty].as_py() for column in (ids, files, offsets, durations)]
+        raise InputError(f"{path}, row {faulty + 1}: {_fault(*row)}")
+    if c.count_distinct(ids).as_py() < len(ids):
+        seen: dict[str, int] = {}
+        for number, name in enumerate(ids.to_pylist(), 1):
+            if name in seen:
+                raise InputError(
+                    f"{path}, row {number}: expected ids that differ, found {name!r} of row {seen[name]} again"
+                )
+            seen[name] = number
+    paths: list[pa.Array] = []
     parents: dict[str, str] = {}
-    rows = zip(*(columns[name].to_pylist() for name in ("id", "path", "offset", "duration")), strict=True)
-    for number, (name, file, offset, duration) in enumerate(rows, 1):
-        where = f"{path}, row {number}: "
-        if not name or not file:
-            raise InputError(f"{where}expected an id and a path, found id {name!r} and path {file!r}")
-        if name in seen:
-            raise InputError(f"{where}expected ids that differ, found {name!r} of row {seen[name]} again")
-        seen[name] = number
-        if "\0" in file:
-            raise InputError(f"{where}expected a path, found {file!r}")
-        if not (math.isfinite(offset) and offset >= 0 and (duration is None or 0 < duration < math.inf)):
-            raise InputError(
-                f"{where}expected an offset of 0 s or more and a duration over 0 s, found {offset} and {duration}"
-            )
-        paths.append(encoded(_full_path(file, root, where, allow_outside, parents)))
-    return paths
+    hosts: set[str] = set()
+    for start in range(0, len(files), ROWS_AT_ONCE):
+        part = files.slice(start, ROWS_AT_ONCE).combine_chunks()
+        part = part.chunk(0) if isinstance(part, pa.ChunkedArray) else part
+        # Where every row is a URL that needs no change, there is nothing to do a row at a time.
+        roots = c.struct_field(c.extract_regex(part, _PLAIN_URL), "root")
+        if not roots.null_count:
+            hosts.update(c.unique(roots).to_pylist())
+        else:
+            made = [
+                encoded(_full_path(file, root, f"{path}, row {number}: ", allow_outside, parents))
+                for number, file in enumerate(part.to_pylist(), start + 1)
+            ]
+            part = pa.array(made, pa.string())
+        paths.append(part)
+    for host in hosts:
+        check_url(host)
+    return pa.chunked_array(paths, pa.string())
+
+
+def _fault(name: str | None, file: str | None, offset: float, duration: float | None) -> str:
+    if not name or not file:
+        return f"expected an id and a path, found id {name!r} and path {file!r}"
+    if "\0" in file:
+        return f"expected a path, found {file!r}"
+    return f"expected an offset of 0 s or more and a duration over 0 s, found {offset} and {duration}"
 
 
 def _full_path(file: str, root: str, where: str, allow_outside: bool, parents: dict[str, str]) -> str:

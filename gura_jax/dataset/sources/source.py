@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from gura_jax import audio
@@ -33,10 +32,12 @@ class Source(Protocol):
     Attributes:
         scheme: of the paths of its clips, as ``s3`` in ``s3://bucket/clip.wav``; empty for local paths.
         distinct: each row is a clip of its own, even if another input has the same file.
+        unit: a regular expression for the part of a path that clips share which can only be read together.
     """
 
     scheme: str = ""
     distinct: bool = False
+    unit: str = ""
 
     def recognises(self, given: str) -> bool:
         """Whether an input is of this kind."""
@@ -54,15 +55,24 @@ class Source(Protocol):
         """
         ...
 
-    def open(self, path: str) -> BinaryIO:
-        """Open a clip's file to read it; the result can seek.
+    def signature(self, given: str, options: Options) -> str | None:
+        """Say shortly what :meth:`table` depends on: where it is the same, so is the table. None: read the table.
+
+        Raises:
+            InputError: the input cannot be read.
+        """
+        return None
+
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
+        """Open a clip's file to read it; the result can seek. Its attribute ``version`` names its content, if any.
 
         Args:
             path: :func:`decoded`, with its scheme.
+            version: that the file must have, where files have versions.
 
         Raises:
             AudioError: there is no file; names it.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or was replaced.
         """
         return audio.open_file(path)
 
@@ -104,7 +114,7 @@ def _odd(path: str) -> bool:
     return "\\" in path or any(0xDC80 <= ord(c) <= 0xDCFF for c in path)
 
 
-def check_inside(path: str, root: str | Path, where: str, parents: dict[str, str] | None = None) -> None:
+def check_inside(path: str, root: str, where: str, parents: dict[str, str] | None = None) -> None:
     """Refuse a path that leads out of its root, by itself or by a link.
 
     Args:
@@ -116,16 +126,17 @@ def check_inside(path: str, root: str | Path, where: str, parents: dict[str, str
     Raises:
         InputError: it leads elsewhere.
     """
-    real_root = os.path.realpath(root)
     folder, name = os.path.split(path)
     if parents is None:
         parents = {}
+    if root not in parents:
+        parents[root] = os.path.realpath(root)
     if folder not in parents:
         parents[folder] = os.path.realpath(folder)
-    real = os.path.join(parents[folder], name)
+    real_root, real = parents[root], os.path.join(parents[folder], name)
     if name in ("", ".", "..") or os.path.islink(real):
         real = os.path.realpath(real)
-    if os.path.commonpath([real_root, real]) != real_root:
+    if not real.startswith(os.path.join(real_root, "")):
         raise InputError(
             f"{where}expected a path inside {root}, found {path}, which leads to {real}: "
             "name another --root, or pass --allow-outside"

@@ -4,7 +4,6 @@ Nothing is unpacked: a clip is a range of bytes of its archive, which its path n
 ``tar://OFFSET+SIZE/ARCHIVE!MEMBER``.
 """
 
-import glob
 import io
 import os
 import re
@@ -12,9 +11,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gura_jax import objects
-from gura_jax.dataset.sources.buckets import matching
+from gura_jax.dataset.sources.containers import containers, open_container, signature
 from gura_jax.dataset.sources.folders import is_audio
+from gura_jax.dataset.sources.gzips import RATIO, Gzip
 from gura_jax.dataset.sources.source import Options, Source, clip_table, encoded
 from gura_jax.errors import AudioError, InputError
 
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SIDECARS = ("json", "txt", "cls")  # kept as text, in columns of these names
-MAX_SIDECAR = 1 << 20  # bytes
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_PATH = re.compile(r"tar://(\d+)\+(\d+)/(.+)!(.+)", re.DOTALL)
+MAX_SIDECAR = MAX_HEADER = 1 << 20  # bytes
+GZIPPED, REFUSED = (".tar.gz", ".tgz"), (".tar.bz2", ".tar.xz", ".tar.zst")
+_PATH = re.compile(r"tar://(\d+)\+(\d+)/(.+?\.(?i:tar|tar\.gz|tgz))!(.+)", re.DOTALL)
 
 
 class Tar(Source):
@@ -33,40 +32,36 @@ class Tar(Source):
     scheme = "tar"
 
     def recognises(self, given: str) -> bool:
-        return given.lower().endswith((".tar", *COMPRESSED)) and not os.path.isdir(given)
+        return given.lower().endswith((".tar", *GZIPPED, *REFUSED)) and not os.path.isdir(given)
 
     def table(self, given: str, options: Options) -> "pa.Table | None":
         import pyarrow as pa
 
-        if given.lower().endswith(COMPRESSED):
+        if given.lower().endswith(REFUSED):
             raise InputError(
-                f"{given}: expected a plain .tar, found a compressed one, in which no clip is a range of bytes: "
-                "decompress it first"
+                f"{given}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
+                "start: decompress it first"
             )
-        tables = [table for archive in _archives(given) if (table := _members(archive)) is not None]
+        tables = [table for archive in containers(given) if (table := _members(archive)) is not None]
         return pa.concat_tables(tables, promote_options="permissive") if tables else None
 
-    def open(self, path: str) -> BinaryIO:
+    def signature(self, given: str, options: Options) -> str | None:
+        return signature(given)
+
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
         match = _PATH.fullmatch(path)
         if match is None:
             raise AudioError(f"{path}: expected tar://OFFSET+SIZE/ARCHIVE!MEMBER")
         offset, size, archive = int(match[1]), int(match[2]), match[3]
         try:
-            return io.BufferedReader(_Part(_open(archive, offset), offset, size))  # pyright: ignore[reportReturnType]
+            return _Part(_open(archive, offset, version), offset, size)  # pyright: ignore[reportReturnType]
         except FileNotFoundError:
             raise AudioError(f"{path}: expected an archive {archive}, found none") from None
 
 
-def _archives(given: str) -> list[str]:
-    if objects.scheme(given):
-        return matching(objects.check_url(given))
-    if glob.has_magic(given) and not os.path.isfile(given):
-        return sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
-    return [given]
-
-
-def _open(archive: str, at: int = 0) -> Any:
-    return objects.open_object(archive, at) if objects.scheme(archive) else open(archive, "rb")
+def _open(archive: str, at: int = 0, version: str | None = None) -> Any:
+    gzipped = archive.lower().endswith(GZIPPED)
+    return Gzip(archive, version) if gzipped else open_container(archive, at, version)
 
 
 def _members(archive: str) -> "pa.Table | None":
@@ -91,6 +86,8 @@ def _members(archive: str) -> "pa.Table | None":
                     path = f"tar://{member.offset_data}+{member.size}/{encoded(archive)}!{member.name}"
                     clips.append((member.name, path))
                     keys.append(key)
+            if isinstance(file, Gzip):
+                file.keep()
     except (OSError, tarfile.TarError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason}") from None
@@ -101,16 +98,23 @@ def _members(archive: str) -> "pa.Table | None":
 def _walk(archive: str, file: Any) -> Iterator[tarfile.TarInfo]:
     """The files of an archive, in order, by their headers alone."""
     seen: set[str] = set()
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    size = None
+    if not isinstance(file, Gzip):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
         end = 0
         while (member := tar.next()) is not None:
             end = tar.offset
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else it keeps all
             if not member.isreg():
                 continue
-            if member.offset_data + member.size > size:
+            stop = member.offset_data + member.size
+            if isinstance(file, Gzip) and stop > file.limit:
+                raise InputError(
+                    f"{archive}: expected audio, found {stop} bytes, more than {RATIO} times the compressed: a bomb?"
+                )
+            if size is not None and stop > size:
                 raise InputError(f"{archive}: expected a whole archive, found one that is cut within {member.name!r}")
             if member.name in seen:
                 raise InputError(
@@ -123,11 +127,24 @@ def _walk(archive: str, file: Any) -> Iterator[tarfile.TarInfo]:
         raise InputError(f"{archive}: expected a whole archive, found no end after {len(seen)} files: it was cut")
 
 
+class _Headers:
+    """A file for :mod:`tarfile`, which reads a header whole, however long it says that it is."""
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
+
+
 class _Part(io.RawIOBase):
     """Some bytes of a file, as a file."""
 
     def __init__(self, file: Any, offset: int, size: int) -> None:
         self.file, self.offset, self.size, self._position = file, offset, size, 0
+        self.version = getattr(file, "version", None)
 
     def readable(self) -> bool:
         return True
