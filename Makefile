@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 s3prl==0.4.18 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
 BIN := .venv/bin
 
-.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-page test-azure bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
+.PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-hoplite test-page test-azure bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
 
 install: .venv/installed
 
@@ -90,6 +90,16 @@ test-hear: .venv-hear/installed
 	.venv-hear/bin/python -m pip install --quiet --editable '.[convert,hear]'
 	touch $@
 
+# Exports to perch-hoplite's database, searched by perch-hoplite: in an environment of its own, as it asks for pandas<3.
+test-hoplite: .venv-hoplite/installed
+	.venv-hoplite/bin/python -m pytest -m hoplite tests/test_export.py
+
+.venv-hoplite/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
+	test -x .venv-hoplite/bin/python || $(PYTHON) -m venv .venv-hoplite
+	.venv-hoplite/bin/python -m pip install --quiet --editable '.[hoplite]' 'pytest>=9.0' 'hypothesis>=6.100'
+	touch $@
+
 # Beside PyTorch, with the same weights: an hour or so, 12 GB of memory, 18 GB of disk. Nothing else should run.
 bench: install benchmarks/.flax/installed benchmarks/.peers/installed
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu
@@ -148,4 +158,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-gpu .venv-hear demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-gpu .venv-hear .venv-hoplite demo build dist *.egg-info .pytest_cache .ruff_cache

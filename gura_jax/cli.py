@@ -660,22 +660,38 @@ def plot(
 @app.command()
 def export(
     store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL that embed wrote to.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to, new or empty.")],
-    form: Annotated[
-        Literal["datasets", "hear"],
+    out: Annotated[
+        str,
         typer.Option(
-            "--format", help="datasets: Parquet for Hugging Face datasets; hear: .npy as HEAR's kit has them."
+            metavar="PLACE",
+            help="Folder to write to, new or empty; for npy and parquet also an s3:// or gs:// URL, or a copy to go on "
+            "with.",
+        ),
+    ],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="npy, parquet: a copy in that format of the store, which embed resumes; datasets: Parquet for Hugging "
+            "Face datasets; hear: .npy as HEAR's kit has them; hoplite: perch-hoplite's database.",
         ),
     ],
     timestamps: Annotated[
-        bool, typer.Option("--timestamps", help="Frames: beside the scenes (datasets), or in their place (hear).")
+        bool,
+        typer.Option(
+            "--timestamps",
+            help="Frames: beside the scenes (datasets), or in their place (hear, hoplite); npy and parquet copy them "
+            "anyway.",
+        ),
     ] = False,
 ) -> None:
-    """Write stored embeddings in the formats of other tools."""
+    """Copy stored embeddings to another format or place, or write them for other tools."""
     from gura_jax.dataset.export import export as export_store
     from gura_jax.dataset.reader import EmbeddingStore
+    from gura_jax.dataset.sinks import SINKS
 
-    print(f"{export_store(EmbeddingStore(store), out, form, timestamps=timestamps)} clips -> {out}")
+    with _interruptible(f"run the same command again; {' and '.join(SINKS)} go on where they stopped"):
+        print(f"{export_store(EmbeddingStore(store), out, form, timestamps=timestamps)} clips -> {out}")
 
 
 @app.command()

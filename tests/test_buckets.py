@@ -27,6 +27,7 @@ from toy import contents, embedded, opened, write_clips
 from gura_jax import EmbeddingStore, objects
 from gura_jax.audio import load_segments
 from gura_jax.dataset import commit
+from gura_jax.dataset.export import export
 from gura_jax.dataset.places import Bucket, find_place
 from gura_jax.dataset.sources import open_clip, read_inputs
 from gura_jax.dataset.table import Settings
@@ -253,6 +254,41 @@ def test_parquet_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     store, own = EmbeddingStore(OUT), EmbeddingStore(tmp_path / "out")
     np.testing.assert_array_equal(store.scenes(), own.scenes())
     np.testing.assert_array_equal(store[own.ids[3]].frames, own[own.ids[3]].frames)
+
+
+def test_copies_from_and_to_a_bucket(
+    bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """The bytes of a run in that place and format; broken off and gone on with; damage is not copied."""
+    write_clips(tmp_path / "in", SECONDS)
+    (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF")
+    embedded(tmp_path / "in", tmp_path / "npy", SETTINGS)
+    embedded(tmp_path / "in", tmp_path / "parquet", dataclasses.replace(SETTINGS, format="parquet"))
+    copied: list[str] = []
+
+    def fault(method: str, path: str, before: int) -> str:
+        if method == "PUT" and "shard-" in path:
+            copied.append(path)
+        return "403" if method == "PUT" and len(copied) > 1 else ""
+
+    with proxied(server, fault) as address:
+        use(monkeypatch, address)
+        with refuses(StoreError, f"{OUT}: expected a bucket that can be written to, found: access denied"):
+            export(EmbeddingStore(tmp_path / "npy"), OUT, "parquet")
+    use(monkeypatch, server)
+    assert commit.shard_numbers(OUT) == [0]
+    assert export(EmbeddingStore(tmp_path / "npy"), OUT, "parquet") == len(SECONDS)
+    assert stored(OUT) == contents(tmp_path / "parquet")
+    export(EmbeddingStore(OUT), f"{bucket}/again", "npy")
+    assert stored(f"{bucket}/again") == contents(tmp_path / "npy")
+    export(EmbeddingStore(f"{bucket}/again"), tmp_path / "back", "parquet")
+    assert contents(tmp_path / "back") == contents(tmp_path / "parquet")
+
+    frames = bytearray(stored(OUT)["frames-00001.parquet"])
+    frames[1000] ^= 1
+    put("out/frames-00001.parquet", bytes(frames))
+    with refuses(StoreError, f"{OUT}/shard-00001.json: expected files with the checksums in it", "--verify"):
+        export(EmbeddingStore(OUT), tmp_path / "damaged", "npy")
 
 
 def test_damage_and_other_runs(bucket: str, tmp_path: Path) -> None:

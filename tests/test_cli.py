@@ -222,6 +222,9 @@ def test_export(gura: Run, clip: Path, tmp_path: Path) -> None:
     assert "1 clips" in gura("export", tmp_path / "out", "--format", "datasets", "--out", tmp_path / "hf").stdout
     result = gura("export", tmp_path / "nowhere", "--format", "hear", "--out", tmp_path / "new", code=1)
     assert "expected a folder of embeddings" in result.stderr
+    assert "1 clips" in gura("export", tmp_path / "out", "--format", "parquet", "--out", tmp_path / "copy").stdout
+    result = gura("export", tmp_path / "out", "--format", "wav", "--out", tmp_path / "new", code=1)
+    assert "format 'wav' is not known; expected one of npy, parquet, datasets, hear, hoplite" in result.stderr
 
 
 def test_several_processes_do_not_overwrite(gura: Run, clip: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -124,6 +125,21 @@ def test_a_damaged_plan_is_made_again(clips: Path, whole: Path, tmp_path: Path, 
         (out / "plan-00000.parquet").write_bytes(damage)
     embedded(clips, out, SMALL)
     assert contents(out) == contents(whole)
+
+
+def test_columns_whose_types_parquet_changes(clips: Path, tmp_path: Path) -> None:
+    """The names of a list's elements, the index of a dictionary: resumed to the same bytes."""
+    paths = sorted(map(str, clips.iterdir()))
+    labels = pa.array(["b", "a", None, "b"] * (len(paths) // 4)).dictionary_encode()
+    columns = {
+        "tags": pa.array([["x"] * i for i in range(len(paths))]),
+        "label": labels.cast(pa.dictionary(pa.int8(), pa.string())),
+    }
+    pq.write_table(pa.table({"id": paths, "path": paths} | columns), clips.parent / "types.parquet")
+    embedded(clips.parent / "types.parquet", tmp_path / "whole", SMALL)
+    interrupt(opened(clips.parent / "types.parquet", tmp_path / "out", SMALL), 4)
+    assert embedded(clips.parent / "types.parquet", tmp_path / "out", SMALL).before > 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_killed_at_every_step(clips: Path, tmp_path: Path) -> None:

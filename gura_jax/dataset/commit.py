@@ -153,7 +153,8 @@ def write_shard(
             name = data_file(file, number)
             files[name] = writer.write(name, write)
 
-        sink.write(Shard(meta, scenes, frames), create)
+        # In one piece: the bytes of a file depend on where a table is split.
+        sink.write(Shard(as_read(meta).combine_chunks(), scenes, frames), create)
         assert list(files) == [data_file(file, number) for file in sink.files(frames is not None)], "those it names"
         record = ShardRecord(number, run, len(scenes), samples, files, tuple(failed))
         content = record._asdict() | {"failed": [failure._asdict() for failure in failed]}
@@ -167,6 +168,38 @@ def remove_temporary(location: Location, numbers: Iterable[int]) -> None:
     find_place(location).remove_temporary(
         {name for n in numbers for name in (record_file(n), *(data_file(file, n) for file in files))}
     )
+
+
+def as_read(table: "pa.Table") -> "pa.Table":
+    """Return a table with the types that it has when read from a Parquet file, so that it is the same when resumed.
+
+    Writing renames the elements of lists, and may drop the values of dictionaries that no row has.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table.schema.empty_table(), sink)
+    for i, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type) and not field.type.ordered:
+            table = table.set_column(i, field.name, table[i].cast(field.type.value_type).dictionary_encode())
+    return table.cast(parquet.read_schema(pa.BufferReader(sink.getvalue())))
+
+
+def check_free(location: Location) -> None:
+    """Check that a place without ``run.json`` has no other files of a store.
+
+    Raises:
+        StoreError: it has.
+    """
+    place = find_place(location)
+    there = sorted(name for name in place.sizes() if is_store_file(name))
+    # Where there are no locks, another process may have begun meanwhile.
+    if there and RUN_FILE not in there:
+        raise StoreError(
+            f"{place}: expected a folder without embeddings, or with a {RUN_FILE} to go on with, found "
+            f"{there[0]}: {ELSEWHERE}"
+        )
 
 
 def read_run(location: Location) -> dict[str, Any] | None:
@@ -245,6 +278,35 @@ def check_shard(
 def _matches(place: Place, name: str, described: Mapping[str, Any]) -> bool:
     with place.open(name) as file:
         return matches(file, described)
+
+
+def find_pending(location: Location, run: str, numbers: Sequence[int], *, verify: bool = False) -> list[int]:
+    """Return the shards that are still to do, and move damaged ones aside.
+
+    Args:
+        location: of the store.
+        run: fingerprint of the run.
+        numbers: of the shards in question.
+        verify: read every byte of the finished ones and compare it with its checksum, not their sizes alone.
+
+    Raises:
+        StoreError: a damaged shard cannot be moved.
+    """
+    place = find_place(location)
+    with ThreadPoolExecutor(RECORD_THREADS) as threads:
+        sizes = None if verify else place.sizes()
+        check = functools.partial(check_shard, place, run=run, sizes=sizes)
+        there = numbers if sizes is None else [n for n in numbers if record_file(n) in sizes]
+        found = dict(zip(there, threads.map(check, there), strict=True))
+    pending = [number for number in numbers if found.get(number) is None]
+    for number in pending:
+        if number not in found:
+            continue  # it has no record: what is there of it will be written over
+        with place.locked():
+            # Meanwhile another process may have finished it.
+            if check_shard(place, number, run) is None:
+                set_aside(place, number)
+    return pending
 
 
 def set_aside(location: Location, number: int) -> str | None:

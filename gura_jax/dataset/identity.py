@@ -63,9 +63,18 @@ def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, 
         "inputs_sha256": inputs_sha256,
         "versions": {name: version(name) for name in ("jax", "flax", "soundfile", "av") if find_spec(name)},
     }
-    if settings.format != DEFAULT:  # stores of earlier versions do not have it
-        run["format"] = settings.format
-    return run
+    return run | _format(settings.format)
+
+
+def _format(name: str) -> dict[str, str]:
+    """Return the entry of a format; none for the default, as stores of earlier versions do not have it."""
+    return {} if name == DEFAULT else {"format": name}
+
+
+def in_format(run: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return ``run.json`` of the same run in another format of the store, with its fingerprint."""
+    same = {key: value for key, value in run.items() if key not in ("format", "fingerprint")} | _format(name)
+    return same | {"fingerprint": fingerprint(same)}
 
 
 def _member(model: Model, member: Member, fused: FusedMember) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Stored embeddings, read clip by clip."""
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,8 @@ from gura_jax.dataset.commit import (
     record_file,
     shard_numbers,
 )
-from gura_jax.dataset.places import find_place
-from gura_jax.dataset.sinks import Open, Rows
+from gura_jax.dataset.places import Place, find_place
+from gura_jax.dataset.sinks import Open, Rows, Shard
 from gura_jax.errors import StoreError
 from gura_jax.objects import scheme
 
@@ -56,6 +57,7 @@ class EmbeddingStore:
     Attributes:
         run: content of ``run.json``.
         meta: an Arrow table with a row a clip; ``shard`` and ``row`` say where the clip is stored.
+        records: of the complete shards, by their numbers.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -71,7 +73,7 @@ class EmbeddingStore:
         numbers = shard_numbers(sizes)
         with ThreadPoolExecutor(RECORD_THREADS) as threads:
             found = list(threads.map(functools.partial(read_shard, self.place), numbers))
-        self._records: dict[int, ShardRecord] = {}
+        self.records: dict[int, ShardRecord] = {}
         for number, record in zip(numbers, found, strict=True):
             if record is None or record.run != run["fingerprint"]:
                 raise _damaged(self.place / record_file(number))
@@ -80,9 +82,9 @@ class EmbeddingStore:
                     sizes = self.place.sizes()
                 if sizes.get(name) != expected["bytes"]:
                     raise _damaged(self.place / name)
-            self._records[number] = record
+            self.records[number] = record
         with ThreadPoolExecutor(RECORD_THREADS) as threads:
-            tables = list(threads.map(self._meta, self._records))
+            tables = list(threads.map(self._meta, self.records))
         self.meta: pa.Table = (
             pa.concat_tables(tables, promote_options="default")
             if tables
@@ -124,6 +126,14 @@ class EmbeddingStore:
             for row in batch.to_pylist():
                 yield self._clip(row)
 
+    def batches(self, size: int) -> Iterator[list[StoredClip]]:
+        """Iterate over clips in order, at most ``size`` of one shard at once; their scenes are read together."""
+        for batch in self.meta.to_batches(max_chunksize=size):
+            for shard, group in itertools.groupby(batch.to_pylist(), key=lambda row: row["shard"]):
+                rows = list(group)
+                scenes = self._shard_scenes(shard)[[row["row"] for row in rows]]
+                yield [self._clip(row, scene) for row, scene in zip(rows, scenes, strict=True)]
+
     def filter(self, expression: "pc.Expression") -> "EmbeddingStore":
         """Return the clips whose metadata fulfil an Arrow expression: ``pyarrow.compute.field("split") == "train"``.
 
@@ -140,6 +150,26 @@ class EmbeddingStore:
             raise StoreError(f"{self.folder}: expected a filter on {columns}, found: {error}") from None
         part.__dict__ |= self.__dict__ | {"meta": meta, "_index": None}
         return part
+
+    def read_shard(self, number: int, place: Place | None = None) -> Shard:
+        """Return a shard as it was written; all of it, whatever part of the store this is.
+
+        Args:
+            number: of the shard.
+            place: that has a copy of its files; by default the store's.
+
+        Raises:
+            StoreError: it cannot be read, or is damaged.
+        """
+        sink = self.records[number].sink
+        meta = self._read(number, sink.meta, place)
+        scenes = self._read(number, lambda open: sink.scenes(open)[:], place)
+        frames = None
+        if self.run["timestamp_embedding_size"] is not None:
+            rows = self._read(number, lambda open: sink.frames(open)[:], place)
+            counts = meta["num_frames"].to_pylist()
+            frames = np.split(rows, np.cumsum(counts)[:-1]) if counts else [rows]
+        return Shard(meta, scenes, frames)
 
     def scenes(self) -> np.ndarray:
         """Return the scene embeddings of all clips in order, [n, S], in memory."""
@@ -172,7 +202,7 @@ class EmbeddingStore:
     def _meta(self, number: int) -> "pa.Table":
         import pyarrow as pa
 
-        table = self._read(number, self._records[number].sink.meta)
+        table = self._read(number, self.records[number].sink.meta)
         table = table.append_column("shard", pa.array([number] * len(table), pa.int64()))
         return table.append_column("row", pa.array(range(len(table)), pa.int64()))
 
@@ -183,33 +213,35 @@ class EmbeddingStore:
 
     def _shard_scenes(self, shard: int) -> Rows:
         if shard not in self._scenes:
-            self._scenes[shard] = self._read(shard, self._records[shard].sink.scenes)
+            self._scenes[shard] = self._read(shard, self.records[shard].sink.scenes)
         return self._scenes[shard]
 
     def _shard_frames(self, shard: int) -> Rows:
         if shard not in self._frames:
-            self._frames[shard] = self._read(shard, self._records[shard].sink.frames)
+            self._frames[shard] = self._read(shard, self.records[shard].sink.frames)
         return self._frames[shard]
 
-    def _clip(self, row: dict[str, Any]) -> StoredClip:
+    def _clip(self, row: dict[str, Any], scene: np.ndarray | None = None) -> StoredClip:
         shard, number = row["shard"], row["row"]
         frames = times = None
         if "frame_start" in row and row["frame_start"] is not None:
             start = row["frame_start"]
             frames = self._shard_frames(shard)[start : start + row["num_frames"]]
             times = row["frame_offset_ms"] + row["frame_hop_ms"] * np.arange(row["num_frames"])
-        return StoredClip(row, self._shard_scenes(shard)[number], frames, times)
+        scene = self._shard_scenes(shard)[number] if scene is None else scene
+        return StoredClip(row, scene, frames, times)
 
-    def _read(self, shard: int, read: Callable[[Open], T]) -> T:
+    def _read(self, shard: int, read: Callable[[Open], T], place: Place | None = None) -> T:
         """Let a sink read from a shard; an error names the file that it opened last."""
         import pyarrow as pa
 
-        path = self.place / record_file(shard)
+        place = place or self.place
+        path = place / record_file(shard)
 
         def open_file(file: str) -> BinaryIO:
             nonlocal path
-            path = self.place / data_file(file, shard)
-            return self.place.open(data_file(file, shard))
+            path = place / data_file(file, shard)
+            return place.open(data_file(file, shard))
 
         try:
             return read(open_file)

@@ -7,7 +7,6 @@ computes shards of its own. Nothing is shared but the folder, so no process wait
 import collections
 import contextlib
 import dataclasses
-import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,6 @@ from gura_jax.model import Model
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CHECK_THREADS = 8
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 
 
@@ -86,13 +84,7 @@ def open_run(
         description = describe(model, inputs, settings)
         tables = None
         if run is None:
-            there = sorted(name for name in place.sizes() if commit.is_store_file(name))
-            # Where there are no locks, another process may have begun meanwhile.
-            if there and commit.RUN_FILE not in there:
-                raise StoreError(
-                    f"{place}: expected a folder without embeddings, or with a {commit.RUN_FILE} to go on with, found "
-                    f"{there[0]}: {commit.ELSEWHERE}"
-                )
+            commit.check_free(place)
             table = plan_table(model, _table(clips), settings)
             run = description | describe_plan(table, model.sample_rate)
             run["fingerprint"] = fingerprint(run)
@@ -208,21 +200,9 @@ class Run:
         Raises:
             StoreError: a damaged shard cannot be moved.
         """
-        numbers = self.shards if numbers is None else numbers
-        with ThreadPoolExecutor(CHECK_THREADS) as threads:
-            sizes = None if verify else self.place.sizes()
-            check = functools.partial(commit.check_shard, self.place, run=self.fingerprint, sizes=sizes)
-            there = numbers if sizes is None else [n for n in numbers if commit.record_file(n) in sizes]
-            found = dict(zip(there, threads.map(check, there), strict=True))
-        pending = [number for number in numbers if found.get(number) is None]
-        for number in pending:
-            if number not in found:
-                continue  # it has no record: what is there of it will be written over
-            with self.place.locked():
-                # Meanwhile another process may have finished it.
-                if commit.check_shard(self.place, number, self.fingerprint) is None:
-                    commit.set_aside(self.place, number)
-        return pending
+        return commit.find_pending(
+            self.place, self.fingerprint, self.shards if numbers is None else numbers, verify=verify
+        )
 
     def embed_shards(self, numbers: Iterable[int], report: Report = lambda done: None) -> Iterator[ShardRecord]:
         """Embed shards, in the order given, and write each when it is complete.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gura_jax.audio import MAX_SECONDS, kilohertz, too_long
-from gura_jax.dataset.commit import Storage
+from gura_jax.dataset.commit import Storage, as_read
 from gura_jax.dataset.decode import Clip, probe
 from gura_jax.dataset.plan import COLUMNS, Plan, ShardLimits, make_plan
 from gura_jax.dataset.sinks import DEFAULT, SINKS
@@ -109,7 +109,7 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
         raise InputError(f"expected a manifest without the column {taken_names[0]}, which the plan has: rename it")
     for name, column in columns.items():
         table = table.append_column(name, column)
-    return table
+    return as_read(table)
 
 
 def _lengths(clips: "pa.Table", sample_rate: int, longest: float) -> tuple[np.ndarray, dict[int, str], np.ndarray]:
