@@ -440,6 +440,8 @@ def _check_length(
 
 def _check_within(path: str | os.PathLike[str], rate: int, frames: int, start: int, stop: int | None) -> None:
     """Refuse a clip that is not within a file of ``frames``."""
+    if not frames:
+        raise AudioError(f"{path}: expected audio, found a file with no samples")
     end = frames if stop is None else stop
     if start >= frames or end > frames + _ROUNDING * rate:
         raise AudioError(

@@ -389,6 +389,7 @@ def embed(
     program = _program(described, target, size, dtype, timestamps) if target is not None else None
     sizes = program.model if program is not None else outline(described, size=size)
     clips = Inputs(inputs, sample_rate=sizes.sample_rate, root=root, allow_outside=allow_outside)
+    given = clips.shortest  # before a model is loaded
     if dry_run:
         _print_plan(sizes, clips.table, settings, program)
         return
@@ -397,7 +398,7 @@ def embed(
         if engine == "ray":
             summary = ray_engine.work_with_ray(
                 arguments,
-                clips.shortest,
+                given,
                 out,
                 settings,
                 address=address,
@@ -410,7 +411,7 @@ def embed(
             if model.random_members:
                 names = ", ".join(model.random_members)
                 print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
-            run = open_run(model, clips, out, settings, overwrite=overwrite, retry_failed=retry_failed)
+            run = open_run(model, given, out, settings, overwrite=overwrite, retry_failed=retry_failed)
             summary = workers.work(run, worker, verify=verify)
     _print_summary(summary, out, worker)
     if summary.failed:

@@ -332,7 +332,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "empty.wav": "cannot be decoded",
         "text.wav": "cannot be decoded",
         "short.wav": "expected at least 400 samples",
-        "none.wav": "at least 400 samples",
+        "none.wav": "expected audio, found a file with no samples",
         "nan.wav": "NaN or infinity at 0.250 s",
         "loud.wav": "peak of 9000",
         "bomb.flac": "expected at most 60 s",
@@ -680,9 +680,7 @@ def test_progress_on_a_terminal(capsys: Any) -> None:
 def test_everything_failed(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_text("no")
     summary = embedded([tmp_path / "a.wav", tmp_path / "missing.wav"], tmp_path / "out")
-    assert [failure.reason[:30] for failure in summary.failed] == [
-        "cannot be decoded (Format not ", "expected an audio file, found ",
-    ]  # fmt: skip
+    assert [failure.reason[:19] for failure in summary.failed] == ["cannot be decoded (", "expected an audio f"]
     assert len(EmbeddingStore(tmp_path / "out")) == 0
     assert EmbeddingStore(tmp_path / "out").scenes().shape == (0, 3)
     assert pq.read_table(tmp_path / "out" / "meta-00000.parquet").num_rows == 0
