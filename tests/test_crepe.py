@@ -57,7 +57,7 @@ BFLOAT16_BOUND = 0.05  # relative; its numbers have 8 bits
 FRAMES = 3  # for parity: the full network takes 50 ms for each
 
 capacities = pytest.mark.parametrize(
-    "capacity", [pytest.param(c, marks=pytest.mark.slow) if c == "large" else c for c in get_args(Capacity)]
+    "capacity", [c if c in ("tiny", "full") else pytest.param(c, marks=pytest.mark.slow) for c in get_args(Capacity)]
 )
 spectral_or_direct = pytest.mark.parametrize("spectral", [False, True])
 

@@ -62,6 +62,7 @@ def clips(*lengths: int) -> list[np.ndarray]:
 SAME_NETWORK = (
     *("wav2vec2", "mms", "unispeech", "unispeech-sat", "mert_model", "data2vec-audio"),
     *("wavlm", "passt", "panns_cnn14", "efficientnet_b2", "wav2clip"),
+    *("audio-spectrogram-transformer", "beats", "dasheng"),
     *("wav2vec2-conformer", "wav2vec2-bert", "vq-wav2vec", "tera"),
 )
 
@@ -224,7 +225,7 @@ def test_families_that_are_wrong(changes: Mapping[str, Any], words: str) -> None
 
 
 @pytest.mark.usefixtures("loudness")
-@pytest.mark.parametrize("combination", ["concatenate", "average"])
+@pytest.mark.parametrize("combination", ["concatenate", pytest.param("average", marks=pytest.mark.slow)])
 def test_pooled_scenes(combination: Any) -> None:
     """Of one member alone, and beside the mean of another's frames; the frames are the same as ever."""
     pooled, plain = Member("loud", scene="pooled"), Member("crepe-tiny", name="pitch")

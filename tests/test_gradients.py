@@ -157,8 +157,9 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def value_and_grad(model: Model) -> Any:
-    """Of a smooth number with respect to weights and audio."""
-    return precise_jit(jax.value_and_grad(functools.partial(loss, model), argnums=(0, 1)))
+    """Of a smooth number with respect to weights and audio; called seven times, so LLVM's optimisation pays."""
+    optimised = {"xla_backend_optimization_level": 1}
+    return precise_jit(jax.value_and_grad(functools.partial(loss, model), argnums=(0, 1)), compiler_options=optimised)
 
 
 def loss(model: Model, params: Any, audio: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -141,10 +141,10 @@ def test_a_broken_crepe_fails_from_there_on(monkeypatch: pytest.MonkeyPatch) -> 
     ("name", "first"),
     [
         ("feature_extractor.conv_layers.0.conv.weight", "convolution 0"),
-        ("feature_extractor.conv_layers.4.conv.bias", "convolution 4"),
+        pytest.param("feature_extractor.conv_layers.4.conv.bias", "convolution 4", marks=pytest.mark.slow),
         ("feature_projection.projection.bias", "projection"),
-        ("encoder.pos_conv_embed.conv.bias", "positional"),
-        ("encoder.layers.1.feed_forward.output_dense.weight", "state 2"),
+        pytest.param("encoder.pos_conv_embed.conv.bias", "positional", marks=pytest.mark.slow),
+        pytest.param("encoder.layers.1.feed_forward.output_dense.weight", "state 2", marks=pytest.mark.slow),
         ("encoder.layers.2.attention.v_proj.bias", "state 3"),
     ],
 )

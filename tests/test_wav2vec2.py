@@ -51,7 +51,8 @@ GARBAGE = 3.0  # amplitude of what lies past a clip: louder than any audio
 Parts = dict[str, list[np.ndarray]]
 """Every named part of each clip [T, ...], without the padding."""
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
+# Norms of two other variants together.
+SECOND = ("group norm, pre-norm", "layer norm, post-norm", "batch norm, pre-norm")
 
 
 @functools.cache
@@ -128,7 +129,9 @@ def padded_states(variant: str) -> list[np.ndarray]:
     return [np.stack([parts[name][b] for name in names]) for b in range(len(clips()))]
 
 
-@variants
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SECOND else name for name in VARIANTS]
+)
 def test_every_part_in_a_padded_batch(variant: str) -> None:
     """Parity and padding at once: our padded batch with garbage against PyTorch's single clips."""
     model, parts = encoder(variant), padded_parts(variant)
@@ -272,7 +275,7 @@ def test_features_in_blocks_are_features(variant: str) -> None:
             assert relative(row[:count], expected[:count]) <= BLOCK_BOUND
 
 
-@pytest.mark.parametrize("variant", ["hubert base", "hubert large"])
+@pytest.mark.parametrize("variant", ["hubert base", pytest.param("hubert large", marks=pytest.mark.slow)])
 def test_gradients_through_blocks_that_hold_no_frame(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a short clip in a long batch: neither the mean of nothing nor the softmax of nothing may divide by zero."""
     monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 3)
@@ -361,8 +364,9 @@ def test_memory_of_gradients_grows_linearly() -> None:
 @pytest.mark.parametrize(
     ("variant", "layers"),
     [
-        *(("hubert base", layers) for layers in ("last", "mean_blocks", (1,), (0.5, 0.0, -1.0, 2.0))),
-        *(("wav2vec2 large", layers) for layers in ((0, -1),)),
+        *(("hubert base", layers) for layers in ("last", (0.5, 0.0, -1.0, 2.0))),
+        *(pytest.param("hubert base", layers, marks=pytest.mark.slow) for layers in ("mean_blocks", (1,))),
+        ("wav2vec2 large", (0, -1)),
         ("wavlm base", "mean"),
     ],
 )
@@ -430,7 +434,7 @@ def test_noise_disturbs_what_it_is_asked_to(platform: str) -> None:
 # Precision
 
 
-@pytest.mark.parametrize("variant", ["hubert base", "batch norm, pre-norm"])
+@pytest.mark.parametrize("variant", ["hubert base", pytest.param("batch norm, pre-norm", marks=pytest.mark.slow)])
 def test_bfloat16(variant: str) -> None:
     """Close, finite for silence, constants and loud noise, and with its weights in half the space."""
     signals = [speech(8000, 1), np.zeros(8000, np.float32), np.full(6000, 0.9, np.float32)]
