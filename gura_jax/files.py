@@ -29,6 +29,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gura_jax"
 
 
+class PositionedFile(io.RawIOBase):
+    """A file for reading that keeps its own position; subclasses read from there (``readinto``)."""
+
+    _position = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place, from the start, from here (1) or from the end (2), where that is known."""
+        base = self.end() if whence == io.SEEK_END else (0, self._position)[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def end(self) -> int:
+        """The place after the last byte.
+
+        Raises:
+            io.UnsupportedOperation: nobody knows it.
+        """
+        raise io.UnsupportedOperation("from the end, which is not known")
+
+
 def is_folder(path: Path) -> bool:
     """Whether a folder is there, whatever text was given as its path."""
     try:

@@ -8,7 +8,6 @@ never from a URL. Requests that fail for a while are repeated by obstore, with g
 """
 
 import functools
-import io
 import os
 import random
 import re
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 from gura_jax import hub
 from gura_jax.errors import InputError, StoreError
+from gura_jax.files import PositionedFile
 
 T = TypeVar("T")
 
@@ -433,7 +433,7 @@ def _as_os_error(error: BaseException, key: str) -> OSError:
     return FileNotFoundError(2, why(error), key) if missing else OSError(5, why(error), key)
 
 
-class ObjectFile(io.RawIOBase):
+class ObjectFile(PositionedFile):
     """An object as a file that can seek: read in blocks, of which one is held.
 
     All blocks are of the object that was opened: another one under its name is an error.
@@ -441,7 +441,6 @@ class ObjectFile(io.RawIOBase):
 
     def __init__(self, place: Place, name: str, at: int = 0, version: str | None = None) -> None:
         self.place, self.name = place, name
-        self._position = 0
         try:
             answer = _read(place, (at, at + FIRST_BYTES), version)
         except errors() as error:
@@ -452,23 +451,9 @@ class ObjectFile(io.RawIOBase):
         self._block, self.size, self.version = answer
         self._next = BLOCK_BYTES
 
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """The place of the next byte."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place, from the start, from here (1) or from the end (2)."""
-        base = (0, self._position, self.size)[whence]
-        self._position = max(0, base + offset)
-        return self._position
+    def end(self) -> int:
+        """The object's size."""
+        return self.size
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, unless the object ends before: libsndfile takes less for the end."""

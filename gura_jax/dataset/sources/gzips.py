@@ -10,7 +10,7 @@ from typing import Any
 
 from gura_jax.dataset.sources.containers import open_container
 from gura_jax.errors import InputError
-from gura_jax.files import cache_folder, locked, write_file
+from gura_jax.files import PositionedFile, cache_folder, locked, write_file
 from gura_jax.objects import scheme
 
 SPACING = 2 << 20  # bytes between points, each of which takes 32 KiB
@@ -18,7 +18,7 @@ OPEN_ARCHIVES = 8
 RATIO = 200  # of what is compressed to its archive: audio has 1 to 3, and a bomb 1000
 
 
-class Gzip(io.RawIOBase):
+class Gzip(PositionedFile):
     """The content of a compressed archive as a file.
 
     All that are open of one archive share its points, and read one after the other.
@@ -38,26 +38,6 @@ class Gzip(io.RawIOBase):
     def __init__(self, path: str, version: str | None = None) -> None:
         self._shared = _archive(path, version)
         self.version, self.limit = self._shared.version, RATIO * self._shared.size
-        self._position = 0
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """The place of the next byte."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place, from the start or from here (1): where the end is, nobody knows."""
-        if whence not in (0, 1):
-            raise io.UnsupportedOperation("from the end")
-        self._position = max(0, offset + (self._position if whence else 0))
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, unless the content ends before."""

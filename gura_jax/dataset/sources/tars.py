@@ -4,7 +4,6 @@ Nothing is unpacked: a clip is a range of bytes of its archive, which its path n
 ``tar://OFFSET+SIZE/ARCHIVE!MEMBER``.
 """
 
-import io
 import os
 import re
 import tarfile
@@ -16,6 +15,7 @@ from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.gzips import RATIO, Gzip
 from gura_jax.dataset.sources.source import Options, Source, clip_table
 from gura_jax.errors import AudioError, InputError
+from gura_jax.files import PositionedFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -149,25 +149,15 @@ class _Headers:
         return self._read(size)
 
 
-class _Part(io.RawIOBase):
+class _Part(PositionedFile):
     """Some bytes of a file, as a file."""
 
     def __init__(self, file: Any, offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self._position = file, offset, size, 0
+        self.file, self.offset, self.size = file, offset, size
         self.version = getattr(file, "version", None)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = max(0, (0, self._position, self.size)[whence] + offset)
-        return self._position
+    def end(self) -> int:
+        return self.size
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self.size - self._position)]
