@@ -70,13 +70,6 @@ class Entry(NamedTuple):
     version: str | None = None
 
 
-class Put(NamedTuple):
-    """What a request to write did."""
-
-    written: bool
-    version: str | None
-
-
 class Answer(NamedTuple):
     """Some bytes of an object, its size, and its version where it has one."""
 
@@ -251,37 +244,20 @@ def open_object(url: str, at: int = 0, version: str | None = None) -> "ObjectFil
     return ObjectFile(locate(url), url, at, version)
 
 
-def entry(url: str) -> Entry:
+def entry(place: Place) -> Entry:
     """Describe an object without reading it.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be found out.
     """
-    place = locate(url)
     try:
         if isinstance(place.store, hub.Repository):
             return Entry(place.key, place.store.read(place.key, (0, 0))[1], place.store.root)
-        return _head(place)
+        meta = _requested(lambda: _obstore().head(place.store, place.key))
+        return Entry(place.key, int(meta["size"]), meta.get("e_tag"))
     except errors() as error:
         raise _as_os_error(error, place.key) from None
-
-
-def version(place: Place) -> str | None:
-    """The version of an object of a bucket.
-
-    Raises:
-        OSError: there is none, or it cannot be found out.
-    """
-    try:
-        return _head(place).version
-    except errors() as error:
-        raise _as_os_error(error, place.key) from None
-
-
-def _head(place: Place) -> Entry:
-    meta = _requested(lambda: _obstore().head(place.store, place.key))
-    return Entry(place.key, int(meta["size"]), meta.get("e_tag"))
 
 
 def read_object(url: str) -> bytes:
@@ -319,31 +295,39 @@ def _read(place: Place, span: tuple[int, int] | None = None, version: str | None
     return _requested(request)
 
 
-def put(place: Place, content: Any, *, create: bool = False) -> Put:
-    """Write an object, complete or not at all, by one request.
+def put(place: Place, content: Any) -> str | None:
+    """Write an object, complete or not at all, by one request, and return its version.
 
-    Args:
-        place: of the object.
-        content: bytes.
-        create: only if there is none.
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        return _put(place, content, "overwrite")
+    except errors() as error:
+        raise _as_os_error(error, place.key) from None
 
-    Returns:
-        Whether it was written, and its version.
+
+def create(place: Place, content: Any) -> bool:
+    """Write an object if there is none, and say whether, by one request.
 
     Raises:
         OSError: it cannot be written.
     """
     from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-    mode = "create" if create else "overwrite"
     try:
-        # Never in parts: what a killed process leaves of those is charged for, and seen by nobody.
-        answer = _requested(lambda: _obstore().put(place.store, place.key, content, mode=mode, use_multipart=False))
+        _put(place, content, "create")
+    except (FileExistsError, AlreadyExistsError, PreconditionError):
+        return False
     except errors() as error:
-        if create and isinstance(error, (FileExistsError, AlreadyExistsError, PreconditionError)):
-            return Put(False, None)
         raise _as_os_error(error, place.key) from None
-    return Put(True, answer.get("e_tag"))
+    return True
+
+
+def _put(place: Place, content: Any, mode: str) -> str | None:
+    # Never in parts: what a killed process leaves of those is charged for, and seen by nobody.
+    answer = _requested(lambda: _obstore().put(place.store, place.key, content, mode=mode, use_multipart=False))
+    return answer.get("e_tag")
 
 
 def delete(place: Place) -> None:

@@ -283,14 +283,14 @@ class Bucket:
     def put(self, name: str, content: bytes | memoryview) -> str | None:
         """Write an object by one request, and return its version."""
         try:
-            return objects.put(self._place(name), content).version
+            return objects.put(self._place(name), content)
         except OSError as error:
             raise self.cannot_write(error) from None
 
     def create(self, name: str, content: bytes) -> bool:
         """By one request, which fails where there is an object."""
         try:
-            return objects.put(self._place(name), content, create=True).written
+            return objects.create(self._place(name), content)
         except OSError as error:
             raise self.cannot_write(error) from None
 
@@ -304,7 +304,7 @@ class Bucket:
     def version(self, name: str) -> str | None:
         """The version that an object has now; None if there is none."""
         try:
-            return objects.version(self._place(name))
+            return objects.entry(self._place(name)).version
         except OSError:
             return None
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.audio import HEAR_RATE, check_rate
 from gura_jax.dataset.sources.buckets import Objects
-from gura_jax.dataset.sources.containers import containers
 from gura_jax.dataset.sources.folders import File, Folder, Pattern
 from gura_jax.dataset.sources.hear import HearTask
 from gura_jax.dataset.sources.manifests import Manifest
@@ -87,9 +86,8 @@ def read_inputs(
         if source is None:
             raise InputError(f"{check_url(given)}: expected an input of a known kind")
         table = source.table(given, options)
-        if table is None and (packed := _packed(given)) is not None:
-            source, pattern = packed
-            table = source.table(pattern, options)
+        if table is None:
+            source, table = _packed(given, options) or (source, None)
         if table is not None:
             tables.append(table)
             distinct.append(source.distinct)
@@ -104,8 +102,8 @@ def read_inputs(
     return _unique(joined, [each for each, table in zip(distinct, tables, strict=True) for _ in range(len(table))])
 
 
-def _packed(given: str) -> tuple[Source, str] | None:
-    """The tables or archives of a folder, a prefix or a data set that has no audio files, as a pattern."""
+def _packed(given: str, options: Options) -> "tuple[Source, pa.Table] | None":
+    """The clips in tables or archives of a folder, a prefix or a data set that has no audio files."""
     if scheme(given) in LISTED and not glob.has_magic(given):
         folder = f"{given.rstrip('/')}/**/"
     elif os.path.isdir(given):
@@ -114,8 +112,8 @@ def _packed(given: str) -> tuple[Source, str] | None:
         return None
     for source, suffix in ((AudioTable(), ".parquet"), (Tar(), ".tar"), (Tar(), ".tar.gz")):
         pattern = f"{folder}*{suffix}"
-        if containers(pattern) and source.recognises(pattern):
-            return source, pattern
+        if source.recognises(pattern) and (table := source.table(pattern, options)) is not None:
+            return source, table
     return None
 
 

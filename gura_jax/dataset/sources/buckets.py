@@ -33,7 +33,7 @@ class Objects(Source):
         if is_audio(url) and is_one(url):
             return clip_table([(url.rsplit("/", 1)[-1], url)])
         prefix = _fixed(url) if glob.has_magic(url) else url
-        found = (each for each in listed(url if glob.has_magic(url) else f"{url}/**") if is_audio(each))
+        found = (each for each, *_ in listed(url if glob.has_magic(url) else f"{url}/**") if is_audio(each))
         tables: list[pa.Table] = []
         # A million names are held as Arrow does, not one by one.
         while page := clip_table([(each[len(prefix) + 1 :], each) for each in itertools.islice(found, NAMES_AT_ONCE)]):
@@ -50,8 +50,8 @@ class Objects(Source):
             raise AudioError(f"{path}: expected an audio file, found {error.strerror}") from None
 
 
-def listed(url: str) -> Iterator[str]:
-    """Iterate over the URLs of objects that match a pattern.
+def listed(url: str) -> Iterator[objects.Entry]:
+    """Iterate over the objects that match a pattern, with their URLs as keys.
 
     Raises:
         InputError: the bucket cannot be listed.
@@ -66,7 +66,7 @@ def listed(url: str) -> Iterator[str]:
     try:
         for entry in objects.entries(objects.locate(fixed)):
             if pattern.fullmatch(each := f"{root}/{entry.key}"):
-                yield each
+                yield entry._replace(key=each)
     except OSError as error:
         raise InputError(f"{fixed}: expected a bucket that can be listed, found: {error.strerror}") from None
 
@@ -76,7 +76,7 @@ def is_one(url: str) -> bool:
     if not glob.has_magic(url):
         return True
     try:
-        objects.entry(url)
+        objects.entry(objects.locate(url))
     except OSError:
         return False
     return True

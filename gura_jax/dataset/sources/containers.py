@@ -4,99 +4,108 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax import objects
 from gura_jax.dataset.sources.buckets import is_one, listed
-from gura_jax.dataset.sources.source import clip_table, printable
+from gura_jax.dataset.sources.source import Options, Source, clip_table, printable
 from gura_jax.errors import AudioError, InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def containers(given: str) -> list[str]:
-    """The files that an input names: one, or those that match a pattern, in order."""
-    if objects.scheme(given):
-        url = objects.pinned(objects.check_url(given))
-        return [url] if is_one(url) else sorted(listed(url))
-    if glob.has_magic(given) and not os.path.isfile(given):
-        return sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
-    return [given]
+class Container(Source):
+    """A kind of file that holds many clips; an input is one, or a pattern of them."""
 
+    distinct = True
 
-def joined(paths: list[str], read: "Callable[[str], pa.Table | None]", kind: str) -> "pa.Table | None":
-    """The clips of several files; None if there are none.
+    def read(self, path: str) -> "pa.Table | None":
+        """List the clips of one file, as :meth:`Source.table` does.
 
-    Of several, one that cannot be read is a row that cannot be opened, and the others go on. Names that repeat from one
-    file to another have its name before them.
+        Raises:
+            InputError: it cannot be read.
+        """
+        ...
 
-    Raises:
-        InputError: the only one cannot be read.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    def open_clip(self, path: str, version: str | None) -> BinaryIO:
+        """As :meth:`Source.open`."""
+        ...
 
-    tables: list[pa.Table] = []
-    owners: list[str] = []
-    for path in paths:
+    def table(self, given: str, options: Options) -> "pa.Table | None":
+        """The clips of all files.
+
+        Of several, one that cannot be read is a row that cannot be opened, and the others go on. Names that repeat from
+        one file to another have its name before them.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        paths, tables, owners = containers(given), [], []
+        for path in paths:
+            try:
+                table = self.read(path)
+            except InputError:
+                if len(paths) == 1:
+                    raise
+                table = clip_table([(path, f"{self._unread}{path}")])
+            if table is not None:
+                tables.append(table)
+                owners += [_stem(path)] * len(table)
+        if not tables:
+            return None
+        c: Any = pc  # its functions are made when it is imported
+        found = pa.concat_tables(tables, promote_options="permissive")
+        if len(tables) == 1 or c.count_distinct(found["id"]).as_py() == len(found):
+            return found
+        ids = c.binary_join_element_wise(pa.array(owners, pa.string()), found["id"], "/")
+        return found.set_column(found.column_names.index("id"), "id", ids)
+
+    def signature(self, given: str, options: Options) -> str | None:
+        """A hash of the files' names, sizes and versions."""
         try:
-            table = read(path)
-        except InputError:
-            if len(paths) == 1:
-                raise
-            table = clip_table([(path, f"{kind}://?/{path}")])
-        if table is not None:
-            tables.append(table)
-            owners += [_stem(path)] * len(table)
-    if not tables:
-        return None
-    c: Any = pc  # its functions are made when it is imported
-    found = pa.concat_tables(tables, promote_options="permissive")
-    if c.count_distinct(found["id"]).as_py() == len(found) or len(tables) == 1:
-        return found
-    ids = c.binary_join_element_wise(pa.array(owners, pa.string()), found["id"], "/")
-    return found.set_column(found.column_names.index("id"), "id", ids)
+            found = _described(given)
+        except OSError as error:
+            raise InputError(f"{given}: cannot be read: {error.strerror or error}") from None
+        return hashlib.sha256(json.dumps(found).encode("utf-8", "backslashreplace")).hexdigest()
+
+    def open(self, path: str, version: str | None = None) -> BinaryIO:
+        if not path.startswith(self._unread):
+            return self.open_clip(path, version)
+        file = path[len(self._unread) :]
+        try:
+            self.read(file)
+        except InputError as error:
+            raise AudioError(str(error)) from None
+        raise AudioError(f"{file}: it could not be read when the run was planned: try again")
+
+    @property
+    def _unread(self) -> str:
+        """The start of the path of a file that could not be read."""
+        return f"{self.scheme}://?/"
 
 
 def _stem(path: str) -> str:
     return printable(path.rsplit("/", 1)[-1].split(".", 1)[0])
 
 
-def raise_again(path: str, read: "Callable[[str], Any]", kind: str) -> None:
-    """Say why a file cannot be read, where a path is that of such a row of :func:`joined`.
-
-    Raises:
-        AudioError: it is.
-    """
-    start = f"{kind}://?/"
-    if path.startswith(start):
-        try:
-            read(path[len(start) :])
-        except InputError as error:
-            raise AudioError(str(error)) from None
-        raise AudioError(f"{path[len(start) :]}: it could not be read when the run was planned: try again")
+def containers(given: str) -> list[str]:
+    """The files that an input names: one, or those that match a pattern, in order."""
+    if objects.scheme(given):
+        url = objects.pinned(objects.check_url(given))
+        return [url] if is_one(url) else sorted(entry.key for entry in listed(url))
+    if glob.has_magic(given) and not os.path.isfile(given):
+        return sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+    return [given]
 
 
-def signature(given: str) -> str:
-    """A hash of the files' names, sizes and versions (local ones: times of change).
-
-    Raises:
-        InputError: one cannot be found.
-    """
-    found: list[tuple[str, int, str | int | None]] = []
-    for path in containers(given):
-        try:
-            if objects.scheme(path):
-                entry = objects.entry(path)
-                found.append((path, entry.size, entry.version))
-            else:
-                status = os.stat(path)
-                found.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return hashlib.sha256(json.dumps(found).encode("utf-8", "backslashreplace")).hexdigest()
+def _described(given: str) -> list[objects.Entry]:
+    """The same, with sizes and versions; of local files the times of change."""
+    if objects.scheme(given):
+        url = objects.pinned(objects.check_url(given))
+        return [objects.entry(objects.locate(url))._replace(key=url)] if is_one(url) else sorted(listed(url))
+    found = [(os.path.abspath(path), os.stat(path)) for path in containers(given)]
+    return [objects.Entry(path, status.st_size, str(status.st_mtime_ns)) for path, status in found]
 
 
 def open_container(path: str, at: int = 0, version: str | None = None) -> Any:

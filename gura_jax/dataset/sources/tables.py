@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.dataset.plan import COLUMNS
-from gura_jax.dataset.sources.containers import containers, joined, open_container, raise_again, signature
+from gura_jax.dataset.sources.containers import Container, containers, open_container
 from gura_jax.dataset.sources.manifests import RESERVED
-from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable
+from gura_jax.dataset.sources.source import decoded, encoded, printable
 from gura_jax.errors import AudioError, InputError
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ CACHE_BYTES = 1 << 31  # of groups that are held; one by itself may exceed them
 _PATH = re.compile(r"parquet://(\d+)/(.+?\.parquet)!(\d+)/(.*)", re.DOTALL)
 
 
-class AudioTable(Source):
+class AudioTable(Container):
     """A table, or a pattern of tables; ids are the names that the column of audio has. Other columns are kept."""
 
     scheme = "parquet"
-    distinct = True
     unit = r"^parquet://\d+/.+?\.parquet!"
 
     def recognises(self, given: str) -> bool:
@@ -42,14 +41,10 @@ class AudioTable(Source):
         except (OSError, ValueError):
             return False  # a manifest's error says what it is
 
-    def table(self, given: str, options: Options) -> "pa.Table | None":
-        return joined(containers(given), _rows, self.scheme)
+    def read(self, path: str) -> "pa.Table | None":
+        return _rows(path)
 
-    def signature(self, given: str, options: Options) -> str | None:
-        return signature(given)
-
-    def open(self, path: str, version: str | None = None) -> BinaryIO:
-        raise_again(path, _rows, self.scheme)
+    def open_clip(self, path: str, version: str | None) -> BinaryIO:
         match = _PATH.fullmatch(path)
         if match is None:
             raise AudioError(f"{path}: expected parquet://GROUP/FILE!ROW/NAME")

@@ -10,10 +10,10 @@ import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gura_jax.dataset.sources.containers import containers, joined, open_container, raise_again, signature
+from gura_jax.dataset.sources.containers import Container, open_container
 from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.gzips import RATIO, Gzip
-from gura_jax.dataset.sources.source import Options, Source, clip_table
+from gura_jax.dataset.sources.source import Options, clip_table
 from gura_jax.errors import AudioError, InputError
 from gura_jax.files import PositionedFile
 
@@ -26,10 +26,11 @@ GZIPPED, REFUSED = (".tar.gz", ".tgz"), (".tar.bz2", ".tar.xz", ".tar.zst")
 _PATH = re.compile(r"tar://(\d+)\+(\d+)/(.+?\.(?i:tar|tar\.gz|tgz))!(.+)", re.DOTALL)
 
 
-class Tar(Source):
+class Tar(Container):
     """An archive, or a pattern of archives; ids are the names of the members."""
 
     scheme = "tar"
+    distinct = False
 
     def recognises(self, given: str) -> bool:
         return given.lower().endswith((".tar", *GZIPPED, *REFUSED)) and not os.path.isdir(given)
@@ -40,13 +41,12 @@ class Tar(Source):
                 f"{given}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
                 "start: decompress it first"
             )
-        return joined(containers(given), _members, self.scheme)
+        return super().table(given, options)
 
-    def signature(self, given: str, options: Options) -> str | None:
-        return signature(given)
+    def read(self, path: str) -> "pa.Table | None":
+        return _members(path)
 
-    def open(self, path: str, version: str | None = None) -> BinaryIO:
-        raise_again(path, _members, self.scheme)
+    def open_clip(self, path: str, version: str | None) -> BinaryIO:
         match = _PATH.fullmatch(path)
         if match is None:
             raise AudioError(f"{path}: expected tar://OFFSET+SIZE/ARCHIVE!MEMBER")
