@@ -20,6 +20,7 @@ import contextlib
 import http.server
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import statistics
@@ -207,8 +208,6 @@ def formats(arguments: argparse.Namespace) -> None:
         out = arguments.folder / name
         shutil.rmtree(out, ignore_errors=True)
         run = open_run(model, clips, out, Settings(shard_hours=1e6, format=name))
-        import json
-
         described = json.loads((out / "run.json").read_text()) | {"scene_embedding_size": size}
         (out / "run.json").write_text(json.dumps(described))
         reset_peak()

@@ -96,8 +96,8 @@ def check_url(url: str) -> str:
     secret = _SIGNED.search(url) or (kind in ("http", "https") and (parts.query or parts.fragment))
     if "@" in parts.netloc or secret:
         raise InputError(
-            f"{kind}://...{parts.path}: expected a URL without user, password, query or fragment in it, found one with "
-            "(not shown): credentials are taken from the environment, as the store's own tools do"
+            f"{kind}://...{parts.path.split('&')[0]}: expected a URL without user, password, query or fragment in it, "
+            "found one with (not shown): credentials are taken from the environment, as the store's own tools do"
         )
     if not parts.netloc:
         raise InputError(f"{url}: expected a bucket or a host after {kind}://, found none")

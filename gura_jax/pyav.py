@@ -26,8 +26,6 @@ _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "MP4", "matroska,webm": "Matroska", "a
 _UNKNOWN = "Format not recognised"
 _KNOWN = ", or M4A, MP4, AAC, WebM, MKA or WMA"
 _SLACK = 0.25  # seconds: headers count up to a frame of padding that is dropped (128 ms: AAC at 8 kHz), and round
-
-
 # Where a frame has as many planes or more, no null ends their pointers: PyAV 18 takes what follows for more of them.
 _PLANES = 8
 

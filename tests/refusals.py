@@ -10,10 +10,10 @@ from gura_jax.errors import GuraError
 
 
 @contextlib.contextmanager
-def refuses(error: type[GuraError], *fragments: str) -> Iterator[None]:
+def refuses(error: type[GuraError], *fragments: str) -> Iterator[pytest.ExceptionInfo[GuraError]]:
     """Expect exactly this error, with a message that holds every fragment."""
     with pytest.raises(error) as caught:
-        yield
+        yield caught
     _check(error, caught.value, fragments)
 
 

@@ -103,8 +103,9 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
     found = np.full(len(plan.order), None)
     found[list(problems)] = list(problems.values())
     columns = _columns(plan, first_shard) | {"problem": pa.array(found[plan.order], pa.string())}
-    if (versions != None).any():  # noqa: E711 - of each
-        columns["etag"] = pa.array(versions[plan.order], pa.string())
+    etags = pa.array(versions[plan.order], pa.string())
+    if etags.null_count < len(etags):
+        columns["etag"] = etags
     if taken_names := [name for name in COLUMNS if name in table.column_names]:
         raise InputError(f"expected a manifest without the column {taken_names[0]}, which the plan has: rename it")
     for name, column in columns.items():
