@@ -13,6 +13,7 @@ from gura_jax import ENCODERS, parallel
 from gura_jax.convert import parity
 from gura_jax.convert.parity import Row, compare
 from gura_jax.convert.references import Crepe, Hubert, Reference
+from gura_jax.loading import outline
 from gura_jax.systems import SYSTEMS, Member, System
 
 CLIPS = (speech(4000, 1), speech(2503, 2))  # a quarter of a second, and shorter: one padded batch of both
@@ -86,16 +87,10 @@ DEFAULT = ("hubert_base", "fusion_wav2vec2", "fusion_cat_xwc", "crepe")
 def test_system(system: str) -> None:
     found = rows(system)
     assert not failures(found)
-    members = SYSTEMS[system].members
-    layers = [(m.name, layer) for m in members for layer in _parts(m)]
+    members = outline(system, size="tiny").fusion.members
+    layers = [(m.name, part) for m in members for part in m.encoder.parts]
     assert [(r.member, r.layer) for r in found] == [*layers, (system, "frames"), (system, "scene")]
     assert all(0 < r.to_pytorch < r.bound for r in found)  # not one array compared with itself
-
-
-def _parts(member: Member) -> list[str]:
-    if str(member.encoder).startswith("crepe"):
-        return [*(f"pool {i}" for i in range(1, 6)), "frames", "pitch activation"]
-    return [*(f"convolution {i}" for i in range(7)), "projection", "positional", *(f"state {i}" for i in range(4))]
 
 
 @pytest.mark.parametrize(
