@@ -268,13 +268,13 @@ def bucket(arguments: argparse.Namespace) -> None:
     import collection
     from s3_server import environment, serving, stored  # pyright: ignore[reportMissingImports]
 
-    from gura_jax import SYSTEMS, load_model, objects
+    from gura_jax import load_model, objects
     from gura_jax.dataset.run import open_run
     from gura_jax.dataset.sources import read_inputs
     from gura_jax.dataset.table import Settings
     from gura_jax.dataset.workers import work
 
-    count, settings = 400, Settings(timestamps=True, shard_hours=0.1)
+    count, settings = 160, Settings(timestamps=True, shard_hours=0.04)
     folder, out = arguments.folder / "clips", arguments.folder / "out"
     collection.make(folder, count, collection.SPEECH)
     print(f"\n{count} clips of 16 kHz, frames and scenes; medians of {arguments.rounds} rounds in turns\n")
@@ -287,7 +287,7 @@ def bucket(arguments: argparse.Namespace) -> None:
                 key = path.relative_to(folder).as_posix()
                 objects.put(objects.locate(f"s3://clips/in/{key}"), path.read_bytes())
         for name in ("crepe-tiny", "hubert_base"):
-            model = load_model(SYSTEMS[name], weights="random")
+            model = load_model(name, weights="random")
             seconds: dict[str, list[float]] = {"disk": [], "bucket": []}
             processor: dict[str, list[float]] = {"disk": [], "bucket": []}
             for _ in range(arguments.rounds + 1):  # the first compiles

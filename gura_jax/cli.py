@@ -20,6 +20,7 @@ import typer
 from gura_jax import __version__, checkpoint
 from gura_jax.audio import MAX_SECONDS
 from gura_jax.errors import CheckpointError, DownloadError, GuraError, InputError, SystemConfigError
+from gura_jax.fusion import Keep
 from gura_jax.loading import load_model, outline
 from gura_jax.model import Model
 from gura_jax.models.families import ENCODERS, find_preset, import_families
@@ -287,6 +288,21 @@ def _convert_one(spec: str, name: str, architecture: str | None, language: str |
     return converted
 
 
+def _parse_states(states: Literal["mean", "frames"] | None, layers: str | None) -> Keep | None:
+    if states is None:
+        if layers is not None:
+            raise InputError("--layers chooses hidden states: expected --states mean or --states frames with it")
+        return None
+    if layers is None:
+        if states == "frames":
+            raise InputError("--states frames: expected --layers, such as 6,12, as the frames of all states are large")
+        return Keep(states)
+    try:
+        return Keep(states, tuple(map(int, layers.split(","))))
+    except ValueError:
+        raise InputError(f"--layers: expected integers such as 0,6,-1, found {layers!r}") from None
+
+
 @app.command()
 def embed(
     inputs: Annotated[
@@ -327,6 +343,16 @@ def embed(
         Literal["npy", "parquet"],
         typer.Option("--format", help="Of the store; parquet: embeddings and metadata in one table."),
     ] = "npy",
+    states: Annotated[
+        Literal["mean", "frames"] | None,
+        typer.Option(
+            help="Write every hidden state of every member too: mean, averaged over time; frames, those of --layers. "
+            "'gura-jax fuse' makes other systems of them."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="With --states, the hidden states to write, such as 0,6,-1; 0: the input.")
+    ] = None,
     shard_hours: Annotated[
         float, typer.Option(help="Hours of audio in a shard at most: what is lost when a job is killed.")
     ] = 1.0,
@@ -367,7 +393,8 @@ def embed(
     from gura_jax.dataset.table import Settings
 
     described = find_system(system)
-    settings = Settings(timestamps, storage, window, max_duration, shard_hours, batch_seconds, form)
+    keep = _parse_states(states, layers)
+    settings = Settings(timestamps, storage, window, max_duration, shard_hours, batch_seconds, form, keep)
     arguments: dict[str, Any] = {
         "system": described,
         "weights": _parse_weights(weights),
@@ -693,6 +720,32 @@ def export(
 
     with _interruptible(f"run the same command again; {' and '.join(SINKS)} go on where they stopped"):
         print(f"{export_store(EmbeddingStore(store), out, form, timestamps=timestamps)} clips -> {out}")
+
+
+@app.command()
+def fuse(
+    store: Annotated[
+        str, typer.Argument(metavar="STORE", help="Folder or URL that embed --states mean (or frames) wrote to.")
+    ],
+    system: Annotated[
+        str,
+        typer.Option(
+            "--system",
+            "-s",
+            help="A name from 'gura-jax systems', or a TOML or YAML file; of encoders that the store has.",
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="PLACE", help="Folder or URL to write to, or to go on in.")],
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Write frames too, of a store with frames of hidden states.")
+    ] = False,
+) -> None:
+    """Embed a collection by another system from stored hidden states: other layers, weights or members, no encoder."""
+    from gura_jax.dataset.fused import fuse_store
+    from gura_jax.dataset.reader import EmbeddingStore
+
+    with _interruptible("run the same command again to go on"):
+        print(f"{fuse_store(EmbeddingStore(store), system, out, timestamps=timestamps)} clips -> {out}")
 
 
 @app.command()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gura_jax.errors import SystemConfigError
-from gura_jax.models.encoder import Encoder, Noise, Options, Output, frame_mask, masked_mean
+from gura_jax.models.encoder import Encoder, Noise, Options, Output, Reduce, frame_mask, masked_mean
 
 
 def resample_features(x: jax.Array, size: int) -> jax.Array:
@@ -220,12 +220,82 @@ class Fusion(NamedTuple):
         return tuple(sorted({member.encoder.sample_rate for member in self.members}, reverse=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Hidden states to keep beside the embeddings.
+
+    Attributes:
+        of: ``"mean"``, each state averaged over time, as scenes average it; or ``"frames"``, all of its frames.
+        layers: which states, of every member that has hidden states; None: all of them.
+    """
+
+    of: Literal["mean", "frames"]
+    layers: tuple[int, ...] | None = None
+
+
+class Kept(NamedTuple):
+    """What is kept of a member.
+
+    Attributes:
+        member: the member.
+        encoder: that computes the states: whose frames are averaged into scenes, or are the timestamp frames.
+        states: which, in increasing order; none of a member without hidden states, of which the frames are kept.
+        bases: encoders at whose frame rates the means are taken: its own, and those of members before it that have
+            other ones, as the first member of a system sets the rate of all. Empty for frames.
+    """
+
+    member: FusedMember
+    encoder: Encoder
+    states: tuple[int, ...]
+    bases: tuple[Encoder, ...]
+
+
+class KeptStates(NamedTuple):
+    """Hidden states of a member; K is 1 for a member without, whose frames they are."""
+
+    values: jax.Array  # [B, K, bases, groups * D], or of frames [B, T, K, D]
+    counts: jax.Array | None  # [B] int32; None for means
+    pooled: jax.Array | None  # [B, P], if the member has an embedding of the whole clip
+
+
+def kept_members(fusion: Fusion, keep: Keep) -> tuple[Kept, ...]:
+    """Return what is kept of each member.
+
+    Raises:
+        SystemConfigError: a member has no such states, or means cannot stand for the system's scenes.
+    """
+    if keep.of == "mean" and not COMBINATIONS[fusion.combination].linear_scenes:
+        raise SystemConfigError(
+            f"means of hidden states: expected a combination of members' frames, found {fusion.combination!r}, whose "
+            "scenes are no combination of them: keep frames"
+        )
+    kept: list[Kept] = []
+    for i, member in enumerate(fusion.members):
+        encoder = member.scene_encoder if keep.of == "mean" else member.encoder
+        count = encoder.num_states
+        chosen = range(count) if keep.layers is None else keep.layers
+        states = tuple(sorted({state % count for state in chosen if -count <= state < count})) if count else ()
+        if count and len(states) < len(chosen):
+            raise SystemConfigError(
+                f"layers: expected distinct hidden states of {member.name}, from {-count} to {count - 1}, found "
+                f"{', '.join(map(str, chosen))}"
+            )
+        bases: dict[Any, Encoder] = {}
+        if keep.of == "mean":
+            before = [m.scene_encoder for m in fusion.members[:i] if m.scene == "frames"]
+            for base in (encoder, *before):
+                bases.setdefault((base.sample_rate, base.grid), base)
+        kept.append(Kept(member, encoder, states, tuple(bases.values())))
+    return tuple(kept)
+
+
 class Embeddings(NamedTuple):
     """Results of :func:`fuse`; None for those not asked for."""
 
     frames: jax.Array | None  # [B, T, D], zero past a clip's count
     counts: jax.Array | None  # [B] int32
     scenes: jax.Array | None  # [B, S]
+    states: dict[str, KeptStates] | None = None  # by the members' names
 
 
 Wanted = Literal["frames", "scenes"]
@@ -238,6 +308,7 @@ def fuse(
     audio: Mapping[int, jax.Array],
     lengths: Mapping[int, jax.Array],
     noise: Noise | None = None,
+    keep: Keep | None = None,
 ) -> Embeddings:
     """Embed a padded batch: the one function that is compiled. Pure, and differentiable.
 
@@ -248,14 +319,31 @@ def fuse(
         audio: [B, N] float32 by sample rate; samples past a clip's length are ignored.
         lengths: [B] int32 by sample rate, samples in each clip.
         noise: in training; each member has its own.
+        keep: hidden states to return as well, without noise; it needs scenes.
     """
+    kept = {} if keep is None else {own.member.name: own for own in kept_members(fusion, keep)}
+    collected: dict[str, jax.Array] = {}  # [K, B, ...]
     audio = {rate: jnp.where(frame_mask(lengths[rate], x.shape[1]), x, 0.0) for rate, x in audio.items()}
+
+    def reduce_for(own: Kept) -> Reduce:
+        if not own.bases:
+            return lambda frames, counts: frames
+        samples = [(lengths[base.sample_rate], audio[base.sample_rate].shape[1]) for base in own.bases]
+        places = [(base.grid.count(n), base.grid.count(N)) for base, (n, N) in zip(own.bases, samples, strict=True)]
+
+        def means(frames: jax.Array, counts: jax.Array) -> jax.Array:  # [B, bases, groups * D]
+            at_rates = [(frames, counts), *((resample_time(frames, counts, n, T), n) for n, T in places[1:])]
+            return jnp.stack([scene(x, n, fusion.scene_groups) for x, n in at_rates], axis=1)
+
+        return means
 
     def run(encoders: Mapping[str, Encoder]) -> dict[str, Output]:
         outputs = {}
         for i, (name, encoder) in enumerate(encoders.items()):
             batch = params[name], audio[encoder.sample_rate], lengths[encoder.sample_rate]
-            if noise is None:
+            if name in kept and kept[name].states and encoder == kept[name].encoder:
+                outputs[name], collected[name] = encoder.collected(*batch, kept[name].states, reduce_for(kept[name]))
+            elif noise is None:
                 outputs[name] = encoder(*batch)
             else:
                 own = noise._replace(key=jax.random.fold_in(noise.key, i))
@@ -268,13 +356,15 @@ def fuse(
 
     frames = counts = scenes = None
     own = {m.name: m for m in fusion.members if m.scene == "frames" and m.scene_encoder is not m.encoder}
-    outputs = run({m.name: m.encoder for m in fusion.members if "frames" in wanted or m.name not in own})
+    all_frames = "frames" in wanted or (keep is not None and keep.of == "frames")
+    outputs = run({m.name: m.encoder for m in fusion.members if all_frames or m.name not in own})
     if "frames" in wanted:
         frames, counts = combined(outputs)
+    averaged = dict(outputs)
     if "scenes" in wanted:
-        averaged = dict(outputs)
         for name, member in own.items():  # of the timestamp frames every few, where they are computed
-            stride = member.scene_stride if name in outputs else None
+            collects = name in kept and kept[name].encoder is member.scene_encoder and kept[name].states
+            stride = member.scene_stride if name in outputs and not collects else None
             if stride is None:
                 averaged |= run({name: member.scene_encoder})
             else:
@@ -285,7 +375,15 @@ def fuse(
         else:
             fused = combined(averaged) if own or frames is None or counts is None else (frames, counts)
             scenes = scene(*fused, fusion.scene_groups)
-    return Embeddings(frames, counts, scenes)
+    if keep is None:
+        return Embeddings(frames, counts, scenes)
+    states = {}
+    for name, each in kept.items():
+        out = (averaged if each.bases else outputs)[name]
+        values = collected[name] if each.states else reduce_for(each)(out.frames, out.counts)[None]
+        values = jnp.moveaxis(values, 0, 1 if each.bases else 2)
+        states[name] = KeptStates(values, None if each.bases else out.counts, out.pooled)
+    return Embeddings(frames, counts, scenes, states)
 
 
 def _combine_clips(fusion: Fusion, outputs: Mapping[str, Output]) -> jax.Array:

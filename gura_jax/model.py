@@ -18,7 +18,7 @@ from gura_jax import batching, checkpoint, files, parallel
 from gura_jax.audio import check_audio, min_samples, resampled_length, samples_before
 from gura_jax.backend import Platform
 from gura_jax.errors import AudioError, CheckpointError, StoreError, SystemConfigError, expected
-from gura_jax.fusion import COMBINATIONS, Embeddings, FusedMember, Fusion, Wanted, fuse, fused_size
+from gura_jax.fusion import COMBINATIONS, Embeddings, FusedMember, Fusion, Keep, Wanted, fuse, fused_size
 from gura_jax.models.encoder import DTypeName, Encoder, Noise
 from gura_jax.models.families import build_encoder
 from gura_jax.systems import System
@@ -179,16 +179,19 @@ class Model:
             f"scenes of {self.scene_embedding_size}{random}>"
         )
 
-    def __call__(self, audio: Any, lengths: Any, *, scenes: bool = True, frames: bool = True) -> Embeddings:
+    def __call__(
+        self, audio: Any, lengths: Any, *, scenes: bool = True, frames: bool = True, keep: Keep | None = None
+    ) -> Embeddings:
         """The compiled function: one padded batch, on the devices, unchecked.
 
         Args:
             audio: [B, N] float32; of a model with several rates a mapping from each of them, as :meth:`pad` makes it.
             lengths: [B] int32, samples in each clip; likewise.
             scenes, frames: what to compute.
+            keep: hidden states to return as well, beside scenes.
 
         Returns:
-            :class:`gura_jax.fusion.Embeddings`: frames [B, T, D], counts [B] and scenes [B, S], as asked for.
+            :class:`gura_jax.fusion.Embeddings`: frames [B, T, D], counts [B], scenes [B, S] and states, as asked for.
         """
         wanted: set[Wanted] = set()
         if frames:
@@ -196,7 +199,7 @@ class Model:
         if scenes:
             wanted.add("scenes")
         key = frozenset(wanted)
-        call = self._compiled(key, functools.partial(fuse, self.fusion, key))
+        call = self._compiled((key, keep), functools.partial(fuse, self.fusion, key, keep=keep))
         return call(self._inputs(), *self._by_rate(audio, lengths))
 
     def fuse(self, params: Mapping[str, Any], audio: Any, lengths: Any, noise: Noise | None = None) -> Embeddings:

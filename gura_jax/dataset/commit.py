@@ -8,8 +8,8 @@ A shard k is its data files (:mod:`gura_jax.dataset.sinks`) and a record:
 The metadata of a shard have a row a clip: ``id`` and ``path`` (string), ``offset`` (seconds into the file, float64),
 ``duration`` (seconds, float64) and ``num_samples`` (int64), both at the sample rate of ``run.json``; with timestamps
 also ``num_frames`` and ``frame_start`` (int64, the clip's first row among the shard's frames), ``frame_offset_ms`` and
-``frame_hop_ms`` (float64): the time of frame i is ``frame_offset_ms + i * frame_hop_ms``; then a manifest's further
-columns.
+``frame_hop_ms`` (float64): the time of frame i is ``frame_offset_ms + i * frame_hop_ms``; with hidden states
+``states_start`` and ``states_size`` (int64, see :mod:`gura_jax.dataset.states`); then a manifest's further columns.
 
 Beside the shards, ``run.json`` says how the store was made, ``plan-00000.parquet`` which clips belong to which shard
 and batch, and ``failed.csv`` which clips could not be embedded, and why.
@@ -18,6 +18,7 @@ and batch, and ``failed.csv`` which clips could not be embedded, and why.
 import csv
 import functools
 import io
+import itertools
 import json
 import re
 import secrets
@@ -25,8 +26,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
-
-import numpy as np
 
 from gura_jax.dataset.places import Place, find_place
 from gura_jax.dataset.sinks import DEFAULT, SINKS, Open, Shard, Sink
@@ -94,7 +93,7 @@ def record_file(number: int) -> str:
 
 def _all_data_files() -> list[str]:
     """Return the data files that a shard may have, of all formats, in the order of writing."""
-    return list(dict.fromkeys(file for sink in SINKS.values() for file in sink.files(True)))
+    return list(dict.fromkeys(file for sink in SINKS.values() for file in sink.files(True, True)))
 
 
 def is_store_file(name: str) -> bool:
@@ -109,8 +108,8 @@ def _find_sink(number: int, names: Iterable[str]) -> Sink | None:
     """Return the format with data files of these names; None if there is none."""
     found = set(names)
     for sink in SINKS.values():
-        for timestamps in (False, True):
-            if found == {data_file(file, number) for file in sink.files(timestamps)}:
+        for timestamps, states in itertools.product((False, True), repeat=2):
+            if found == {data_file(file, number) for file in sink.files(timestamps, states)}:
                 return sink
     return None
 
@@ -120,9 +119,7 @@ def write_shard(
     number: int,
     *,
     run: str,
-    scenes: np.ndarray,
-    frames: Sequence[np.ndarray] | None,
-    meta: "pa.Table",
+    shard: Shard,
     failed: Sequence[Failure],
     sink: Sink = SINKS[DEFAULT],
 ) -> ShardRecord:
@@ -132,16 +129,14 @@ def write_shard(
         location: of the store.
         number: the shard's number.
         run: fingerprint of the run.
-        scenes: [n, S].
-        frames: [T, D] of each clip, one array at least; None without timestamps.
-        meta: n rows.
+        shard: its content.
         failed: clips of the shard that have no row.
         sink: the store's format.
 
     Raises:
         StoreError: it cannot be written; no file of it is there then.
     """
-    samples = sum(meta["num_samples"].to_pylist())
+    samples = sum(shard.meta["num_samples"].to_pylist())
     files: dict[str, Mapping[str, Any]] = {}
     place = find_place(location)
     with place.writer() as writer:
@@ -154,9 +149,10 @@ def write_shard(
             files[name] = writer.write(name, write)
 
         # In one piece: the bytes of a file depend on where a table is split.
-        sink.write(Shard(as_read(meta).combine_chunks(), scenes, frames), create)
-        assert list(files) == [data_file(file, number) for file in sink.files(frames is not None)], "those it names"
-        record = ShardRecord(number, run, len(scenes), samples, files, tuple(failed))
+        sink.write(shard._replace(meta=as_read(shard.meta).combine_chunks()), create)
+        named = sink.files(shard.frames is not None, shard.states is not None)
+        assert list(files) == [data_file(file, number) for file in named], "those it names"
+        record = ShardRecord(number, run, len(shard.scenes), samples, files, tuple(failed))
         content = record._asdict() | {"failed": [failure._asdict() for failure in failed]}
         writer.publish(record_file(number), json_bytes(content), lambda: check_shard(place, number, run) is not None)
     return record

@@ -15,6 +15,7 @@ from gura_jax import checkpoint
 from gura_jax.dataset.commit import ELSEWHERE
 from gura_jax.dataset.places import Place
 from gura_jax.dataset.sinks import DEFAULT
+from gura_jax.dataset.states import States
 from gura_jax.dataset.table import Settings, batch_seconds
 from gura_jax.errors import StoreError
 from gura_jax.fusion import FusedMember
@@ -29,7 +30,7 @@ HASHED_ROWS = 1 << 16  # at once
 _IDENTITY = (
     "system", "random_weights", "dtype", "precision", "resampler", "sample_rate", "storage", "scene_embedding_size",
     "timestamp_embedding_size", "window", "max_duration", "shard_hours", "batch_seconds", "code_version",
-    "inputs_sha256", "plan_sha256", "format",
+    "inputs_sha256", "plan_sha256", "format", "states", "fused_from",
 )  # fmt: skip
 
 
@@ -63,6 +64,8 @@ def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, 
         "inputs_sha256": inputs_sha256,
         "versions": {name: version(name) for name in ("jax", "flax", "soundfile", "av") if find_spec(name)},
     }
+    if settings.keep is not None:
+        run["states"] = States.of_model(model, settings.keep).as_json()
     return run | _format(settings.format)
 
 

@@ -21,7 +21,8 @@ from gura_jax.dataset.commit import (
     shard_numbers,
 )
 from gura_jax.dataset.places import Place, find_place
-from gura_jax.dataset.sinks import Open, Rows, Shard
+from gura_jax.dataset.sinks import Cells, Open, Rows, Shard
+from gura_jax.dataset.states import States
 from gura_jax.errors import StoreError
 from gura_jax.objects import scheme
 
@@ -94,6 +95,7 @@ class EmbeddingStore:
         )
         self._scenes: dict[int, Rows] = {}
         self._frames: dict[int, Rows] = {}
+        self._states: dict[int, Cells] = {}
         self._index: dict[str, int] | None = None
 
     def __repr__(self) -> str:
@@ -122,9 +124,8 @@ class EmbeddingStore:
         return self._clip(self.meta.slice(positions[name], 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[StoredClip]:
-        for batch in self.meta.to_batches(max_chunksize=1024):
-            for row in batch.to_pylist():
-                yield self._clip(row)
+        for row in self.rows():
+            yield self._clip(row)
 
     def batches(self, size: int) -> Iterator[list[StoredClip]]:
         """Iterate over clips in order, at most ``size`` of one shard at once; their scenes are read together."""
@@ -169,7 +170,10 @@ class EmbeddingStore:
             rows = self._read(number, lambda open: sink.frames(open)[:], place)
             counts = meta["num_frames"].to_pylist()
             frames = np.split(rows, np.cumsum(counts)[:-1]) if counts else [rows]
-        return Shard(meta, scenes, frames)
+        states = None
+        if "states" in self.run:
+            states = self._read(number, lambda open: _all_cells(sink.states(open), len(meta)), place)
+        return Shard(meta, scenes, frames, states)
 
     def scenes(self) -> np.ndarray:
         """Return the scene embeddings of all clips in order, [n, S], in memory."""
@@ -180,6 +184,88 @@ class EmbeddingStore:
             chosen = shards == shard
             out[chosen] = self._shard_scenes(shard)[rows[chosen]]
         return out
+
+    def states(self, member: str | None = None) -> np.ndarray:
+        """Return the means of a member's hidden states over time, of all clips in order, in memory.
+
+        Args:
+            member: by default the system's first with hidden states.
+
+        Returns:
+            [n, K, groups * D], at the member's own frame rate; K is 1 for a member without hidden states.
+
+        Raises:
+            StoreError: the store has no means of hidden states, or no such member.
+        """
+        states = self.kept_states
+        if states.of != "mean":
+            raise StoreError(f"{self.folder}: expected means of hidden states, found {states.of}: see state_frames")
+        found = states.find(member)
+        out = np.empty((len(self), found.kept, states.groups * found.size), self.run["storage"])
+        for i, own in enumerate(self.iterate_states()):
+            out[i] = own[found.name][0][:, 0]
+        return out
+
+    def state_frames(self, name: str, member: str | None = None) -> np.ndarray:
+        """Return the frames of a member's hidden states, of one clip.
+
+        Args:
+            name: id of the clip.
+            member: by default the system's first with hidden states.
+
+        Returns:
+            [K, T, D].
+
+        Raises:
+            KeyError: there is no such clip.
+            StoreError: the store has no frames of hidden states, or no such member.
+        """
+        states = self.kept_states
+        if states.of != "frames":
+            raise StoreError(f"{self.folder}: expected frames of hidden states, found {states.of}: see states")
+        found = states.find(member)
+        positions = self._positions()
+        if name not in positions:
+            raise KeyError(f"{self.folder}: no clip {name!r}")
+        (row,) = self.meta.slice(positions[name], 1).to_pylist()
+        return self._states_of(row, states)[found.name][0].swapaxes(0, 1)
+
+    def iterate_states(self) -> Iterator[Mapping[str, tuple[np.ndarray, np.ndarray]]]:
+        """Iterate over the hidden states of the clips, in order, by member: see :mod:`gura_jax.dataset.states`.
+
+        Raises:
+            StoreError: the store has none.
+        """
+        states = self.kept_states
+        for row in self.rows():
+            yield self._states_of(row, states)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the metadata of the clips, in order."""
+        for batch in self.meta.to_batches(max_chunksize=1024):
+            yield from batch.to_pylist()
+
+    @property
+    def kept_states(self) -> States:
+        """What the store has of hidden states.
+
+        Raises:
+            StoreError: it has none.
+        """
+        try:
+            return States.of_run(self.run)
+        except StoreError as error:
+            raise StoreError(f"{self.folder}: {error}") from None
+
+    def _states_of(self, row: dict[str, Any], states: States) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        shard = row["shard"]
+        if shard not in self._states:
+            self._states[shard] = self._read(shard, self.records[shard].sink.states)
+        numbers = self._read(shard, lambda open: self._states[shard][row["row"]])
+        try:
+            return states.unpack(numbers, row)
+        except StoreError as error:
+            raise StoreError(f"{self.place / record_file(shard)}: {error}") from None
 
     def to_arrow(self, *, embeddings: bool = False) -> "pa.Table":
         """Return the metadata, and with ``embeddings`` a column ``scene`` of lists."""
@@ -251,6 +337,10 @@ class EmbeddingStore:
             raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
         except (pa.ArrowException, ValueError, EOFError):
             raise _damaged(path) from None
+
+
+def _all_cells(cells: Cells, count: int) -> list[np.ndarray]:
+    return [cells[row] for row in range(count)]
 
 
 def _damaged(path: Any) -> StoreError:

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,9 +22,10 @@ from gura_jax.dataset.decode import Clip, decode_ahead, reason
 from gura_jax.dataset.identity import check_same, describe, describe_plan, fingerprint, table_sha256
 from gura_jax.dataset.places import Place, find_place
 from gura_jax.dataset.plan import COLUMNS
-from gura_jax.dataset.sinks import SINKS
+from gura_jax.dataset.sinks import SINKS, Shard
 from gura_jax.dataset.sources import Inputs
-from gura_jax.dataset.table import Settings, clip_rows, plan_table, too_short
+from gura_jax.dataset.states import FRAMES_COLUMN, STATE_COLUMNS, States
+from gura_jax.dataset.table import Settings, clip_rows, frame_columns, plan_table, too_short
 from gura_jax.errors import AudioError, StoreError
 from gura_jax.files import json_bytes
 from gura_jax.model import Model
@@ -166,12 +167,14 @@ class Run:
         model, settings: as given.
         place: where the store is.
         fingerprint: of the run; each of its shards has it.
+        states: what it keeps of hidden states, if any.
     """
 
     def __init__(
         self, model: Model, place: Place, settings: Settings, fingerprint: str, tables: Sequence["pa.Table"]
     ) -> None:
         self.model, self.place, self.settings, self.fingerprint = model, place, settings, fingerprint
+        self.states = None if settings.keep is None else States.of_model(model, settings.keep)
         self._shards: dict[int, pa.Table] = {}
         for table in tables:
             column = table["shard"].to_numpy()
@@ -311,7 +314,8 @@ class _Computation:
                     raise
 
     def _dispatch(self, padded: Padded) -> Any:
-        return self.run.model(*padded, frames=self.run.settings.timestamps, scenes=True)
+        settings = self.run.settings
+        return self.run.model(*padded, frames=settings.timestamps, scenes=True, keep=settings.keep)
 
     def collect(self, shard: "_Shard") -> Done:
         """Wait for the results, and put them into the shard."""
@@ -361,9 +365,13 @@ class _Computation:
         for row in rows:
             scene = out.scenes[row].astype(storage)
             frames = out.frames[row, : out.counts[row]].astype(storage) if self.run.settings.timestamps else None
-            finite = np.isfinite(scene).all() and (frames is None or np.isfinite(frames).all())
+            states, counts = None, {}
+            if self.run.states is not None:
+                states, counts = self.run.states.pack(out.states, row)
+                states = states.astype(storage)
+            finite = all(np.isfinite(array).all() for array in (scene, frames, states) if array is not None)
             wrong = f"its embedding has values that are not finite in {storage}"
-            results.append(_Result(scene, frames) if finite else AudioError(wrong))
+            results.append(_Result(scene, frames, states, counts) if finite else AudioError(wrong))
         return results
 
 
@@ -382,6 +390,8 @@ class _Result(NamedTuple):
 
     scene: np.ndarray  # [S]
     frames: np.ndarray | None  # [T, D]
+    states: np.ndarray | None  # [numbers]
+    state_frames: Mapping[str, int]  # of each member, where its frames are kept
 
 
 class _Shard:
@@ -413,13 +423,17 @@ class _Shard:
         frames = [result.frames for result in self.results if result.frames is not None]
         if settings.timestamps and not frames:
             frames = [np.zeros((0, model.timestamp_embedding_size), settings.storage)]
+        states = [result.states for result in self.results if result.states is not None]
         return commit.write_shard(
             self.run.place,
             self.number,
             run=self.run.fingerprint,
-            scenes=scenes,
-            frames=frames if settings.timestamps else None,
-            meta=self._meta(),
+            shard=Shard(
+                self._meta(),
+                scenes,
+                frames if settings.timestamps else None,
+                states if settings.keep is not None else None,
+            ),
             failed=self.failed,
             sink=SINKS[settings.format],
         )
@@ -437,13 +451,13 @@ class _Shard:
         }
         if self.run.settings.timestamps:
             counts = [len(result.frames) for result in self.results if result.frames is not None]
-            times = [self.run.model.timestamps(n) for n in self.lengths]
-            hops = [float(t[-1] - t[0]) / max(1, len(t) - 1) for t in times]
-            columns |= {
-                "num_frames": pa.array(counts, pa.int64()),
-                "frame_start": pa.array(np.cumsum([0, *counts])[:-1], pa.int64()),
-                "frame_offset_ms": pa.array([float(t[0]) for t in times], pa.float64()),
-                "frame_hop_ms": pa.array(hops, pa.float64()),
-            }
+            columns |= frame_columns(self.run.model, self.lengths, counts)
+        if self.run.states is not None:
+            sizes = np.array([len(result.states) for result in self.results if result.states is not None], np.int64)
+            places = np.cumsum([0, *sizes])[:-1], sizes
+            columns |= {name: pa.array(x, pa.int64()) for name, x in zip(STATE_COLUMNS, places, strict=True)}
+            for name in self.run.states.frames_of:
+                counts = [result.state_frames[name] for result in self.results]
+                columns[FRAMES_COLUMN + name] = pa.array(counts, pa.int64())
         further = [name for name in table.column_names if name not in columns and name not in COLUMNS]
         return pa.table(columns | {name: table[name] for name in further})

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,9 @@ from gura_jax.dataset.decode import Clip, probe
 from gura_jax.dataset.plan import COLUMNS, Plan, ShardLimits, make_plan
 from gura_jax.dataset.sinks import DEFAULT, SINKS
 from gura_jax.dataset.sources import units
+from gura_jax.dataset.states import States
 from gura_jax.errors import InputError, expected
+from gura_jax.fusion import Keep
 from gura_jax.model import Model
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Settings:
         shard_hours: of audio in a shard, at most: what is lost when a job is killed.
         batch_seconds: of audio computed at once; by default what suits the devices.
         format: of the store, a name in :data:`gura_jax.dataset.sinks.SINKS`.
+        keep: hidden states to store as well.
     """
 
     timestamps: bool = False
@@ -46,6 +49,7 @@ class Settings:
     shard_hours: float = 1.0
     batch_seconds: float | None = None
     format: str = DEFAULT
+    keep: Keep | None = None
 
     def __post_init__(self) -> None:
         for name in ("window", "max_duration", "shard_hours", "batch_seconds"):
@@ -91,6 +95,8 @@ def plan_table(model: Model, clips: "pa.Table", settings: Settings, *, first_sha
     numbers = np.full(len(lengths), model.scene_embedding_size, np.int64)
     if settings.timestamps:
         numbers += model.timestamp_embedding_size * _frames(model, lengths)
+    if settings.keep is not None:
+        numbers += States.of_model(model, settings.keep).numbers(lengths, model.sample_rate)
     limits = ShardLimits(SHARD_CLIPS, int(settings.shard_hours * 3600 * model.sample_rate), SHARD_BYTES)
     size = np.dtype(settings.storage).itemsize
     batch_samples = int(batch_seconds(model, settings) * model.sample_rate)
@@ -145,6 +151,30 @@ def _frames(model: Model, lengths: np.ndarray) -> np.ndarray:
     """The numbers of frames of clips, [n]."""
     distinct, inverse = np.unique(lengths, return_inverse=True)
     return np.array([model.num_frames(int(n)) if n else 0 for n in distinct], np.int64)[inverse]
+
+
+FRAME_COLUMNS = ("num_frames", "frame_start", "frame_offset_ms", "frame_hop_ms")
+
+
+def frame_columns(model: Model, samples: Sequence[int], counts: Sequence[int]) -> dict[str, "pa.Array"]:
+    """Return the columns of a shard's metadata that say where its frames are: see :mod:`gura_jax.dataset.commit`.
+
+    Args:
+        model: whose frames they are.
+        samples: of each clip.
+        counts: of its frames.
+    """
+    import pyarrow as pa
+
+    times = [model.timestamps(n) for n in samples]
+    hops = [float(t[-1] - t[0]) / max(1, len(t) - 1) for t in times]
+    columns = (
+        pa.array(counts, pa.int64()),
+        pa.array(np.cumsum([0, *counts])[:-1], pa.int64()),
+        pa.array([float(t[0]) for t in times], pa.float64()),
+        pa.array(hops, pa.float64()),
+    )
+    return dict(zip(FRAME_COLUMNS, columns, strict=True))
 
 
 def clip_rows(clips: "pa.Table") -> Iterator[tuple[str, float, float | None, str | None]]:
@@ -270,6 +300,8 @@ def summarise(model: Model, settings: Settings, table: "pa.Table") -> PlanSummar
     numbers = model.scene_embedding_size * int(readable.sum())
     if settings.timestamps:
         numbers += model.timestamp_embedding_size * int(_frames(model, samples[readable]).sum())
+    if settings.keep is not None:
+        numbers += int(States.of_model(model, settings.keep).numbers(samples[readable], model.sample_rate).sum())
     return PlanSummary(
         clips=len(table),
         unreadable=int((~readable).sum()),

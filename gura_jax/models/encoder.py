@@ -75,6 +75,10 @@ class Noise(NamedTuple):
     mask_features_length: int = 64
 
 
+Reduce = Callable[[jax.Array, jax.Array], jax.Array]
+"""What is kept of frames: (frames [B, T, D], counts [B]) -> [B, ...]."""
+
+
 class Encoder(Protocol):
     """A member of a system: audio and lengths in, frames and counts out.
 
@@ -132,6 +136,24 @@ class Encoder(Protocol):
         """
         out = self(params, audio, lengths)
         yield "frames", out.frames, out.counts
+
+    def collected(
+        self, params: Any, audio: jax.Array, lengths: jax.Array, states: tuple[int, ...], reduce: Reduce
+    ) -> tuple[Output, jax.Array]:
+        """Embed a padded batch, and keep hidden states.
+
+        Args:
+            params, audio, lengths: as in a call.
+            states: which hidden states, K of them in increasing order.
+            reduce: what is kept of each.
+
+        Returns:
+            What a call returns, and [K, B, ...].
+        """
+        names = {f"state {i}" for i in states}
+        parts = self.states(params, audio, lengths)
+        kept = [reduce(value, counts) for name, value, counts in parts if name in names]
+        return self(params, audio, lengths), jnp.stack(kept)
 
     def abstract_params(self) -> Any:
         """Shape and dtype of every weight in a checkpoint, by dotted path."""

@@ -1,7 +1,7 @@
 """The choice of an encoder's hidden states, and their weighted sum."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,53 +67,90 @@ def weighted_sum(states: Iterable[jax.Array], weights: np.ndarray) -> jax.Array:
     return total
 
 
+class Collect(NamedTuple):
+    """Hidden states to keep beside their sum.
+
+    Attributes:
+        states: which, in increasing order.
+        reduce: what is kept of a state [B, T, D].
+    """
+
+    states: tuple[int, ...]
+    reduce: Callable[[jax.Array], jax.Array]
+
+
 def sum_of_states(
     block: Callable[[Any, jax.Array], jax.Array],
     x: jax.Array,
     blocks: Any,
     weights: np.ndarray,
     finish: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+    collect: Collect | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Weighted sum of a transformer's hidden states, of which one is held at a time.
 
     Args:
         block: (arguments of a block, state [B, T, D]) -> the next state.
         x: the first state.
         blocks: the arguments of each block, as a list; or stacked on a leading axis, and then scanned over.
-        weights: [L + 1], of the states; blocks past the last one that is not zero are not computed.
-        finish: applied to the last state, where it has a weight.
+        weights: [L + 1], of the states; blocks past the last one that is needed are not computed.
+        finish: applied to the last state, where it is needed.
+        collect: states to keep as well.
 
     Returns:
-        [B, T, D].
+        [B, T, D]; and the K kept states, [K, ...].
     """
     L = len(weights) - 1
+    chosen = () if collect is None else collect.states
+    last = max(int(np.flatnonzero(weights)[-1]), *chosen, 0)
     if isinstance(blocks, list):
+        kept = []
 
         def states() -> Iterator[jax.Array]:
             state = x
-            yield state
-            for i, arguments in enumerate(blocks, 1):
-                state = block(arguments, state)
-                yield finish(state) if i == L else state
+            for i, arguments in enumerate([None, *blocks[:last]]):
+                state = state if arguments is None else block(arguments, state)
+                state = finish(state) if i == L else state
+                if collect is not None and i in chosen:
+                    kept.append(collect.reduce(state))
+                yield state
 
-        return weighted_sum(states(), weights)
-    last = int(np.flatnonzero(weights)[-1])
+        walked = states()
+        total = weighted_sum(walked, weights)
+        for _ in walked:  # those after the last one with a weight
+            pass
+        return total, jnp.stack(kept) if kept else None
     inner = np.where(np.arange(L + 1) < L, weights, np.float32(0))  # the last state is finished first
+    places = {state: place for place, state in enumerate(chosen)}
+    kept = None
+    if collect is not None:
+        shape = jax.eval_shape(collect.reduce, x)
+        kept = jnp.zeros((len(chosen), *shape.shape), shape.dtype)
 
-    def step(carry: tuple[jax.Array, jax.Array | None], of_block: tuple[Any, jax.Array]) -> Any:
-        state, total = carry
-        arguments, weight = of_block
+    def keep(kept: jax.Array | None, state: jax.Array, place: jax.Array | int | None) -> jax.Array | None:
+        if collect is None or kept is None or place is None:
+            return kept
+        return kept.at[place].set(collect.reduce(state), mode="drop")  # past the end: not chosen
+
+    def step(carry: Any, of_block: Any) -> Any:
+        state, total, kept = carry
+        arguments, weight, place = of_block
         state = block(arguments, state)
-        return (state, None if total is None else total + weight * state), None
+        return (state, None if total is None else total + weight * state, keep(kept, state, place)), None
 
-    start = x, x * inner[0] if inner.any() else None
+    start = x, x * inner[0] if inner.any() else None, keep(kept, x, places.get(0))
     some = blocks if last == L else jax.tree.map(lambda a: a[:last], blocks)
-    (x, total), _ = jax.lax.scan(step, start, (some, jnp.asarray(inner[1 : last + 1])))
+    scanned = np.array([places.get(i, len(chosen)) if i < L else len(chosen) for i in range(1, last + 1)], np.int32)
+    steps = some, jnp.asarray(inner[1 : last + 1]), jnp.asarray(scanned)
+    (x, total, kept), _ = jax.lax.scan(step, start, steps)
+    if last == L:
+        x = finish(x)
+        kept = keep(kept, x, places.get(L))
     if not weights[L]:
         assert total is not None  # of the states that have a weight
-        return total
-    x = finish(x) if weights[L] == 1.0 else finish(x) * weights[L]
-    return x if total is None else total + x
+        return total, kept
+    x = x if weights[L] == 1.0 else x * weights[L]
+    return x if total is None else total + x, kept
 
 
 def _add_now(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -148,7 +148,7 @@ class PasstEncoder(TransformerEncoder):
         x = network.embed(self._log_mel(audio, lengths))
         patches = (_SPECTROGRAM.count(lengths - 1) - PATCH) // STRIDE + 1
         mask = frame_mask(SPECIAL + ROWS * jnp.clip(patches, 1, COLUMNS), x.shape[1])
-        return network.scores(self.chosen_states(params, network.encoder, x, mask))
+        return network.scores(self.chosen_states(params, network.encoder, x, mask)[0])
 
     def _scene(self, params: Params, audio: jax.Array, lengths: jax.Array) -> jax.Array:
         """[B, N], [B] -> [B, P]."""

@@ -13,8 +13,18 @@ from flax import nnx
 
 from gura_jax.errors import SystemConfigError
 from gura_jax.models.attention import RelativeBias, attention, over_tokens
-from gura_jax.models.encoder import FrameGrid, Functional, ModuleEncoder, Noise, Options, Output, Params, functional
-from gura_jax.models.layers import layer_weights, sum_of_states
+from gura_jax.models.encoder import (
+    FrameGrid,
+    Functional,
+    ModuleEncoder,
+    Noise,
+    Options,
+    Output,
+    Params,
+    Reduce,
+    functional,
+)
+from gura_jax.models.layers import Collect, layer_weights, sum_of_states
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -245,16 +255,37 @@ class TransformerEncoder(ModuleEncoder):
         """The same with masked spans of what the transformer takes, and dropout in the blocks."""
         return self._embed(params, audio, lengths, noise)
 
+    def collected(
+        self, params: Params, audio: jax.Array, lengths: jax.Array, states: tuple[int, ...], reduce: Reduce
+    ) -> tuple[Output, jax.Array]:
+        """The same, and hidden states, each reduced as it comes."""
+
+        def reduced(state: jax.Array) -> jax.Array:
+            out = self.outputs(state, audio, lengths)
+            return reduce(out.frames, out.counts)
+
+        network = self.without_blocks(params)
+        x, mask = self.inputs(network, audio, lengths)
+        x, kept = self.chosen_states(params, network.encoder, x, mask, collect=Collect(states, reduced))
+        assert kept is not None  # as they are asked for
+        return self.outputs(x, audio, lengths), kept
+
     def _embed(self, params: Params, audio: jax.Array, lengths: jax.Array, noise: Noise | None) -> Output:
         network = self.without_blocks(params)
         x, mask = self.inputs(network, audio, lengths)
         x, dropouts = (x, None) if noise is None else self._disturb(x, noise)
-        return self.outputs(self.chosen_states(params, network.encoder, x, mask, dropouts), audio, lengths)
+        return self.outputs(self.chosen_states(params, network.encoder, x, mask, dropouts)[0], audio, lengths)
 
     def chosen_states(
-        self, params: Params, transformer: Transformer, x: jax.Array, mask: jax.Array, dropouts: Dropout | None = None
-    ) -> jax.Array:
-        """The chosen states' sum [B, T, D], from what the transformer takes.
+        self,
+        params: Params,
+        transformer: Transformer,
+        x: jax.Array,
+        mask: jax.Array,
+        dropouts: Dropout | None = None,
+        collect: Collect | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The chosen states' sum [B, T, D], from what the transformer takes; and the states to keep [K, ...].
 
         Args:
             params: the encoder's.
@@ -262,6 +293,7 @@ class TransformerEncoder(ModuleEncoder):
             x: [B, T, D].
             mask: [B, T], of what counts in it.
             dropouts: of each block.
+            collect: states to keep.
         """
         x, shared = transformer.start(x, mask), transformer.shared(x.shape[1])
 
@@ -271,7 +303,7 @@ class TransformerEncoder(ModuleEncoder):
 
         weights = layer_weights(self.options.layers, self.config.num_hidden_layers)
         blocks = self.block_arguments(params, dropouts)
-        return sum_of_states(self.options.rematerialise(block), x, blocks, weights, transformer.finish)
+        return sum_of_states(self.options.rematerialise(block), x, blocks, weights, transformer.finish, collect)
 
     def _disturb(self, x: jax.Array, noise: Noise) -> tuple[jax.Array, Dropout | None]:
         """Mask spans of [B', T', D]; and the dropout of each block."""

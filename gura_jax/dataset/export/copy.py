@@ -36,13 +36,12 @@ def copy_store(store: EmbeddingStore, out: Location, form: str) -> None:
     """
     from tqdm import tqdm
 
-    if len(store) != sum(record.clips for record in store.records.values()):
-        raise StoreError(f"{store.folder}: expected a whole store to copy, found a part: open it again")
+    check_whole(store)
     place = find_place(out)
     place.prepare()
     with place.locked():
-        run = _begin(place, in_format(store.run, form))
-        _copy_plans(store.place, place)
+        run = begin_copy(place, in_format(store.run, form))
+        copy_plans(store.place, place)
     pending = commit.find_pending(place, run["fingerprint"], list(store.records))
     for number in tqdm(pending, desc=str(place), unit="shard", disable=None):
         _copy_shard(store, number, place, run["fingerprint"], SINKS[form])
@@ -50,7 +49,17 @@ def copy_store(store: EmbeddingStore, out: Location, form: str) -> None:
     commit.remove_temporary(place, commit.shard_numbers(place))
 
 
-def _begin(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_whole(store: EmbeddingStore) -> None:
+    """Refuse a part of a store.
+
+    Raises:
+        StoreError: it is one.
+    """
+    if len(store) != sum(record.clips for record in store.records.values()):
+        raise StoreError(f"{store.folder}: expected a whole store to copy, found a part: open it again")
+
+
+def begin_copy(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:
     """Write ``run.json``, or return the one that is there, if it is of the same run."""
     there = commit.read_run(place)
     if there is None:
@@ -64,7 +73,7 @@ def _begin(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:
     return there
 
 
-def _copy_plans(source: Place, place: Place) -> None:
+def copy_plans(source: Place, place: Place) -> None:
     """Copy the plans that are not there: the first, which ``run.json`` has the hash of, and those of retries."""
     there = place.sizes()
     for number, name in enumerate(sorted(filter(commit.PLAN.fullmatch, source.sizes()))):
@@ -81,15 +90,13 @@ def _copy_plans(source: Place, place: Place) -> None:
 
 def _copy_shard(store: EmbeddingStore, number: int, place: Place, run: str, sink: Sink) -> None:
     """Copy a shard; nothing of it stays in memory."""
-    with _verified(store, number) as near:
+    with verified(store, number) as near:
         shard = store.read_shard(number, near)
         commit.write_shard(
             place,
             number,
             run=run,
-            scenes=shard.scenes,
-            frames=shard.frames,
-            meta=shard.meta,
+            shard=shard,
             failed=store.records[number].failed,
             sink=sink,
         )
@@ -104,7 +111,7 @@ def _read(place: Place, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _verified(store: EmbeddingStore, number: int) -> Iterator[Place]:
+def verified(store: EmbeddingStore, number: int) -> Iterator[Place]:
     """Give a folder with the files of a shard, whose bytes are those that its record describes."""
     record = store.records[number]
     with contextlib.ExitStack() as stack:

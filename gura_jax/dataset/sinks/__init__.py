@@ -6,9 +6,9 @@ all formats.
 
 from gura_jax.dataset.sinks.npy import Npy
 from gura_jax.dataset.sinks.parquet import Parquet
-from gura_jax.dataset.sinks.sink import Create, Open, Rows, Shard, Sink
+from gura_jax.dataset.sinks.sink import Cells, Create, Open, Rows, Shard, Sink
 
-__all__ = ["DEFAULT", "SINKS", "Create", "Open", "Rows", "Shard", "Sink"]
+__all__ = ["DEFAULT", "SINKS", "Cells", "Create", "Open", "Rows", "Shard", "Sink"]
 
 DEFAULT = "npy"
 SINKS: dict[str, Sink] = {DEFAULT: Npy(), "parquet": Parquet()}

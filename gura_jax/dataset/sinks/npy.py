@@ -2,30 +2,33 @@
 
 - ``scene``: [num_clips, S] float32, or float16 where asked for.
 - ``frames``: [sum T, D], of the same type, the frames of all clips one after the other; only with timestamps.
+- ``states``: [numbers], of the same type, the hidden states of all clips one after the other, of which ``states_start``
+  and ``states_size`` in the metadata are a clip's; only where states are kept.
 - ``meta``: Parquet, a row a clip.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from gura_jax.dataset.sinks.sink import Create, Open, Rows, Shard, Sink
+from gura_jax.dataset.sinks.sink import Cells, Create, Open, Rows, Shard, Sink
 from gura_jax.objects import BLOCK_BYTES, ObjectFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCENE, FRAMES, META = "scene.npy", "frames.npy", "meta.parquet"
+SCENE, FRAMES, STATES, META = "scene.npy", "frames.npy", "states.npy", "meta.parquet"
 
 
 class Npy(Sink):
     """The format ``npy``: arrays can be mapped into memory, metadata queried by any Parquet tool."""
 
-    def files(self, timestamps: bool) -> tuple[str, ...]:
-        """Return ``scene.npy``, ``frames.npy`` with timestamps, ``meta.parquet``."""
-        return (SCENE, FRAMES, META) if timestamps else (SCENE, META)
+    def files(self, timestamps: bool, states: bool) -> tuple[str, ...]:
+        """Return ``scene.npy``, ``frames.npy`` with timestamps, ``states.npy`` with states, ``meta.parquet``."""
+        return (SCENE, *([FRAMES] if timestamps else []), *([STATES] if states else []), META)
 
     def write(self, shard: Shard, create: Create) -> None:
         """Write the arrays, then the metadata."""
@@ -34,6 +37,9 @@ class Npy(Sink):
         create(SCENE, lambda file: np.save(file, shard.scenes))
         if (frames := shard.frames) is not None:
             create(FRAMES, lambda file: _save_joined(file, frames))
+        if (states := shard.states) is not None:
+            joined = states or [np.zeros(0, shard.scenes.dtype)]
+            create(STATES, lambda file: _save_joined(file, joined))
         create(META, lambda file: parquet.write_table(shard.meta, file))
 
     def meta(self, open: Open, columns: list[str] | None = None) -> "pa.Table":
@@ -52,6 +58,24 @@ class Npy(Sink):
         """Return the frames, [sum T, D], mapped into memory or read by ranges."""
         with open(FRAMES) as file:
             return _map(file)
+
+    def states(self, open: Open) -> Cells:
+        """Return the hidden states of each clip, mapped into memory or read by ranges."""
+        table = self.meta(open, ["states_start", "states_size"])
+        with open(STATES) as file:
+            return _FlatCells(_map(file), table["states_start"].to_numpy(), table["states_size"].to_numpy())
+
+
+@dataclasses.dataclass(frozen=True)
+class _FlatCells:
+    """Parts of one array."""
+
+    flat: Rows  # [numbers]
+    starts: np.ndarray  # [n]
+    sizes: np.ndarray  # [n]
+
+    def __getitem__(self, row: Any, /) -> np.ndarray:
+        return self.flat[self.starts[row] : self.starts[row] + self.sizes[row]]
 
 
 def _save_joined(file: BinaryIO, arrays: Sequence[np.ndarray]) -> None:

@@ -21,12 +21,19 @@ class Shard(NamedTuple):
     meta: "pa.Table"  # n rows; with frames, ``frame_start`` and ``num_frames`` are each clip's part of all frames
     scenes: np.ndarray  # [n, S]
     frames: Sequence[np.ndarray] | None  # [T, D] of each clip, one array at least; None without timestamps
+    states: Sequence[np.ndarray] | None = None  # of each clip [numbers]: see gura_jax.dataset.states; None: not kept
 
 
 class Rows(Protocol):
     """Rows that are read when they are asked for, as those of an array in a file."""
 
     def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+class Cells(Protocol):
+    """Arrays [numbers], one a clip, that are read when they are asked for."""
+
+    def __getitem__(self, row: int, /) -> np.ndarray: ...
 
 
 class Sink(Protocol):
@@ -37,8 +44,8 @@ class Sink(Protocol):
     files by itself.
     """
 
-    def files(self, timestamps: bool) -> tuple[str, ...]:
-        """Return a shard's data files, in the order of writing."""
+    def files(self, timestamps: bool, states: bool) -> tuple[str, ...]:
+        """Return a shard's data files, with frames or hidden states if it has them, in the order of writing."""
         ...
 
     def write(self, shard: Shard, create: Create) -> None:
@@ -55,4 +62,8 @@ class Sink(Protocol):
 
     def frames(self, open: Open) -> Rows:
         """Return the frames of all clips one after the other, [sum T, D]."""
+        ...
+
+    def states(self, open: Open) -> Cells:
+        """Return the hidden states of each clip, [numbers]."""
         ...
