@@ -149,6 +149,7 @@ def resume(arguments: argparse.Namespace) -> None:
     from gura_jax import EmbeddingStore
     from gura_jax.dataset import commit
     from gura_jax.dataset.run import open_run
+    from gura_jax.dataset.sinks import Shard
     from gura_jax.dataset.sources import Inputs
     from gura_jax.dataset.table import Settings
     from gura_jax.loading import load_model
@@ -165,7 +166,7 @@ def resume(arguments: argparse.Namespace) -> None:
     meta = pa.table({"id": ["x"], "num_samples": [1]})
     scenes = np.zeros((1, model.scene_embedding_size), np.float32)
     for number in run.shards:
-        commit.write_shard(out, number, run=run.fingerprint, scenes=scenes, frames=None, meta=meta, failed=[])
+        commit.write_shard(out, number, run=run.fingerprint, shard=Shard(meta, scenes, None), failed=[])
     reset_peak()
     print(f"\na store of {len(run.shards)} finished shards ({rows} clips)\n")
     header()
@@ -186,7 +187,7 @@ def formats(arguments: argparse.Namespace) -> None:
     from gura_jax import EmbeddingStore
     from gura_jax.dataset import commit
     from gura_jax.dataset.run import open_run
-    from gura_jax.dataset.sinks import SINKS
+    from gura_jax.dataset.sinks import SINKS, Shard
     from gura_jax.dataset.table import SHARD_CLIPS, Settings
     from gura_jax.loading import load_model
 
@@ -215,10 +216,8 @@ def formats(arguments: argparse.Namespace) -> None:
             for number in run.shards:
                 table = run._shards[number].select(["id", "path", "offset", "duration"])
                 meta = table.append_column("num_samples", pa.array([16_000] * len(table)))
-                scenes = block[: len(table)]
-                commit.write_shard(
-                    out, number, run=run.fingerprint, scenes=scenes, frames=None, meta=meta, failed=[], sink=sink
-                )
+                shard = Shard(meta, block[: len(table)], None)
+                commit.write_shard(out, number, run=run.fingerprint, shard=shard, failed=[], sink=sink)
         with timed(f"{name}: open"):
             store = EmbeddingStore(out)
         with timed(f"{name}: read all"):

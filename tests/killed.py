@@ -23,9 +23,10 @@ from toy import contents, embedded
 
 from gura_jax import files
 from gura_jax.dataset.table import Settings
+from gura_jax.fusion import Keep
 
 INPUTS, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-SETTINGS = Settings(timestamps=True, shard_hours=2 / 3600, batch_seconds=2)
+SETTINGS = Settings(timestamps=True, shard_hours=2 / 3600, batch_seconds=2, keep=Keep("mean"))
 NOT_REACHED = 77
 
 

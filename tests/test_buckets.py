@@ -29,6 +29,7 @@ from gura_jax.audio import load_segments
 from gura_jax.dataset import commit
 from gura_jax.dataset.export import export
 from gura_jax.dataset.places import Bucket, find_place
+from gura_jax.dataset.sinks import Shard
 from gura_jax.dataset.sources import decoded, open_clip, read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.errors import InputError, StoreError
@@ -327,7 +328,7 @@ def test_two_workers_with_one_shard(bucket: str, tmp_path: Path, monkeypatch: py
     def write(value: float) -> Any:
         meta = pa.table({"id": ["a"], "path": ["a"], "num_samples": [400]})
         scenes = np.full((1, 4), value, np.float32)
-        return commit.write_shard(out, 0, run="r", scenes=scenes, frames=None, meta=meta, failed=[])
+        return commit.write_shard(out, 0, run="r", shard=Shard(meta, scenes, None), failed=[])
 
     out = find_place(f"{bucket}/out")
     write(1.0)

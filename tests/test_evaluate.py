@@ -27,7 +27,7 @@ from gura_jax.dataset.sources import read_inputs
 from gura_jax.errors import CheckpointError, GuraError, InputError, StoreError, SystemConfigError
 from gura_jax.evaluate import embed, modules, probes, report, run
 from gura_jax.evaluate.benchmarks import BENCHMARKS, Benchmark
-from gura_jax.evaluate.embed import LayerMeans, SystemEmbeddings
+from gura_jax.evaluate.embed import SystemEmbeddings
 from gura_jax.evaluate.hear.protocol import PROTOCOLS, grid_points
 from gura_jax.evaluate.hear.tasks import find_tasks, read_task
 from gura_jax.evaluate.protocol import _Best, evaluate_task
@@ -632,47 +632,24 @@ def test_members_are_embedded_once(tmp_path: Path) -> None:
 # Learned layers
 
 
-def test_layer_means_are_the_means_of_hidden_states() -> None:
-    model = load_model("fusion_hubert_base", weights="random", size="tiny")
-    rng = np.random.default_rng(0)
-    clips = [rng.uniform(-1, 1, n).astype(np.float32) for n in (9000, 16_000)]
+def test_what_is_learned_from_are_the_means_of_hidden_states(tmp_path: Path) -> None:
+    task = read_task(write_task(tmp_path / "t", clips=1))
     source = SystemEmbeddings(SYSTEMS["fusion_hubert_base"], "random", "tiny", learned=True)
-    viewed = embed._viewed(model, embed.Part("x", model.system, "layer means"))
-    wanted = [states.mean(1).ravel() for states in model.hidden_states(clips)]
-    for found, expected in zip(viewed.scene_embeddings(clips), wanted, strict=True):
-        assert relative(found, expected) < FUSED_BOUND
-    assert viewed.scene_embedding_size == source.num_states * model.timestamp_embedding_size
+    (part,) = source.parts(task)
+    source.load(part)(task, tmp_path / "out")
+    model = load_model("fusion_hubert_base", weights="random", size="tiny")
+    lookup = source.open(task, [tmp_path / "out"]).lookup
+    for split in task.splits:
+        for file in task.clips[split]:
+            clip = load_audio(task.folder / str(RATE) / split / file, sample_rate=model.sample_rate)
+            (states,) = model.hidden_states([clip])
+            assert relative(lookup(split, file)[0], states.mean(1).ravel()) < FUSED_BOUND
     assert source.num_states == 4
     assert source.name == "fusion_hubert_base-tiny-random_learned"
     with pytest.raises(SystemConfigError, match="one encoder with hidden states, found cat_wc"):
         assert SystemEmbeddings(SYSTEMS["cat_wc"], "random", "tiny", learned=True).num_states
     for name, learnable in (("fusion_hubert_base", True), ("hubert_base", False), ("crepe", False), ("cat_wc", False)):
         assert SystemEmbeddings(SYSTEMS[name]).averages_layers is learnable
-
-
-class Layered(Toy):
-    """An encoder of another family with three hidden states: its frames, and multiples of them."""
-
-    num_states = 3
-    parts = ("convolution", "state 0", "state 1", "state 2", "head")
-
-    def states(self, params: Any, audio: Any, lengths: Any) -> Any:
-        frames, counts, _ = self(params, audio, lengths)
-        for i, part in enumerate(self.parts):
-            yield part, i * frames, counts
-
-
-def test_layer_means_of_any_family() -> None:
-    """Whatever other parts an encoder has; clips that are padded too."""
-    encoder = Layered()
-    audio = np.random.default_rng(0).uniform(-1, 1, (2, 3200)).astype(np.float32)
-    lengths = np.array([3200, 1000], np.int32)
-    out = LayerMeans(encoder)({}, jnp.asarray(audio), jnp.asarray(lengths))
-    assert out.pooled is not None
-    for row, length in enumerate(lengths):
-        mean = Toy()({}, audio[row : row + 1, :length], lengths[row : row + 1]).frames[0].mean(0)
-        np.testing.assert_allclose(out.pooled[row], np.concatenate([mean, 2 * mean, 3 * mean]), rtol=1e-5, atol=1e-7)
-    assert out.pooled.shape == (2, LayerMeans(encoder).pooled_size)
 
 
 def test_the_layer_that_says_something_is_found(tmp_path: Path) -> None:
@@ -706,7 +683,7 @@ def test_systems_are_compared(tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     assert sorted(path.name for path in (out / "embeddings").iterdir()) == [
         "fusion_hubert_base-tiny-random",
-        "fusion_hubert_base-tiny-random-layer-means",
+        "fusion_hubert_base-tiny-random-states",
         "hubert_base-tiny-random",
         "wav2vec2_base-tiny-random",
     ]

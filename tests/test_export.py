@@ -22,7 +22,7 @@ from toy import contents, embedded, interrupt, opened, write_clips
 from gura_jax import EmbeddingStore, files
 from gura_jax.dataset.commit import RUN_FILE, shard_numbers, write_shard
 from gura_jax.dataset.export import export, hugging_face
-from gura_jax.dataset.sinks import SINKS
+from gura_jax.dataset.sinks import SINKS, Shard
 from gura_jax.dataset.table import Settings
 from gura_jax.errors import InputError, StoreError
 from gura_jax.files import write_json
@@ -302,7 +302,7 @@ def scattered(folder: Path, form: str) -> EmbeddingStore:
         scenes = (rng.standard_normal((CLIPS, 64)) * 10 ** rng.uniform(-3, 3, (CLIPS, 1))).astype(np.float32)
         scenes[7] *= shard
         frames = [rng.standard_normal((n, 32)).astype(np.float32) for n in meta["num_frames"].to_pylist()]
-        write_shard(folder, shard, run="r", scenes=scenes, frames=frames, meta=meta, failed=[], sink=SINKS[form])
+        write_shard(folder, shard, run="r", shard=Shard(meta, scenes, frames), failed=[], sink=SINKS[form])
     return EmbeddingStore(folder)
 
 

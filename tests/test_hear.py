@@ -272,7 +272,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
     found: set[tuple[int, ...]] = set()
     embeddings = Model.__call__
 
-    def call(self: Model, audio: Any, lengths: Any, **wanted: bool) -> Any:
+    def call(self: Model, audio: Any, lengths: Any, **wanted: Any) -> Any:
         assert audio.shape[0] == lengths.shape[0]
         found.add(audio.shape)
         return embeddings(self, audio[:, :400], np.full_like(lengths, 400), **wanted)
@@ -345,7 +345,7 @@ def test_memory_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """If nothing is padded or resampled: of the input, and of the output."""
     pointers, call = [], Model.__call__
 
-    def spy(self: Model, audio: Any, lengths: Any, **wanted: bool) -> Any:
+    def spy(self: Model, audio: Any, lengths: Any, **wanted: Any) -> Any:
         out = call(self, audio, lengths, **wanted)
         assert out.frames is not None
         pointers.append((audio.unsafe_buffer_pointer(), out.frames.addressable_data(0).unsafe_buffer_pointer()))

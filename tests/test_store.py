@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -45,7 +46,8 @@ def write(folder: Path, number: int = 0, run: str = "r", names: tuple[str, ...] 
     meta = pa.table({"id": list(names), "path": list(names), "num_samples": [400] * len(names)})
     frames = [np.full((n, 2), i, np.float32) for i, n in enumerate(FRAMES[: len(names)])]
     arguments: dict[str, Any] = {"run": run, "failed": [], "frames": frames} | options
-    return write_shard(folder, number, scenes=np.arange(len(names) * 4.0).reshape(-1, 4), meta=meta, **arguments)
+    shard = Shard(meta, np.arange(len(names) * 4.0).reshape(-1, 4), arguments.pop("frames"))
+    return write_shard(folder, number, shard=shard, **arguments)
 
 
 def names(folder: Path) -> list[str]:
@@ -268,12 +270,13 @@ def test_damage_that_leaves_the_size_names_the_file(made: Path, tmp_path: Path, 
 class JsonSink(Sink):
     """A format of one's own: all of a shard in one file."""
 
-    def files(self, timestamps: bool) -> tuple[str, ...]:
+    def files(self, timestamps: bool, states: bool) -> tuple[str, ...]:
         return ("clips.json",)
 
     def write(self, shard: Shard, create: Create) -> None:
         frames = None if shard.frames is None else np.concatenate(shard.frames).tolist()
-        content = {"meta": shard.meta.to_pylist(), "scenes": shard.scenes.tolist(), "frames": frames}
+        states = None if shard.states is None else [own.tolist() for own in shard.states]
+        content = {"meta": shard.meta.to_pylist(), "scenes": shard.scenes.tolist(), "frames": frames, "states": states}
         create("clips.json", lambda file: file.write(json.dumps(content).encode()))
 
     def meta(self, open: Open, columns: list[str] | None = None) -> pa.Table:
@@ -285,6 +288,9 @@ class JsonSink(Sink):
 
     def frames(self, open: Open) -> np.ndarray:
         return np.array(self._read(open)["frames"], np.float32)
+
+    def states(self, open: Open) -> list[np.ndarray]:
+        return [np.array(own, np.float32) for own in self._read(open)["states"]]
 
     def _read(self, open: Open) -> Any:
         with open("clips.json") as file:
@@ -328,8 +334,8 @@ def test_failures_in_a_format_of_ones_own(tmp_path: Path, own_format: str) -> No
 
 @pytest.mark.usefixtures("own_format")
 def test_the_names_of_files_tell_the_format() -> None:
-    for timestamps in (False, True):
-        assert len({sink.files(timestamps) for sink in SINKS.values()}) == len(SINKS)
+    for what in itertools.product((False, True), repeat=2):
+        assert len({sink.files(*what) for sink in SINKS.values()}) == len(SINKS)
 
 
 @pytest.mark.usefixtures("own_format")

@@ -18,7 +18,7 @@ from gura_jax.dataset.sources import read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Summary, Worker, work
 from gura_jax.files import LOCK_FILE
-from gura_jax.fusion import Embeddings
+from gura_jax.fusion import Embeddings, Keep, KeptStates
 
 RATE = 16_000
 HOP = RATE // 50
@@ -48,12 +48,21 @@ class Toy(Encoder):
 class ToyModel(Model):
     """A model of one toy encoder that computes with NumPy: nothing to compile."""
 
-    def __call__(self, audio: Any, lengths: Any, *, scenes: bool = True, frames: bool = True) -> Embeddings:
+    def __call__(
+        self, audio: Any, lengths: Any, *, scenes: bool = True, frames: bool = True, keep: Keep | None = None
+    ) -> Embeddings:
         if isinstance(audio, Mapping):
             audio, lengths = audio[self.sample_rate], lengths[self.sample_rate]
         out, counts, _ = self.fusion.members[0].encoder({}, audio, lengths)
         means: Any = np.stack([row[:count].mean(0) for row, count in zip(out, counts, strict=True)])
-        return Embeddings(out, counts, means)
+        if keep is None:
+            return Embeddings(out, counts, means)
+        states = (
+            KeptStates(means[:, None, None], None, None)
+            if keep.of == "mean"
+            else KeptStates(out[:, :, None], counts, None)
+        )
+        return Embeddings(out, counts, means, {"toy": states})
 
 
 def toy_model(kind: type[ToyModel] = ToyModel, *, rate: int = RATE, batches_in_flight: int = 0) -> Any:

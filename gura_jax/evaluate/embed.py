@@ -21,10 +21,10 @@ from gura_jax.dataset.workers import Worker, work
 from gura_jax.errors import InputError, SystemConfigError
 from gura_jax.evaluate.protocol import Lookup
 from gura_jax.evaluate.task import Task
-from gura_jax.fusion import COMBINATIONS, FusedMember, combine, fused_size, resample_time
+from gura_jax.fusion import COMBINATIONS, FusedMember, Keep, combine, fused_size, resample_time
 from gura_jax.loading import Size, Weights, find_weights, load_model, member_weights, outline
 from gura_jax.model import Model
-from gura_jax.models.encoder import Encoder, Output, Params, frame_mask, masked_mean
+from gura_jax.models.encoder import Encoder
 from gura_jax.models.families import ENCODERS
 from gura_jax.systems import SYSTEMS, Member, System
 
@@ -32,9 +32,9 @@ LEARNED = "_learned"  # suffix of a system's name if its layer weights are learn
 COMBINED_AT_ONCE = 4096  # clips
 FAILURES_NAMED = 5
 
-View = Literal["embeddings", "scene frames", "layer means"]
+View = Literal["embeddings", "scene frames", "states"]
 """What is stored of a system: what ``embed`` stores; the frames averaged into scenes, if they differ from the timestamp
-frames (CREPE); or the mean over time of each hidden state."""
+frames (CREPE); or beside the embeddings the mean over time of each hidden state."""
 
 
 class Part(NamedTuple):
@@ -83,7 +83,7 @@ class SystemEmbeddings:
     def parts(self, task: Task) -> tuple[Part, ...]:
         """List what has to be embedded for a task; nothing if the system cannot be evaluated on it."""
         if self.learned:
-            part = Part(f"{self._marked(self.system)}-layer-means", self.system, "layer means")
+            part = Part(f"{self._marked(self.system)}-states", self.system, "states")
             return (part,) if task.embedding == "scene" else ()
         linear = self.system.scene_groups == 1 and COMBINATIONS[self.system.combination].linear_scenes
         if len(self.system.members) == 1 or (task.embedding == "scene" and not linear):
@@ -154,12 +154,17 @@ class SystemEmbeddings:
         names = {member.name for member in part.system.members}
         chosen = {k: v for k, v in member_weights(self.system, self.weights).items() if k in names}
         model = _viewed(load_model(part.system, weights=chosen, size=self.size), part)
-        return functools.partial(embed_task, model, frames=part.view == "scene frames")
+        keep = Keep("mean") if part.view == "states" else None
+        return functools.partial(embed_task, model, frames=part.view == "scene frames", keep=keep)
 
     def open(self, task: Task, folders: Sequence[Path]) -> Embedded:
         """Open the system's embeddings, in the folders of :meth:`parts`."""
         stores = [EmbeddingStore(folder) for folder in folders]
         fingerprints = [str(store.run["fingerprint"]) for store in stores]
+        if self.learned:
+            states = stores[0].states()
+            rows = {name: states[i].ravel() for i, name in enumerate(stores[0].ids)}  # [K D]
+            return Embedded(lambda split, file: (rows[task.clip_id(split, file)], None), fingerprints[0])
         if len(stores) == 1:
             return Embedded(functools.partial(_stored, stores[0], task), fingerprints[0])
         fusion = self.outline.fusion
@@ -174,47 +179,6 @@ class SystemEmbeddings:
     def num_states(self) -> int:
         """Number of hidden states whose weights are learned; 0 if none are."""
         return _single_encoder(self.outline).num_states if self.learned else 0
-
-
-class LayerMeans(Encoder):
-    """An encoder whose pooled output is the mean over time of every hidden state of another, [B, num_states * D].
-
-    Its frames are the last hidden state.
-
-    Args:
-        encoder: any encoder with hidden states.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.sample_rate, self.feature_size, self.grid = encoder.sample_rate, encoder.feature_size, encoder.grid
-        self.num_states = encoder.num_states
-        self.pooled_size = encoder.num_states * encoder.feature_size
-
-    def init(self, key: jax.Array) -> Params:
-        return self.encoder.init(key)
-
-    def abstract_params(self) -> Any:
-        return self.encoder.abstract_params()
-
-    def prepare(self, params: Any) -> Any:
-        return self.encoder.prepare(params)
-
-    def restore(self, params: Any) -> Any:
-        return self.encoder.restore(params)
-
-    def derive(self, params: Any) -> Params:
-        return self.encoder.derive(params)
-
-    def depths(self, params: Any) -> Any:
-        return self.encoder.depths(params)
-
-    def __call__(self, params: Any, audio: jax.Array, lengths: jax.Array) -> Output:
-        names = [f"state {i}" for i in range(self.num_states)]
-        states = {name: (x, counts) for name, x, counts in self.encoder.states(params, audio, lengths) if name in names}
-        means = [masked_mean(x, frame_mask(counts, x.shape[1])) for x, counts in map(states.__getitem__, names)]
-        frames, counts = states[names[-1]]
-        return Output(frames, counts, jnp.concatenate(means, axis=-1))
 
 
 def _single(system: System, member: Member) -> System:
@@ -239,15 +203,10 @@ def _time_base(model: Model) -> Encoder | None:
 
 def _viewed(model: Model, part: Part) -> Model:
     """Return the model that computes a part's view of its system."""
-    if part.view == "embeddings":
+    if part.view != "scene frames":
         return model
     (member,) = model.fusion.members
-    if part.view == "scene frames":
-        member = member._replace(encoder=member.scene_encoder)
-    else:
-        encoder = LayerMeans(_single_encoder(model))
-        member = member._replace(encoder=encoder, scene_encoder=encoder, scene="pooled")
-    fusion = model.fusion._replace(members=(member,))
+    fusion = model.fusion._replace(members=(member._replace(encoder=member.scene_encoder),))
     system = dataclasses.replace(model.system, name=part.name)
     return Model(system, fusion, model.params, model.weights, model.compilation, model.dtype, model.platform)
 
@@ -262,7 +221,7 @@ def _single_encoder(model: Model) -> Encoder:
     return first.encoder
 
 
-def embed_task(model: Model, task: Task, folder: Path, *, frames: bool = False) -> None:
+def embed_task(model: Model, task: Task, folder: Path, *, frames: bool = False, keep: Keep | None = None) -> None:
     """Embed a task's clips, or resume: scenes, and for an event task or with ``frames`` also frames.
 
     Args:
@@ -270,6 +229,7 @@ def embed_task(model: Model, task: Task, folder: Path, *, frames: bool = False) 
         task: the task.
         folder: folder of the store.
         frames: store frames of a scene task too.
+        keep: hidden states to store as well.
 
     Raises:
         InputError: clips cannot be embedded; ``failed.csv`` in the folder lists all of them.
@@ -278,7 +238,7 @@ def embed_task(model: Model, task: Task, folder: Path, *, frames: bool = False) 
     clips = task.table(model.sample_rate)
     frames = frames or task.embedding == "event"
     # Clips that failed may have been fixed since.
-    run = open_run(model, clips, folder, Settings(timestamps=frames), retry_failed=True)
+    run = open_run(model, clips, folder, Settings(timestamps=frames, keep=keep), retry_failed=True)
     failed = work(run, Worker(0, 1, "the only process")).failed
     if failed:
         raise InputError(
