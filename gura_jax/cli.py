@@ -619,6 +619,54 @@ def evaluate(
         raise typer.Exit(EXIT_SOME_INPUTS_FAILED if outcome.rows else EXIT_FAILED)
 
 
+@app.command()
+def learn(
+    tasks: Annotated[Path, typer.Argument(help="Folder of HEAR tasks, or of one; those with scene embeddings.")],
+    system: SystemOption,
+    out: Annotated[Path, typer.Option(help="Folder for embeddings, scores and systems, or to go on in.")],
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of the probes.", min=1)] = 5,
+    protocol: Annotated[str, typer.Option(help="Of the probes: fixed, or hear2021, with the bugs of HEAR's kit.")] = (
+        "fixed"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Learn which layers and members of a system serve a task, and write the system; embeds once.
+
+    Run again with the same arguments, it goes on where it stopped. Exit code 3: a task failed, the rest is done.
+    """
+    from gura_jax.evaluate import learn as learning
+    from gura_jax.evaluate import metrics
+    from gura_jax.evaluate.benchmarks import find_protocol
+    from gura_jax.evaluate.embed import SystemEmbeddings
+
+    metrics.check_installed()
+    benchmark, chosen = find_protocol(protocol)
+    source = SystemEmbeddings(find_system(system), _parse_weights(weights), size)
+    source.check()
+    if source.random_members:
+        names = ", ".join(source.random_members)
+        print(f"note: random weights for {names}: what they contribute means nothing", file=sys.stderr)
+    found, failed = [], []
+    with _interruptible(f"run the same command again to go on in {out}"):
+        for folder in benchmark.find_tasks(tasks):
+            try:
+                task = benchmark.read_task(folder)
+                found.append(learning.learn(task, source, out, benchmark, chosen, range(seeds)))
+            except GuraError as error:
+                failed.append(folder.name)
+                print(f"{folder.name}: {error}", file=sys.stderr)
+                continue
+            if not as_json:
+                print(f"{learning.as_text(found[-1])}\n", flush=True)
+    if as_json:
+        print(json.dumps([learning.as_json(each) for each in found], indent=1))
+    if failed:
+        print(f"{len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_INPUTS_FAILED if found else EXIT_FAILED)
+
+
 def _sources(
     systems: str | None, modules: list[str], weights: list[str], size: Literal["tiny"] | None, learn_layers: bool
 ) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from gura_jax import checkpoint
 from gura_jax.audio import MAX_RATE, MIN_RATE, is_rate
 from gura_jax.errors import SystemConfigError, expected
-from gura_jax.files import is_folder, recover_folder
+from gura_jax.files import is_folder, recover_folder, write_file
 from gura_jax.fusion import COMBINATIONS, SceneOf
 from gura_jax.models.encoder import Encoder
 from gura_jax.models.families import ENCODERS
@@ -345,6 +345,30 @@ def read_system(path: Path) -> System:
         return _system_from_dict(content, path)
     except (SystemConfigError, TypeError) as error:
         raise SystemConfigError(f"system file {path}: {error}") from None
+
+
+def write_system(system: System, path: Path) -> None:
+    """Write a system as a TOML file that :func:`read_system` reads.
+
+    Raises:
+        SystemConfigError: a member is a Python object.
+        StoreError: the file cannot be written.
+    """
+    objects = [m.name for m in system.members if not isinstance(m.encoder, str)]
+    if objects:
+        raise SystemConfigError(f"member {objects[0]!r} is a Python object: expected an encoder by name or path")
+    lines = _toml_lines(system)
+    for member in system.members:
+        lines += ["", "[[members]]", *_toml_lines(member)]
+    write_file(path.parent, path.name, ("\n".join(lines) + "\n").encode())
+
+
+def _toml_lines(item: System | Member) -> list[str]:
+    """Fields whose values are text, numbers or lists of numbers, which TOML writes as JSON does."""
+    values = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+    return [
+        f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None and name != "members"
+    ]
 
 
 def _system_from_dict(content: Any, path: Path) -> System:

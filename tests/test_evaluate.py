@@ -644,10 +644,10 @@ def test_what_is_learned_from_are_the_means_of_hidden_states(tmp_path: Path) -> 
             clip = load_audio(task.folder / str(RATE) / split / file, sample_rate=model.sample_rate)
             (states,) = model.hidden_states([clip])
             assert relative(lookup(split, file)[0], states.mean(1).ravel()) < FUSED_BOUND
-    assert source.num_states == 4
+    assert source.mixer == probes.Mixer((4,))
     assert source.name == "fusion_hubert_base-tiny-random_learned"
     with pytest.raises(SystemConfigError, match="one encoder with hidden states, found cat_wc"):
-        assert SystemEmbeddings(SYSTEMS["cat_wc"], "random", "tiny", learned=True).num_states
+        assert SystemEmbeddings(SYSTEMS["cat_wc"], "random", "tiny", learned=True).mixer
     for name, learnable in (("fusion_hubert_base", True), ("hubert_base", False), ("crepe", False), ("cat_wc", False)):
         assert SystemEmbeddings(SYSTEMS[name]).averages_layers is learnable
 
@@ -665,7 +665,7 @@ def test_the_layer_that_says_something_is_found(tmp_path: Path) -> None:
             [3 * noise.standard_normal((2, len(scene))).astype(np.float32), scene[None]]
         ).ravel(), None
 
-    scores = evaluate_task(task, lookup, FIXED, num_states=3)
+    scores = evaluate_task(task, lookup, FIXED, mixer=probes.Mixer((3,)))
     assert len(scores.state_weights) == 3
     assert sum(scores.state_weights) == pytest.approx(1, abs=1e-5)
     assert scores.state_weights[2] > 0.5

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gura_jax import parallel
@@ -31,7 +32,7 @@ from gura_jax.dataset.sinks import DEFAULT, SINKS, Shard
 from gura_jax.dataset.states import FRAMES_COLUMN, STATE_COLUMNS, MemberStates, States
 from gura_jax.dataset.table import FRAME_COLUMNS, frame_columns
 from gura_jax.errors import StoreError
-from gura_jax.fusion import COMBINATIONS, FusedMember, Fusion, combine, fuse
+from gura_jax.fusion import COMBINATIONS, FusedMember, Fusion, combine, fuse, resample_features
 from gura_jax.model import Model
 from gura_jax.models.encoder import Encoder, Output, Params
 from gura_jax.models.families import ENCODERS, find_preset
@@ -135,6 +136,42 @@ class Fuser:
         while batch := list(itertools.islice(iterator, CLIPS_AT_ONCE)):
             for scene in self._scenes(batch):
                 yield scene, None
+
+    @property
+    def token_names(self) -> list[tuple[str, int | None]]:
+        """Member and hidden state of each of :meth:`tokens`; no state of a member without, or of one that is pooled."""
+        return [(member.name, state) for member, states in self._tokens() for state in states]
+
+    def tokens(self, clips: Sequence[OfClip]) -> np.ndarray:
+        """Return every hidden state of every member, of which scenes are made: [n, N, F] float32.
+
+        Args:
+            clips: their hidden states; means.
+
+        Raises:
+            StoreError: scenes are groups of frames, or the members differ in size and the system has no feature_size.
+        """
+        system, found = self.model.system, []
+        if self.states.of != "mean" or self.states.groups != 1:
+            raise StoreError(f"{self._where}: expected means of hidden states with scene_groups = 1, found others")
+        for (member, states), part in zip(self._tokens(), self.parts, strict=True):
+            name = part.states.name
+            if member.scene == "pooled":
+                x = np.stack([clip[name][1] for clip in clips])[:, None]
+            else:
+                x = np.stack([clip[name][0][:, part.base] for clip in clips])  # [n, K, D]
+            assert x.shape[1] == len(states)
+            x = np.asarray(x, np.float32)
+            size = system.feature_size
+            found.append(x if size is None else np.asarray(resample_features(jnp.asarray(x), size)))
+        if len({x.shape[2] for x in found}) > 1:
+            sizes = ", ".join(f"{member.name} {x.shape[2]}" for member, x in zip(system.members, found, strict=True))
+            raise StoreError(f"{self._where}: expected members of one size, found {sizes}: set feature_size")
+        return np.concatenate(found, axis=1)
+
+    def _tokens(self) -> Iterator[tuple[Member, Sequence[int | None]]]:
+        for member, part in zip(self.model.system.members, self.parts, strict=True):
+            yield member, part.states.states if part.states.states and member.scene == "frames" else (None,)
 
     def _scenes(self, clips: Sequence[OfClip]) -> np.ndarray:
         """Scenes [n, S] of means."""

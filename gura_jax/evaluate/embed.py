@@ -19,6 +19,7 @@ from gura_jax.dataset.run import open_run
 from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Worker, work
 from gura_jax.errors import InputError, SystemConfigError
+from gura_jax.evaluate.probes import Mixer
 from gura_jax.evaluate.protocol import Lookup
 from gura_jax.evaluate.task import Task
 from gura_jax.fusion import COMBINATIONS, FusedMember, Keep, combine, fused_size, resample_time
@@ -176,9 +177,9 @@ class SystemEmbeddings:
         return Embedded(lambda split, file: (scenes[task.clip_id(split, file)], None), together)
 
     @property
-    def num_states(self) -> int:
-        """Number of hidden states whose weights are learned; 0 if none are."""
-        return _single_encoder(self.outline).num_states if self.learned else 0
+    def mixer(self) -> Mixer | None:
+        """How hidden states are mixed, if their weights are learned."""
+        return Mixer((_single_encoder(self.outline).num_states,)) if self.learned else None
 
 
 def _single(system: System, member: Member) -> System:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gura_jax.errors import GuraError, InputError, StoreError, SystemConfigError
 from gura_jax.evaluate.embed import Embedded
+from gura_jax.evaluate.probes import Mixer
 from gura_jax.evaluate.task import Task
 from gura_jax.files import AtomicFiles, open_folder, remove_temporary, write_json
 
@@ -35,7 +36,7 @@ class ModuleEmbeddings:
 
     name: str
     weights: str | None = None
-    num_states: int = 0
+    mixer: Mixer | None = None
 
     @functools.cached_property
     def module(self) -> "Module":

@@ -1,9 +1,9 @@
 """Probes: small networks trained on embeddings, many together, on the device that holds the embeddings.
 
-A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU], and a Linear to the classes. If an embedding is the
-concatenation of an encoder's hidden states, the probe starts with their weighted sum, whose weights are a learned
-softmax (as in SUPERB; the paper's conclusion leaves the weights open). Every array of a probe has a leading axis of
-points. :func:`train` and :func:`predict` are compiled once for each shape, whatever the task.
+A probe is hidden_layers times [Linear, BatchNorm, Dropout, ReLU], and a Linear to the classes. If an embedding consists
+of tokens, such as the hidden states of encoders, the probe starts with a :class:`Mixer` of them, which it learns (the
+paper's conclusion leaves the weights open). Every array of a probe has a leading axis of points. :func:`train` and
+:func:`predict` are compiled once for each shape, whatever the task.
 """
 
 import functools
@@ -46,12 +46,42 @@ class Point(NamedTuple):
     patience: int
 
 
+class Mixer(NamedTuple):
+    """How the tokens that an embedding consists of become features; at first each has the same weight.
+
+    Attributes:
+        groups: tokens of each group; all are of one size F. Each group becomes its weighted sum, whose weights are a
+            learned softmax (as SUPERB weighs layers; Yang et al., 2021), and the sums follow one another.
+        heads: of attention, in place of the sums: each head pools its part of the features of all tokens by a learned
+            query (multi-head attention pooling). 0: none.
+    """
+
+    groups: tuple[int, ...]
+    heads: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        return sum(self.groups)
+
+    def features(self, size: int) -> int:
+        """Number of features that tokens of a size become."""
+        return size if self.heads else size * len(self.groups)
+
+    def init(self, size: int) -> dict[str, Any]:
+        """Arrays for tokens of a size."""
+        if self.heads:
+            return {"query": np.zeros((self.heads, size // self.heads), np.float32)}
+        return {"states": tuple(np.zeros(tokens, np.float32) for tokens in self.groups)}
+
+
 class Probes(NamedTuple):
     """Trained arrays of several probes, a row a point.
 
     Attributes:
         params: ``hidden``, for each layer weight [P, D, H], bias, scale and shift [P, H]; ``projection``, weight
-            [P, H, C] and bias [P, C]; and ``states`` [P, K], logits of the hidden states' weights, if they are learned.
+            [P, H, C] and bias [P, C]; and where tokens are mixed ``states``, for each group the logits [P, K] of their
+            weights, or ``query`` [P, heads, F / heads].
         stats: for each hidden layer, mean and var [P, H].
     """
 
@@ -103,15 +133,18 @@ class Batching(NamedTuple):
     last: int
 
 
-def init(key: jax.Array, point: Point, features: int, classes: int, num_states: int = 0) -> Probes:
+def init(key: jax.Array, point: Point, features: int, classes: int, mixer: Mixer | None = None) -> Probes:
     """Initialise one probe as PyTorch and HEAR's kit do: Xavier weights, biases uniform within 1 / sqrt(fan in).
 
-    The gain is 1 for the first layer and sqrt 2 after a ReLU; hidden states have equal weights. NumPy draws the values,
-    so that nothing is compiled. The arrays have no axis of points.
+    The gain is 1 for the first layer and sqrt 2 after a ReLU. NumPy draws the values, so that nothing is compiled. The
+    arrays have no axis of points.
     """
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     hidden, stats = [], []
-    size, gain = features // max(1, num_states), 1.0
+    size, gain, mixing = features, 1.0, {}
+    if mixer is not None:
+        mixing = mixer.init(features // mixer.tokens)
+        size = mixer.features(features // mixer.tokens)
     for _ in range(point.hidden_layers):
         linear = _linear(random, point.initialization, size, point.hidden_dim, gain)
         one, zero = np.ones(point.hidden_dim, np.float32), np.zeros(point.hidden_dim, np.float32)
@@ -119,8 +152,7 @@ def init(key: jax.Array, point: Point, features: int, classes: int, num_states: 
         stats.append({"mean": zero, "var": one})
         size, gain = point.hidden_dim, RELU_GAIN
     projection = _linear(random, point.initialization, size, classes, gain)
-    states = {"states": np.zeros(num_states, np.float32)} if num_states else {}
-    return Probes({"hidden": tuple(hidden), "projection": projection} | states, tuple(stats))
+    return Probes({"hidden": tuple(hidden), "projection": projection} | mixing, tuple(stats))
 
 
 def _linear(
@@ -138,7 +170,7 @@ def _linear(
 
 def logits(probes: Probes, x: jax.Array) -> jax.Array:
     """Compute one probe's logits [B, C] of rows [B, D], with running statistics, as after training."""
-    x = _weighted(probes.params, x)
+    x = mixed(probes.params, x)
     for layer, stats in zip(probes.params["hidden"], probes.stats, strict=True):
         scale = layer["scale"] * jax.lax.rsqrt(stats["var"] + NORM_EPSILON)
         x = jax.nn.relu(
@@ -147,12 +179,22 @@ def logits(probes: Probes, x: jax.Array) -> jax.Array:
     return x @ probes.params["projection"]["weight"] + _row(probes.params["projection"]["bias"])
 
 
-def _weighted(params: Any, x: jax.Array) -> jax.Array:
-    """Sum hidden states by their weights, [B, K D] -> [B, D]; other embeddings are returned unchanged."""
+def mixed(params: Any, x: jax.Array) -> jax.Array:
+    """Mix tokens as one probe's :class:`Mixer` does, [B, N F] -> [B, D]; other embeddings are returned unchanged."""
+    if "query" in params:
+        heads, size = params["query"].shape
+        tokens = x.reshape(len(x), -1, heads, size)
+        scores = jnp.einsum("bnhd,hd->bnh", tokens, params["query"]) / math.sqrt(size)
+        return jnp.einsum("bnhd,bnh->bhd", tokens, jax.nn.softmax(scores, axis=1)).reshape(len(x), -1)
     if "states" not in params:
         return x
-    weights = jax.nn.softmax(params["states"])
-    return jnp.einsum("bkd,k->bd", x.reshape(len(x), len(weights), -1), weights)
+    weights = [jax.nn.softmax(group) for group in params["states"]]
+    tokens = x.reshape(len(x), sum(map(len, weights)), -1)
+    sums, start = [], 0
+    for own in weights:
+        sums.append(jnp.einsum("bkd,k->bd", tokens[:, start : start + len(own)], own))
+        start += len(own)
+    return jnp.concatenate(sums, axis=-1)
 
 
 def _row(x: jax.Array) -> jax.Array:
@@ -172,7 +214,7 @@ def training_logits(
     """
     real = (jnp.arange(x.shape[0]) < count).astype(jnp.float32)[:, None]  # [B, 1]
     total = count.astype(jnp.float32)
-    x = _weighted(params, x)
+    x = mixed(params, x)
     updated = []
     for layer, running, kept in zip(params["hidden"], stats, keep, strict=True):
         h = x @ layer["weight"] + _row(layer["bias"])  # [B, H]
@@ -227,7 +269,7 @@ def step(
 
 
 def begin(
-    keys: jax.Array, points: Sequence[Point], features: int, classes: int, num_states: int = 0
+    keys: jax.Array, points: Sequence[Point], features: int, classes: int, mixer: Mixer | None = None
 ) -> tuple[State, Rates]:
     """Initialise probes of one shape, distributed over the devices.
 
@@ -236,9 +278,9 @@ def begin(
         points: all of one ``hidden_layers`` and ``hidden_dim``.
         features: D.
         classes: C.
-        num_states: K, number of hidden states that the features consist of and whose weights are learned; 0 for none.
+        mixer: of the tokens that the features consist of; None: they are features as they are.
     """
-    sizes = features, classes, num_states
+    sizes = features, classes, mixer
     each = [init(key, point, *sizes) for key, point in zip(keys, points, strict=True)]
     probes = jax.tree.map(lambda *x: np.stack(x), *each)
     moments: Any = ADAM.init(probes.params)

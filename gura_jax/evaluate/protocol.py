@@ -13,7 +13,7 @@ from gura_jax.errors import InputError
 from gura_jax.evaluate import metrics, probes
 from gura_jax.evaluate.events import Events, Parameters, find_events, parameter_grid
 from gura_jax.evaluate.metrics import METRICS
-from gura_jax.evaluate.probes import Point, Probes, Rows
+from gura_jax.evaluate.probes import Mixer, Point, Probes, Rows
 from gura_jax.evaluate.task import Fold, Task, frame_targets, labelled_events
 
 
@@ -80,7 +80,7 @@ class TaskScores(NamedTuple):
         folds: scores by tested split.
         point: the chosen point.
         maximize: whether points were chosen by the highest validation score, or by the lowest.
-        state_weights: learned weights of the hidden states on the first fold; empty if none are learned.
+        state_weights: learned weights of the tokens on the first fold, group after group; empty if none are learned.
     """
 
     folds: Mapping[str, FoldScores]
@@ -108,7 +108,9 @@ class _Data(NamedTuple):
     files: Mapping[str, Sequence[_File]]  # of each split of an event task
 
 
-def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0, *, num_states: int = 0) -> TaskScores:
+def evaluate_task(
+    task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0, *, mixer: Mixer | None = None
+) -> TaskScores:
     """Train probes on a task's embeddings, choose the best on validation, and test it.
 
     All points are trained on the first fold; the best one is trained again on each other fold.
@@ -118,8 +120,7 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0,
         lookup: finds the embeddings.
         protocol: how to train and choose.
         seed: of initial weights, dropout and shuffles.
-        num_states: number of hidden states that each embedding consists of, whose weights are learned; 0 for plain
-            embeddings.
+        mixer: of the tokens that each embedding consists of, which is learned; None for plain embeddings.
 
     Raises:
         InputError: embeddings that are not finite or differ in size, or too few rows to train on.
@@ -128,7 +129,7 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0,
     data = _load(task, lookup)
     keys = jax.random.split(jax.random.key(seed), (len(task.folds), len(points)))
     orders = np.random.default_rng(seed)
-    first = _Training(task, data, task.folds[0], protocol, orders, num_states)
+    first = _Training(task, data, task.folds[0], protocol, orders, mixer)
     groups: dict[Any, list[int]] = {}
     for i, point in enumerate(points):
         groups.setdefault(point._replace(lr=0, dropout=0, initialization="xavier_uniform"), []).append(i)
@@ -143,11 +144,11 @@ def evaluate_task(task: Task, lookup: Lookup, protocol: Protocol, seed: int = 0,
     best = max(range(len(points)), key=lambda i: (sign * fitted[i].score, -i))  # of equal scores, the first
     folds = {task.folds[0].test: first.test(fitted[best])}
     for number, fold in enumerate(task.folds[1:], 1):
-        training = _Training(task, data, fold, protocol, orders, num_states)
+        training = _Training(task, data, fold, protocol, orders, mixer)
         (fit,) = training.fit([points[best]], keys[number, :1])
         folds[fold.test] = training.test(fit)
-    states = fitted[best].probe.params.get("states")
-    weights = () if states is None else tuple(jax.nn.softmax(states[0]).tolist())
+    states = fitted[best].probe.params.get("states", ())
+    weights = tuple(float(weight) for group in states for weight in jax.nn.softmax(group[0]))
     return TaskScores(folds, points[best], first.maximize, weights)
 
 
@@ -241,9 +242,9 @@ class _Training:
     """Training and testing on one fold of a task."""
 
     def __init__(
-        self, task: Task, data: _Data, fold: Fold, protocol: Protocol, orders: np.random.Generator, num_states: int
+        self, task: Task, data: _Data, fold: Fold, protocol: Protocol, orders: np.random.Generator, mixer: Mixer | None
     ) -> None:
-        self.num_states = num_states
+        self.mixer = mixer
         self.task, self.data, self.fold, self.protocol, self.orders = task, data, fold, protocol, orders
         self.train_rows = np.concatenate([np.arange(*data.spans[split]) for split in fold.train])
         self.maximize = METRICS[task.metrics[0]].maximize if task.score_stopping else False
@@ -255,7 +256,7 @@ class _Training:
         began = time.perf_counter()
         count = self._rows_of_an_epoch(point.batch_size)
         rows, classes = data.rows, len(self.task.labels)
-        state, rates = probes.begin(keys, points, rows.x.shape[1], classes, self.num_states)
+        state, rates = probes.begin(keys, points, rows.x.shape[1], classes, self.mixer)
         rows, valid = probes.place((rows, self._chosen(self.fold.valid)), state)
         sizes = probes.batching(count, point.batch_size)
         bests = [_Best(p.patience, self.maximize, self.protocol) for p in points]

@@ -137,7 +137,7 @@ def _scores(
     scores = report.read_scores(target)
     if scores is None or scores[report.OURS] != described:
         try:
-            found = evaluate_task(task, embedded.lookup, protocol, seed, num_states=source.num_states)
+            found = evaluate_task(task, embedded.lookup, protocol, seed, mixer=source.mixer)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not isinstance(error, MemoryError) and not is_out_of_memory(error):
                 raise
