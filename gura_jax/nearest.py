@@ -194,7 +194,8 @@ class _Best:
     """The best rows so far of one query, exactly."""
 
     def __init__(self, query: np.ndarray, top: int, metric: Metric) -> None:
-        self.query, self.top, self.metric = query, top, metric
+        self.query, self.top = query, top
+        self.metric: Metric = metric
         self.length = float(np.linalg.norm(query)) if metric == "dot" else 1.0  # what scores are multiplied by
         self.unit = query / np.linalg.norm(query)
         self.rows = self._groups = np.zeros(0, np.int64)
@@ -251,16 +252,26 @@ def _scan(vectors: Vectors, units: np.ndarray, metric: Metric) -> Iterator[_Bloc
 
 def _collected(vectors: Vectors, start: int, rows: np.ndarray, computed: Any, metric: Metric) -> _Block:
     scores, largest, lengths = (np.asarray(array)[..., : len(rows)] for array in computed)
-    _check_rows(vectors, start, largest)
+    check_finite(vectors, start + np.arange(len(rows)), largest)
     longest = 1.0 if metric == "cosine" else float(lengths.max())
     return _Block(start, rows, scores, _tolerance(vectors.size) * longest)
 
 
-def _check_rows(vectors: Vectors, start: int, largest: np.ndarray) -> None:
+def check_finite(vectors: Vectors, rows: np.ndarray, largest: np.ndarray) -> None:
+    """Refuse rows that are not finite.
+
+    Args:
+        vectors: that they are of.
+        rows: [n], which.
+        largest: [n], the largest absolute value of each.
+
+    Raises:
+        StoreError: names the first.
+    """
     bad = np.flatnonzero(~(largest <= LARGEST))  # NaN is neither
     if len(bad):
         raise StoreError(
-            f"{vectors.describe(start + int(bad[0]))}: expected an embedding of finite numbers, found NaN, infinity or "
+            f"{vectors.describe(int(rows[bad[0]]))}: expected an embedding of finite numbers, found NaN, infinity or "
             f"numbers above {LARGEST:g}: leave the clip out (EmbeddingStore.filter), or embed it again"
         )
 
@@ -272,7 +283,9 @@ def _blocks(vectors: Vectors, rows: int) -> Iterator[tuple[int, np.ndarray]]:
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
     """[n, D] as [count, D], with zeros at the end."""
-    return rows if len(rows) == count else np.concatenate([rows, np.zeros((count - len(rows), rows.shape[1]), rows.dtype)])
+    return (
+        rows if len(rows) == count else np.concatenate([rows, np.zeros((count - len(rows), rows.shape[1]), rows.dtype)])
+    )
 
 
 def _power(count: int) -> int:
@@ -308,9 +321,7 @@ def _lengths(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 # Pairs
 
 
-def near_pairs(
-    vectors: Vectors, threshold: float, *, limit: int, report: Report = lambda rows: None
-) -> Pairs:
+def near_pairs(vectors: Vectors, threshold: float, *, limit: int, report: Report = lambda rows: None) -> Pairs:
     """Find the pairs of rows whose cosine similarity is at least a threshold.
 
     The upper triangle of all similarities, block by block; at most ``limit`` pairs are kept, then it ends.
@@ -336,7 +347,7 @@ def near_pairs(
         for start in range(held, len(vectors), count):
             rows = vectors.read(start, min(start + count, len(vectors)))
             units, largest = _units(_filled(rows, count))
-            _check_rows(vectors, start, np.asarray(largest)[: len(rows)])
+            check_finite(vectors, start + np.arange(len(rows)), np.asarray(largest)[: len(rows)])
             if len(blocks) < HELD_BLOCKS:
                 blocks.append((start, units))
             for other, other_units in blocks:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    from gura_jax.dataset.search import Matches, Of
+    from gura_jax.nearest import Metric
+
 T = TypeVar("T")
 
 
@@ -180,6 +183,30 @@ class EmbeddingStore:
             chosen = shards == shard
             out[chosen] = self._shard_scenes(shard)[rows[chosen]]
         return out
+
+    def rows(self, shard: int, of: "Of" = "scenes") -> Rows:
+        """Open the scenes [n, S] or frames [sum T, D] of a whole shard, to read rows of them."""
+        sink = self.records[shard].sink
+        return self._read(shard, sink.scenes if of == "scenes" else sink.frames)
+
+    def search(
+        self, vectors: np.ndarray, top: int = 10, *, of: "Of" = "scenes", metric: "Metric" = "cosine"
+    ) -> "Matches":
+        """Find the clips that are most similar to each of some vectors, exactly: see :mod:`gura_jax.dataset.search`.
+
+        Args:
+            vectors: [Q, S], or [Q, D] for frames; or one of them.
+            top: clips for each vector.
+            of: ``"scenes"``; or ``"frames"``: where in a clip, the best frame of each.
+            metric: ``"cosine"`` or ``"dot"``.
+
+        Raises:
+            InputError: vectors of another size, not finite, or zero.
+            StoreError: no clips, no frames, a file that cannot be read, or an embedding that is not finite.
+        """
+        from gura_jax.dataset.search import search
+
+        return search(self, vectors, top, of=of, metric=metric)
 
     def to_arrow(self, *, embeddings: bool = False) -> "pa.Table":
         """Return the metadata, and with ``embeddings`` a column ``scene`` of lists."""
