@@ -18,7 +18,7 @@ from gura_jax.errors import InputError, StoreError, expected
 Metric = Literal["cosine", "dot"]
 """``cosine``: of the angle between two vectors, 0 where one is zero; ``dot``: their product."""
 
-BLOCK_BYTES = 32 << 20  # of float32 rows scanned at once
+BLOCK_BYTES = 16 << 20  # of float32 rows scanned at once: the C library gives larger pieces back, and pages are slow
 PAIR_ROWS = 4096  # of a block against another: their products are 64 MB
 HELD_BLOCKS = 16  # stay on the device while all later ones pass by
 EXACT_ROWS = 4096  # computed in float64 at once
