@@ -716,7 +716,7 @@ def search(
         ),
     ] = False,
     index_folder: Annotated[
-        Path | None, typer.Option(help="Where the index is.", show_default="STORE/index; of a bucket, in the cache")
+        Path | None, typer.Option(help="Where the index is.", show_default="in STORE; of a bucket, in the cache")
     ] = None,
     duplicates: Annotated[
         float | None,
@@ -737,13 +737,10 @@ def search(
         raise InputError("--duplicates compares all scenes with each other: expected no queries, --frames or --index")
     if duplicates is None and not queries and not index:
         raise InputError("expected queries, --index to build an index, or --duplicates, found none of them")
-    if index and frames:
-        raise InputError("--index is of scenes: expected --frames without it, which searches all frames exactly")
     embeddings = EmbeddingStore(store)
-    if missing := max(0, embeddings.run["shards"] - len(embeddings.records)):
-        print(
-            f"note: {missing} of {embeddings.run['shards']} shards are not finished, and not searched", file=sys.stderr
-        )
+    planned = range(embeddings.run.get("shards", 0))
+    if missing := sum(number not in embeddings.records for number in planned):
+        print(f"note: {missing} of {len(planned)} shards are not finished, and not searched", file=sys.stderr)
     if duplicates is not None:
         outcome = _duplicates(embeddings, duplicates, limit)
     else:
@@ -804,15 +801,15 @@ def _matches(
     graph, how = None, "exact search"
     if index:
         with _interruptible("run the same command again to build the index"), _rows_done("indexed", None) as report:
-            graph = open_index(store, index_folder, report=report)
+            graph = open_index(store, index_folder, of=of, report=report)
         recall = graph.recall
-        how = f"index of {len(graph)} scenes, recall@{recall.top} {recall.share:.4f} against exact search"
+        how = f"index of {len(graph)} {of}, recall@{recall.top} {recall.share:.4f} against exact search"
         print(
-            f"index: {f'{graph.built} scenes added' if graph.built else 'there already'}, recall@{recall.top} "
+            f"index: {f'{graph.built} {of} added' if graph.built else 'there already'}, recall@{recall.top} "
             f"{recall.share:.4f} against exact search ({recall.queries} clips as queries) -> {graph.folder}",
             file=sys.stderr,
         )
-        content["index"] = {"folder": str(graph.folder), "scenes": len(graph), "recall": recall._asdict()}
+        content["index"] = {"folder": str(graph.folder), "vectors": len(graph), "recall": recall._asdict()}
     asked = read_queries(store, queries, of, _parse_weights(weights))
     vectors, found = [query.vector for query in asked], []
     if graph is not None and asked:

@@ -631,7 +631,7 @@ def test_search_in_a_store_in_a_bucket(bucket: str, tmp_path: Path, monkeypatch:
             np.testing.assert_array_equal(found.times, own.times)
     if find_spec("usearch"):
         index = open_index(there)
-        assert index.folder.parent == tmp_path / "cache" / "gura_jax" / "indexes"
+        assert index.folder.parent == tmp_path / "cache" / "gura_jax" / "index-scenes"
         assert index.search(queries, 4).ids == here.search(queries, 4).ids
     for entry in list(objects.entries(objects.locate(OUT))):
         if "scene" in entry.key:

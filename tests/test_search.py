@@ -237,6 +237,29 @@ def test_an_index(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_usearch
+def test_an_index_of_frames(made: Path, tmp_path: Path) -> None:
+    """One hit a clip, though a clip's frames are alike; as many as there are clips."""
+    store = EmbeddingStore(made)
+    index = open_index(store, tmp_path / "index", of="frames")
+    assert len(index) == sum(store.meta["num_frames"].to_pylist())
+    assert index.recall.share > 0.95
+    queries = np.random.default_rng(0).standard_normal((5, 3))
+    exact, found = store.search(queries, 5, of="frames"), index.search(queries, 5)
+    assert found.times is not None
+    assert np.mean(exact.similarity == found.similarity) > 0.9
+    for i, query in enumerate(queries):
+        for name, similarity, time in zip(found.ids[i], found.similarity[i], found.times[i], strict=True):
+            clip = store[name]
+            assert clip.frames is not None
+            assert clip.times is not None
+            frame = clip.frames[clip.times.tolist().index(time)]
+            assert similarity == cosines(query[None], frame[None])
+    assert sorted(index.search(queries[0], 99).ids[0]) == sorted(store.ids)
+    with refuses(StoreError, "expected an index of the scenes of", "found one of frames"):
+        open_index(store, tmp_path / "index")
+
+
+@needs_usearch
 def test_an_index_of_a_store_that_grows(made: Path, tmp_path: Path) -> None:
     run = opened(made.parent / "m.jsonl", tmp_path / "out", SETTINGS)
     list(run.embed_shards(run.shards[:2], lambda done: None))
@@ -256,15 +279,17 @@ def test_an_index_of_a_store_that_grows(made: Path, tmp_path: Path) -> None:
 def test_an_index_of_another_store_or_damaged(made: Path, large: Path, tmp_path: Path) -> None:
     store, folder = EmbeddingStore(made), tmp_path / "index"
     open_index(store, folder)
-    with refuses(StoreError, f"expected an index of {large}, found one of another run", "remove that folder"):
+    with refuses(
+        StoreError, f"expected an index of the scenes of {large}, found one of another run", "remove that folder"
+    ):
         open_index(EmbeddingStore(large), folder)
-    record, graph = (folder / "index.json").read_bytes(), (folder / "scenes.usearch").read_bytes()
+    record, graph = (folder / "index.json").read_bytes(), (folder / "graph.usearch").read_bytes()
     for content in (graph[:-9], graph + b"x", bytes([graph[0] ^ 1]) + graph[1:], b""):
-        (folder / "scenes.usearch").write_bytes(content)
-        with refuses(StoreError, "scenes.usearch as index.json describes it", "remove that folder"):
+        (folder / "graph.usearch").write_bytes(content)
+        with refuses(StoreError, "graph.usearch as index.json describes it", "remove that folder"):
             open_index(store, folder)
-    (folder / "scenes.usearch").unlink()
-    with refuses(StoreError, "scenes.usearch: cannot be read"):
+    (folder / "graph.usearch").unlink()
+    with refuses(StoreError, "graph.usearch: cannot be read"):
         open_index(store, folder)
     for text in ("{", "[]", "{}", '{"version": 2}', record.decode().replace('"version": 1', '"version": 7')):
         (folder / "index.json").write_text(text)
@@ -273,10 +298,10 @@ def test_an_index_of_another_store_or_damaged(made: Path, large: Path, tmp_path:
     # Its checksum may be right, and it is no index yet.
     nonsense = json.loads(record)
 
-    (folder / "scenes.usearch").write_bytes(b"x" * 500)
+    (folder / "graph.usearch").write_bytes(b"x" * 500)
     nonsense["file"] = {"bytes": 500, "sha256": hashlib.sha256(b"x" * 500).hexdigest()}
     (folder / "index.json").write_text(json.dumps(nonsense))
-    with refuses(StoreError, "scenes.usearch cannot be read"):
+    with refuses(StoreError, "graph.usearch cannot be read"):
         open_index(store, folder)
     (folder / "notes.txt").write_text("mine")
     (folder / "index.json").unlink()
@@ -461,7 +486,6 @@ def test_queries_that_are_wrong(tones: Path, made: Path, tmp_path: Path, monkeyp
     for arguments, message in (
         ([], "expected queries, --index to build an index, or --duplicates"),
         (["id:tone 1", "--duplicates", "0.9"], "--duplicates compares all scenes"),
-        (["id:tone 1", "--index", "--frames"], "--index is of scenes"),
         (["--duplicates", "1.5"], "threshold: expected a cosine similarity"),
     ):
         assert message in str(searched(tones / "out", *arguments, code=1).exception)

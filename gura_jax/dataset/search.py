@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Of = Literal["scenes", "frames"]
 OPEN_SHARDS = 16  # each is an open file
+PLACE_BITS = 32  # of an address: the row in a shard's file
 
 
 class Matches(NamedTuple):
@@ -93,6 +94,17 @@ class StoredVectors:
 
     def _group(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.starts is None else np.searchsorted(self._starts, rows, side="right") - 1
+
+    def addresses(self, rows: np.ndarray) -> np.ndarray:
+        """Return what names vectors also when shards are added: shard * 2**32 + row there, int64, ascending."""
+        groups = self._group(rows)
+        return (self._shards[groups] << PLACE_BITS) + self._firsts[groups] + rows - self._starts[groups]
+
+    def at(self, addresses: np.ndarray) -> np.ndarray:
+        """Return the vectors of some addresses; the inverse of :meth:`addresses` for a whole store."""
+        begins = (self._shards << PLACE_BITS) + self._firsts
+        groups = np.searchsorted(begins, addresses, side="right") - 1
+        return self._starts[groups] + addresses - begins[groups]
 
     def times(self, rows: np.ndarray) -> np.ndarray:
         """Return the time of frames in their clips, in milliseconds."""

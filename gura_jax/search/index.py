@@ -1,9 +1,10 @@
-"""An approximate index of a store's scenes, by usearch (HNSW), in a folder that is whole or absent.
+"""An approximate index of a store's scenes or frames, by usearch (HNSW), in a folder that is whole or absent.
 
-- ``scenes.usearch``: usearch's own format, float16, cosine. A vector's key is its shard * 2**32 + its row there.
+- ``graph.usearch``: usearch's own format, float16, cosine. A vector's key is its shard * 2**32 + its row there.
 - ``index.json``: the run and the shards that it is of, the size and sha256 of the other file, and its recall.
 
-The index of a local store is its folder ``index``; that of a bucket is in the user's cache folder.
+The index of a local store is its folder ``index-scenes`` or ``index-frames``; that of a bucket is in the user's cache
+folder.
 """
 
 import hashlib
@@ -17,17 +18,17 @@ import numpy as np
 
 from gura_jax import files
 from gura_jax.dataset.reader import EmbeddingStore
-from gura_jax.dataset.search import Matches, StoredVectors, matches
+from gura_jax.dataset.search import PLACE_BITS, Matches, Of, StoredVectors, matches
 from gura_jax.errors import InputError, StoreError
 from gura_jax.nearest import SMALLEST, Nearest, Report, check_finite, check_queries, nearest, similarity
 from gura_jax.objects import scheme
 
-FOLDER, FILE, RECORD = "index", "scenes.usearch", "index.json"
+FILE, RECORD = "graph.usearch", "index.json"
 VERSION = 1
-KEY_ROWS = 32  # bits of a key that are the row in a shard
 ADDED_BYTES = 32 << 20  # of vectors at once
 EXPANSION = 128  # candidates that a search keeps: usearch's default of 64 loses some percent of recall
 SPARE = 2  # candidates for each result: float16 puts close ones into another order, and these are compared exactly
+FRAMES = 8  # as many again for frames, of which a clip has many that are alike; and so on, where that was too few
 SAMPLE, SAMPLE_TOP = 100, 10  # recall@10 is measured with so many of the store's clips as queries
 
 
@@ -45,18 +46,18 @@ class Index:
     Attributes:
         folder: that holds it.
         recall: as measured when it was made.
-        built: how many scenes were added when it was opened.
+        built: how many vectors were added when it was opened.
     """
 
     def __init__(self, stored: StoredVectors, graph: Any, folder: Path, recall: Recall, built: int) -> None:
         self.stored, self.folder, self.recall, self.built = stored, folder, recall, built
-        self._graph, self._keys = graph, _keys(stored)
+        self._graph = graph
 
     def __len__(self) -> int:
         return len(self._graph)
 
     def search(self, vectors: Any, top: int = 10) -> Matches:
-        """Find clips that are similar to each of some vectors [Q, S]; their similarities are exact.
+        """Find clips that are similar to each of some vectors [Q, S] or [Q, D]; their similarities are exact.
 
         Raises:
             InputError: vectors of another size, not finite, or zero; ``top`` below 1.
@@ -68,27 +69,41 @@ class Index:
         queries = check_queries(vectors[None] if np.ndim(vectors) == 1 else vectors, self.stored.size)
         if not isinstance(top, int) or top < 1:
             raise InputError(f"top: expected a number of results, at least 1, found {top!r}")
-        count = min(SPARE * top, len(self))
-        self._graph.expansion_search = max(EXPANSION, count)
-        units = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-        found = self._graph.search(units.astype(np.float32), count)
-        rows = np.empty((len(queries), min(top, len(self))), np.int64)
-        exact = np.empty(rows.shape, np.float32)
-        counts = np.reshape(getattr(found, "counts", len(found)), -1)  # of one query there are no counts
-        for i, (query, keys) in enumerate(zip(queries, np.reshape(found.keys, (len(queries), -1)), strict=True)):
-            if counts[i] < rows.shape[1]:  # parts of a graph can be out of reach
-                whole = nearest(self.stored, query[None], rows.shape[1])
-                rows[i], exact[i] = whole.rows[0], whole.similarity[0]
+        units = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+        wanted = min(top, len(self.stored.clips))
+        count = SPARE * top * (1 if self.stored.starts is None else FRAMES)
+        while True:
+            count = min(count, len(self))
+            self._graph.expansion_search = max(EXPANSION, count)
+            found = self._graph.search(units, count)
+            counts = np.reshape(getattr(found, "counts", len(found)), -1)  # of one query there are no counts
+            keys = np.reshape(found.keys, (len(queries), -1)).astype(np.int64)
+            results = [self._best(query, own[:n], top) for query, own, n in zip(queries, keys, counts, strict=True)]
+            few = [i for i, (rows, _) in enumerate(results) if len(rows) < wanted]
+            if few and count < len(self):
+                count *= FRAMES
                 continue
-            candidates = np.sort(np.searchsorted(self._keys, keys[: counts[i]].astype(np.int64)))
-            values = similarity(self.stored.take(candidates), query).astype(np.float32)
-            order = np.argsort(-values, kind="stable")[: rows.shape[1]]
-            rows[i], exact[i] = candidates[order], values[order]
-        return Nearest(rows, exact)
+            for i in few:  # parts of a graph can be out of reach, and zeros are not in it
+                exact = nearest(self.stored, queries[i : i + 1], wanted, starts=self.stored.starts)
+                results[i] = exact.rows[0], exact.similarity[0]
+            return Nearest(*(np.stack(parts) for parts in zip(*results, strict=True)))
+
+    def _best(self, query: np.ndarray, keys: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best vectors of those with some keys, one of a clip, and their similarities."""
+        rows = np.sort(self.stored.at(keys))
+        exact = similarity(self.stored.take(rows), query).astype(np.float32)
+        order = np.argsort(-exact, kind="stable")
+        firsts = np.unique(self.stored.clip_of(rows[order]), return_index=True)[1]
+        order = order[np.sort(firsts)[:top]]
+        return rows[order], exact[order]
 
 
 def open_index(
-    store: EmbeddingStore, folder: str | os.PathLike[str] | None = None, *, report: Report = lambda rows: None
+    store: EmbeddingStore,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    of: Of = "scenes",
+    report: Report = lambda rows: None,
 ) -> Index:
     """Open the index of a store: as it is, extended by the shards that it lacks, or built.
 
@@ -96,8 +111,9 @@ def open_index(
 
     Args:
         store: all of it.
-        folder: of the index; by default ``index`` in the store's folder, or one in the cache folder for a bucket.
-        report: called with the number of scenes that were added, after each block.
+        folder: of the index; by default in the store's folder, or for a bucket in the cache folder.
+        of: ``"scenes"`` or ``"frames"``.
+        report: called with the number of vectors that were added, after each block.
 
     Raises:
         StoreError: a part of a store, the index of another store, a damaged one, a folder that cannot be written, or an
@@ -107,11 +123,11 @@ def open_index(
     usearch = _usearch()
     if len(store) != sum(record.clips for record in store.records.values()):
         raise StoreError(f"{store.folder}: an index is of a whole store: search a part of it with its own method")
-    stored = StoredVectors(store)
-    folder = default_folder(store) if folder is None else Path(folder)
+    stored = StoredVectors(store, of)
+    folder = default_folder(store, of) if folder is None else Path(folder)
     files.recover_folder(folder)
     shards = {str(number): _shard_hash(record.files) for number, record in store.records.items()}
-    record = _read_record(folder, store)
+    record = _read_record(folder, stored)
     there: Mapping[str, str] = record["shards"] if record is not None else {}
     changed = any(shards.get(number) != found for number, found in there.items())
     missing = set(shards) - ({} if changed else there).keys()
@@ -124,16 +140,16 @@ def open_index(
     added = _add(graph, stored, {int(number) for number in missing}, report)
     index = Index(stored, graph, folder, Recall(0, 0, 0.0), added)
     index.recall = _measure(index)
-    _write(index, graph, store, shards)
+    _write(index, graph, shards)
     return index
 
 
-def default_folder(store: EmbeddingStore) -> Path:
+def default_folder(store: EmbeddingStore, of: Of = "scenes") -> Path:
     """Return where the index of a store is, unless it was put elsewhere."""
-    text = os.fspath(store.folder)
+    text, name = os.fspath(store.folder), f"index-{of}"
     if not scheme(text):
-        return Path(text) / FOLDER
-    return files.cache_folder() / "indexes" / hashlib.sha256(text.rstrip("/").encode()).hexdigest()[:32]
+        return Path(text) / name
+    return files.cache_folder() / name / hashlib.sha256(text.rstrip("/").encode()).hexdigest()[:32]
 
 
 def _usearch() -> Any:
@@ -148,13 +164,7 @@ def _shard_hash(described: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _keys(stored: StoredVectors) -> np.ndarray:
-    """[n] int64, ascending as the store's clips are."""
-    shards, rows = (stored.store.meta[name].to_numpy() for name in ("shard", "row"))
-    return (shards << KEY_ROWS) + rows
-
-
-def _read_record(folder: Path, store: EmbeddingStore) -> dict[str, Any] | None:
+def _read_record(folder: Path, stored: StoredVectors) -> dict[str, Any] | None:
     """Read ``index.json``; None if there is no index.
 
     Raises:
@@ -163,7 +173,16 @@ def _read_record(folder: Path, store: EmbeddingStore) -> dict[str, Any] | None:
     path = folder / RECORD
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"version": int, "run": str, "size": int, "scenes": int, "shards": dict, "recall": dict, "file": dict}
+        kinds = {
+            "version": int,
+            "run": str,
+            "of": str,
+            "size": int,
+            "vectors": int,
+            "shards": dict,
+            "recall": dict,
+            "file": dict,
+        }
         if any(not isinstance(content[name], kind) for name, kind in kinds.items()):
             raise TypeError("a value of another type")
         Recall(**content["recall"])
@@ -175,9 +194,14 @@ def _read_record(folder: Path, store: EmbeddingStore) -> dict[str, Any] | None:
         raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _damaged(folder, f"expected what this version writes, found another file ({error})") from None
-    if (content["run"], content["size"]) != (store.run["fingerprint"], store.run["scene_embedding_size"]):
-        raise _damaged(folder, f"expected an index of {store.folder}, found one of another run")
+    if (content["run"], content["of"], content["size"]) != _identity(stored):
+        found = "one of another run" if content["of"] == stored.of else f"one of {content['of']}"
+        raise _damaged(folder, f"expected an index of the {stored.of} of {stored.store.folder}, found {found}")
     return content
+
+
+def _identity(stored: StoredVectors) -> tuple[str, str, int]:
+    return stored.store.run["fingerprint"], stored.of, stored.size
 
 
 def _damaged(folder: Path, what: str) -> StoreError:
@@ -198,8 +222,8 @@ def _load(graph: Any, folder: Path, record: Mapping[str, Any], *, view: bool) ->
             raise _damaged(folder, f"expected {FILE} as {RECORD} describes it, found other content")
         metadata = _usearch().Index.metadata(path)
         found = (metadata["dimensions"], metadata["count_present"])
-        if found != (graph.ndim, record["scenes"]):
-            raise _damaged(folder, f"expected {record['scenes']} scenes of {graph.ndim} numbers, found {found}")
+        if found != (graph.ndim, record["vectors"]):
+            raise _damaged(folder, f"expected {record['vectors']} vectors of {graph.ndim} numbers, found {found}")
         graph.view(path) if view else graph.load(path)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -223,12 +247,14 @@ def _check_free(folder: Path) -> None:
 
 
 def _add(graph: Any, stored: StoredVectors, shards: set[int], report: Report) -> int:
-    """Add the scenes of some shards; those of zeros, which have no direction, are left out."""
-    keys, count = _keys(stored), 0
-    chosen = np.flatnonzero(np.isin(keys >> KEY_ROWS, list(shards)))
-    block = max(1, ADDED_BYTES // (4 * stored.size))
-    for start in range(0, len(chosen), block):
-        places = chosen[start : start + block]
+    """Add the vectors of some shards; those of zeros, which have no direction, are left out."""
+    before = len(graph)
+    count = max(1, ADDED_BYTES // (4 * stored.size))
+    for start in range(0, len(stored), count):
+        places = np.arange(start, min(start + count, len(stored)))
+        places = places[np.isin(stored.addresses(places) >> PLACE_BITS, list(shards))]
+        if not len(places):
+            continue
         rows = stored.take(places).astype(np.float32)
         largest = np.abs(rows).max(axis=1)
         check_finite(stored, places, largest)
@@ -237,12 +263,11 @@ def _add(graph: Any, stored: StoredVectors, shards: set[int], report: Report) ->
         rows = rows[some] / largest[some, None]
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         if len(rows):
-            graph.add(keys[places[some]].astype(np.uint64), rows)
-        count += len(rows)
+            graph.add(stored.addresses(places[some]).astype(np.uint64), rows)
         report(len(places))
     if not len(graph):
-        raise StoreError(f"{stored.store.folder}: expected scenes with a direction, found zeros alone")
-    return count
+        raise StoreError(f"{stored.store.folder}: expected {stored.of} with a direction, found zeros alone")
+    return len(graph) - before
 
 
 def _measure(index: Index) -> Recall:
@@ -255,15 +280,14 @@ def _measure(index: Index) -> Recall:
     if not len(queries):
         return Recall(SAMPLE_TOP, 0, 1.0)
     # The clip itself is always found: it is one more, and not counted.
-    exact = nearest(stored, queries, SAMPLE_TOP + 1).similarity[:, : len(index)]
+    exact = nearest(stored, queries, SAMPLE_TOP + 1, starts=stored.starts).similarity
     found = index.nearest(queries, SAMPLE_TOP + 1).similarity
-    wanted = max(1, exact.shape[1] - 1)
-    right = np.minimum(wanted, np.maximum(0, (found >= exact[:, -1:]).sum(axis=1) - 1))
-    share = float(right.mean() / wanted) if exact.shape[1] > 1 else 1.0
-    return Recall(SAMPLE_TOP, len(queries), share)
+    wanted = exact.shape[1] - 1
+    right = np.clip((found >= exact[:, -1:]).sum(axis=1) - 1, 0, wanted)
+    return Recall(SAMPLE_TOP, len(queries), float(right.mean() / wanted) if wanted else 1.0)
 
 
-def _write(index: Index, graph: Any, store: EmbeddingStore, shards: Mapping[str, str]) -> None:
+def _write(index: Index, graph: Any, shards: Mapping[str, str]) -> None:
     folder = index.folder
     try:
         with files.new_folder(folder) as temporary:
@@ -274,9 +298,8 @@ def _write(index: Index, graph: Any, store: EmbeddingStore, shards: Mapping[str,
                 size = file.tell()
             record = {
                 "version": VERSION,
-                "run": store.run["fingerprint"],
-                "size": index.stored.size,
-                "scenes": len(graph),
+                **dict(zip(("run", "of", "size"), _identity(index.stored), strict=True)),
+                "vectors": len(graph),
                 "shards": shards,
                 "recall": index.recall._asdict(),
                 "file": {"bytes": size, "sha256": digest},
