@@ -19,8 +19,8 @@ Metric = Literal["cosine", "dot"]
 """``cosine``: of the angle between two vectors, 0 where one is zero; ``dot``: their product."""
 
 BLOCK_BYTES = 16 << 20  # of float32 rows scanned at once: the C library gives larger pieces back, and pages are slow
-PAIR_ROWS = 4096  # of a block against another: their products are 64 MB
-HELD_BLOCKS = 16  # stay on the device while all later ones pass by
+PAIR_ROWS = 2048  # of a block against another: their products are 16 MB
+HELD_BLOCKS = 32  # stay on the device while all later ones pass by: 512 MB at most
 EXACT_ROWS = 4096  # computed in float64 at once
 MAX_QUERIES = 256  # scanned for at once
 SMALLEST = 1e-30  # a row whose numbers are all below counts as zero: float32's products of them would vanish

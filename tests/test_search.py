@@ -405,12 +405,16 @@ def test_vectors_from_files(tones: Path, tmp_path: Path) -> None:
     assert [each["query"] for each in content["queries"]][1:] == [f"{tmp_path / 'two.npy'}[{i}]" for i in range(2)]
     np.save(tmp_path / "wrong.npy", np.ones(5))
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "zero.npy", np.zeros(256))
     (tmp_path / "text.npy").write_text("no array")
-    (tmp_path / "huge.npy").write_bytes((tmp_path / "wrong.npy").read_bytes().replace(b"(5,)", b"(1 << 40,)"[:4]))
+    longer = (tmp_path / "wrong.npy").read_bytes().replace(b"(5,), }          ", b"(500000000000,), }")
+    (tmp_path / "longer.npy").write_bytes(longer)  # than the file is, and than memory
     for name, message in (
         ("wrong", "expected vectors of 256 numbers, as the scenes of"),
         ("objects", "expected an array of numbers"),
         ("text", "expected an array of numbers"),
+        ("longer", "expected an array of numbers"),
+        ("zero", "queries[0]: expected a vector with a direction, found zero"),
         ("none", "cannot be read: No such file"),
     ):
         with refuses(InputError, f"{name}.npy: ", message):

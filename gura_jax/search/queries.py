@@ -14,6 +14,7 @@ from gura_jax.dataset.sources import open_clip
 from gura_jax.errors import AudioError, InputError, StoreError
 from gura_jax.loading import Weights, find_encoder, load_model
 from gura_jax.model import Model
+from gura_jax.nearest import check_queries
 from gura_jax.systems import SYSTEMS, Member, System
 
 ID = "id:"  # begins a query that is a clip of the store
@@ -93,9 +94,12 @@ def _of_file(store: EmbeddingStore, text: str, of: Of) -> list[Query]:
         raise InputError(
             f"{text}: expected vectors of {size} numbers, as the {of} of {store.folder}, found {list(array.shape)}"
         )
-    if array.ndim == 1:
-        return [Query(text, np.array(array))]
-    return [Query(f"{text}[{i}]", np.array(row)) for i, row in enumerate(rows)]
+    try:
+        vectors = check_queries(rows, size)
+    except InputError as error:
+        raise InputError(f"{text}: {error}") from None
+    names = [text] if array.ndim == 1 else [f"{text}[{i}]" for i in range(len(rows))]
+    return [Query(name, vector) for name, vector in zip(names, vectors, strict=True)]
 
 
 def _of_recording(model: Model, text: str, of: Of) -> Query:
