@@ -16,7 +16,7 @@ install: .venv/installed
 	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or newer as python3; found $$(python3 --version 2>&1)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[av,convert,evaluate,hf,plot,ray,s3,tar,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[av,convert,evaluate,hf,plot,ray,s3,search,tar,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES)
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tpu "$$($(BIN)/python -c "$$LIBTPU")" || \
 		echo "no libtpu for this machine: what it compiles for TPUs is not tested"

@@ -11,9 +11,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -794,6 +794,142 @@ def fuse(
 
     with _interruptible("run the same command again to go on"):
         print(f"{fuse_store(EmbeddingStore(store), system, out, timestamps=timestamps)} clips -> {out}")
+
+
+@app.command()
+def search(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL that embed wrote to.")],
+    queries: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="QUERY...",
+            help="Recordings, embedded by the store's own system; id:ID, clips of the store; FILE.npy, vectors.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Clips for each query.", min=1)] = 10,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Search the frames, and say where in a clip: its best frame.")
+    ] = False,
+    index: Annotated[
+        bool,
+        typer.Option(
+            "--index", help="Search by an approximate index, which is built, or extended by new shards, where needed."
+        ),
+    ] = False,
+    index_folder: Annotated[
+        Path | None, typer.Option(help="Where the index is.", show_default="in STORE; of a bucket, in the cache")
+    ] = None,
+    duplicates: Annotated[
+        float | None,
+        typer.Option(metavar="SIMILARITY", help="Instead: pairs of clips at least so similar, such as 0.99."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Pairs of --duplicates at most.", min=1)] = 10_000,
+    weights: WeightsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page that plays the clips.")] = None,
+) -> None:
+    """Search stored embeddings for the clips most similar to a recording, or for near duplicates."""
+    from gura_jax.dataset.reader import EmbeddingStore
+    from gura_jax.search import write_page
+
+    if out is not None and (out.suffix != ".html" or out.parts[0].removesuffix(":") in SCHEMES):
+        raise InputError(f"--out: expected a page on this machine, PAGE.html, found {out}")
+    if duplicates is not None and (queries or frames or index):
+        raise InputError("--duplicates compares all scenes with each other: expected no queries, --frames or --index")
+    if duplicates is None and not queries and not index:
+        raise InputError("expected queries, --index to build an index, or --duplicates, found none of them")
+    embeddings = EmbeddingStore(store)
+    planned = range(embeddings.run.get("shards", 0))
+    if missing := sum(number not in embeddings.records for number in planned):
+        print(f"note: {missing} of {len(planned)} shards are not finished, and not searched", file=sys.stderr)
+    if duplicates is not None:
+        outcome = _duplicates(embeddings, duplicates, limit)
+    else:
+        outcome = _matches(
+            embeddings, queries or [], top, "frames" if frames else "scenes", index, index_folder, weights
+        )
+    system = embeddings.run["system"]["name"]
+    if as_json:
+        about = {"store": store, "system": system, "clips": len(embeddings), "missing_shards": missing}
+        print(json.dumps(about | outcome.content, indent=1))
+    else:
+        for line in outcome.lines:
+            print(line)
+    print(outcome.about, file=sys.stderr)
+    if out is not None:
+        title = f"{system}: search in {store}"
+        plays = write_page(outcome.results, title, outcome.about, Path(store), embeddings.run["sample_rate"], out)
+        print(f"{plays} sounds play -> {out}", file=sys.stderr)
+
+
+class _Outcome(NamedTuple):
+    """Results of a search: for a page, as lines of text, as JSON; and what they are."""
+
+    results: list[Any]
+    lines: Iterable[str]
+    content: dict[str, Any]
+    about: str
+
+
+def _duplicates(store: Any, threshold: float, limit: int) -> _Outcome:
+    from gura_jax.dataset.search import StoredVectors, duplicates
+    from gura_jax.nearest import pair_rows
+    from gura_jax.search import results
+
+    with _rows_done("compared", pair_rows(StoredVectors(store))) as report:
+        pairs = duplicates(store, threshold, limit=limit, report=report)
+    about = f"{len(pairs.ids)} pairs of {len(store)} clips with a similarity of at least {threshold:g}"
+    if not pairs.complete:
+        about += "; there are more: pass --limit, or a higher similarity"
+    found = results.of_duplicates(store, pairs)
+    content = {"threshold": threshold, "complete": pairs.complete, "pairs": results.pairs_as_json(found)}
+    return _Outcome(found, results.pair_table(found), content, about)
+
+
+def _matches(
+    store: Any,
+    queries: list[str],
+    top: int,
+    of: Literal["scenes", "frames"],
+    index: bool,
+    index_folder: Path | None,
+    weights: list[str] | None,
+) -> _Outcome:
+    from gura_jax.dataset.search import search as search_all
+    from gura_jax.search import open_index, read_queries, results
+
+    content: dict[str, Any] = {"of": of, "metric": "cosine"}
+    graph, how = None, "exact search"
+    if index:
+        with _interruptible("run the same command again to build the index"), _rows_done("indexed", None) as report:
+            graph = open_index(store, index_folder, of=of, report=report)
+        recall = graph.recall
+        how = f"index of {len(graph)} {of}, recall@{recall.top} {recall.share:.4f} against exact search"
+        print(
+            f"index: {f'{graph.built} {of} added' if graph.built else 'there already'}, recall@{recall.top} "
+            f"{recall.share:.4f} against exact search ({recall.queries} clips as queries) -> {graph.folder}",
+            file=sys.stderr,
+        )
+        content["index"] = {"folder": str(graph.folder), "vectors": len(graph), "recall": recall._asdict()}
+    asked = read_queries(store, queries, of, _parse_weights(weights))
+    vectors, found = [query.vector for query in asked], []
+    if graph is not None and asked:
+        found = results.of_matches(store, asked, graph.search(vectors, top))
+    elif asked:
+        with _rows_done("searched", None) as report:
+            found = results.of_matches(store, asked, search_all(store, vectors, top, of=of, report=report))
+    content["queries"] = results.as_json(found)
+    return _Outcome(found, results.table(found), content, f"{len(asked)} queries, {len(store)} clips, {how}")
+
+
+@contextlib.contextmanager
+def _rows_done(what: str, total: int | None) -> Iterator[Any]:
+    """Show on a terminal how many rows are done, where that takes seconds."""
+    from tqdm import tqdm
+
+    hidden = None if sys.stderr.isatty() else True
+    with tqdm(total=total, desc=what, unit=" rows", unit_scale=True, delay=1, leave=False, disable=hidden) as bar:
+        yield bar.update
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -189,3 +190,13 @@ def test_counted_operations_are_xlas(encoder: str, work: ModuleType) -> None:
     cost = jax.jit(member.__call__).lower(member.abstract_params(), audio, lengths).cost_analysis()
     assert cost is not None
     assert work._flops(config, samples) == pytest.approx(cost["flops"], rel=FLOPS_BOUND)
+
+
+@pytest.mark.slow
+def test_search_beside_numpy(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "search.py", "--clips", "3000", "--size", "32", "--rounds", "1"]
+    command += ["--folder", tmp_path] + ([] if importlib.util.find_spec("usearch") else ["--skip-index"])
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| exact | " in result.stdout
+    assert "| NumPy, float32, in memory | " in result.stdout

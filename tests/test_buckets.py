@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from refusals import refuses
 from s3_server import environment, files_served, proxied, serving, stored
 from toy import contents, embedded, opened, write_clips
 
-from gura_jax import EmbeddingStore, objects
+from gura_jax import EmbeddingStore, nearest, objects
 from gura_jax.audio import load_segments
 from gura_jax.dataset import commit
 from gura_jax.dataset.export import export
@@ -33,6 +34,7 @@ from gura_jax.dataset.sinks import Shard
 from gura_jax.dataset.sources import decoded, open_clip, read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.errors import InputError, StoreError
+from gura_jax.search import open_index
 
 BUCKET, OUT = "s3://clips", "s3://clips/out"
 SETTINGS = Settings(timestamps=True, shard_hours=4 / 3600, batch_seconds=2)
@@ -611,3 +613,29 @@ def test_files_of_a_web_server(tmp_path: Path, ranges: bool) -> None:
     for path in paths:
         for name in (path.name, f"tar/{path.name}"):
             np.testing.assert_array_equal(found[name].scene, plain[path.name].scene)
+
+
+def test_search_in_a_store_in_a_bucket(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder, by ranges of a few rows; its index is in the cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(nearest, "BLOCK_BYTES", 2 * 3 * 4)
+    embedded(write_clips(tmp_path / "in", SECONDS), tmp_path / "out", SETTINGS)
+    upload(tmp_path / "out", "out")
+    here, there = EmbeddingStore(tmp_path / "out"), EmbeddingStore(OUT)
+    queries = np.random.default_rng(0).standard_normal((2, 3))
+    some = pc.field("duration") > 0.6
+    for of in ("scenes", "frames"):
+        for store, other in ((here, there), (here.filter(some), there.filter(some))):
+            own, found = store.search(queries, 4, of=of), other.search(queries, 4, of=of)
+            assert found.ids == own.ids
+            np.testing.assert_array_equal(found.similarity, own.similarity)
+            np.testing.assert_array_equal(found.times, own.times)
+    if find_spec("usearch"):
+        index = open_index(there)
+        assert index.folder.parent == tmp_path / "cache" / "gura_jax" / "index-scenes"
+        assert index.search(queries, 4).ids == here.search(queries, 4).ids
+    for entry in list(objects.entries(objects.locate(OUT))):
+        if "scene" in entry.key:
+            objects.delete(objects.locate(f"{BUCKET}/{entry.key}"))
+    with refuses(StoreError, "scene-00000.npy"):
+        there.search(queries)

@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "gura_jax.evaluate.run",
     "gura_jax.plot",
     "gura_jax.tsne",
+    "gura_jax.search",
 )
 IMPORT = """
 import importlib, json, sys, time
@@ -93,13 +94,13 @@ FLOORS = (
         *(f"convert.{name}" for name in ("whisper", "ast", "beats", "dasheng")),
         *(f"convert.{name}" for name in ("panns", "passt", "byols", "efficientnet", "wav2clip")),
     ),
-    ("models", "batching", "convert.sources"),
+    ("models", "batching", "nearest", "convert.sources"),
     ("fusion", "parallel", "checkpoint", "convert.references"),
     ("systems", "convert"),
     ("model",),
     ("loading",),
     ("dataset", "plot", "convert.parity"),
-    ("evaluate", "tsne", "hear", "compiling"),
+    ("evaluate", "tsne", "search", "hear", "compiling"),
     ("finetune",),
     ("cli",),
 )

@@ -238,7 +238,7 @@ def fuse_scenes(store: EmbeddingStore, system: str | Path | System) -> np.ndarra
     """
     fuser = Fuser(store, system)
     out = np.empty((len(store), fuser.model.scene_embedding_size), np.float32)
-    for i, (scene, _) in enumerate(fuser.fuse(store.rows(), store.iterate_states())):
+    for i, (scene, _) in enumerate(fuser.fuse(store.iterate_meta(), store.iterate_states())):
         out[i] = scene
     return out
 

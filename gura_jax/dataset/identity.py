@@ -36,18 +36,8 @@ _IDENTITY = (
 
 def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, Any]:
     """Describe a run, without its plan, as ``run.json`` has it."""
-    system = model.system
-    described = {
-        "name": system.name,
-        "members": [_member(model, *both) for both in zip(system.members, model.fusion.members, strict=True)],
-        "combination": system.combination,
-        "feature_size": system.feature_size,
-        "scene_groups": system.scene_groups,
-    }
-    if system.sample_rate is not None:  # stores of earlier versions do not have it
-        described["sample_rate"] = system.sample_rate
     run = {
-        "system": described,
+        "system": describe_system(model),
         "random_weights": model.random_members,
         "dtype": model.dtype,
         "precision": model.compilation.precision,
@@ -69,6 +59,21 @@ def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, 
     return run | _format(settings.format)
 
 
+def describe_system(model: Model) -> dict[str, Any]:
+    """Describe a system and its weights, as ``run.json`` has them."""
+    system = model.system
+    described = {
+        "name": system.name,
+        "members": [_member(model, *both) for both in zip(system.members, model.fusion.members, strict=True)],
+        "combination": system.combination,
+        "feature_size": system.feature_size,
+        "scene_groups": system.scene_groups,
+    }
+    if system.sample_rate is not None:  # stores of earlier versions do not have it
+        described["sample_rate"] = system.sample_rate
+    return described
+
+
 def _format(name: str) -> dict[str, str]:
     """Return the entry of a format; none for the default, as stores of earlier versions do not have it."""
     return {} if name == DEFAULT else {"format": name}
@@ -88,8 +93,8 @@ def _member(model: Model, member: Member, fused: FusedMember) -> dict[str, Any]:
     described = {
         "name": member.name,
         "encoder": member.encoder if named else type(member.encoder).__qualname__,
-        "layers": _as_json(member.layers),
-        "architecture": None if fused.config is None else _as_json(dataclasses.asdict(fused.config)),
+        "layers": as_json(member.layers),
+        "architecture": None if fused.config is None else as_json(dataclasses.asdict(fused.config)),
         "weights": weights,
     }
     if member.scene != "frames":  # stores of earlier versions do not have it
@@ -99,7 +104,7 @@ def _member(model: Model, member: Member, fused: FusedMember) -> dict[str, Any]:
     return described
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a value as it is when read back from JSON: tuples as lists."""
     return json.loads(json.dumps(value))
 
@@ -128,14 +133,19 @@ def check_same(place: Place, run: Mapping[str, Any], description: Mapping[str, A
     """
     names = [name for name in _IDENTITY if name != "plan_sha256"]
     both = ({"format": DEFAULT, **content} for content in (run, description))
-    then, now = (_flat({name: content.get(name) for name in names}) for content in both)
-    different = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
-    if different:
-        differences = "\n".join(f"    {name}: {then.get(name)} then, {now.get(name)} now" for name in different)
+    then, now = ({name: content.get(name) for name in names} for content in both)
+    if found := differences(then, now):
         raise StoreError(
-            f"{place}: expected the run that began here, found another:\n{differences}\n"
+            f"{place}: expected the run that began here, found another:\n{found}\n"
             f"go on with the same inputs and options, {ELSEWHERE}"
         )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return a line for each value in which two descriptions differ; none if they are the same."""
+    flat = _flat(dict(then)), _flat(dict(now))
+    names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(name) != flat[1].get(name)]
+    return "\n".join(f"    {name}: {flat[0].get(name)} then, {flat[1].get(name)} now" for name in names)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    from gura_jax.dataset.search import Matches, Of
+    from gura_jax.nearest import Metric
+
 T = TypeVar("T")
 
 
@@ -124,7 +127,7 @@ class EmbeddingStore:
         return self._clip(self.meta.slice(positions[name], 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[StoredClip]:
-        for row in self.rows():
+        for row in self.iterate_meta():
             yield self._clip(row)
 
     def batches(self, size: int) -> Iterator[list[StoredClip]]:
@@ -237,10 +240,10 @@ class EmbeddingStore:
             StoreError: the store has none.
         """
         states = self.kept_states
-        for row in self.rows():
+        for row in self.iterate_meta():
             yield self._states_of(row, states)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def iterate_meta(self) -> Iterator[dict[str, Any]]:
         """Iterate over the metadata of the clips, in order."""
         for batch in self.meta.to_batches(max_chunksize=1024):
             yield from batch.to_pylist()
@@ -266,6 +269,30 @@ class EmbeddingStore:
             return states.unpack(numbers, row)
         except StoreError as error:
             raise StoreError(f"{self.place / record_file(shard)}: {error}") from None
+
+    def rows(self, shard: int, of: "Of" = "scenes") -> Rows:
+        """Open the scenes [n, S] or frames [sum T, D] of a whole shard, to read rows of them."""
+        sink = self.records[shard].sink
+        return self._read(shard, sink.scenes if of == "scenes" else sink.frames)
+
+    def search(
+        self, vectors: np.ndarray, top: int = 10, *, of: "Of" = "scenes", metric: "Metric" = "cosine"
+    ) -> "Matches":
+        """Find the clips that are most similar to each of some vectors, exactly: see :mod:`gura_jax.dataset.search`.
+
+        Args:
+            vectors: [Q, S], or [Q, D] for frames; or one of them.
+            top: clips for each vector.
+            of: ``"scenes"``; or ``"frames"``: where in a clip, the best frame of each.
+            metric: ``"cosine"`` or ``"dot"``.
+
+        Raises:
+            InputError: vectors of another size, not finite, or zero.
+            StoreError: no clips, no frames, a file that cannot be read, or an embedding that is not finite.
+        """
+        from gura_jax.dataset.search import search
+
+        return search(self, vectors, top, of=of, metric=metric)
 
     def to_arrow(self, *, embeddings: bool = False) -> "pa.Table":
         """Return the metadata, and with ``embeddings`` a column ``scene`` of lists."""

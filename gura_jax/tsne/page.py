@@ -1,10 +1,7 @@
 """A map as one HTML page that plays the clips: ``page.html``, filled in."""
 
-import base64
 import html
-import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -14,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gura_jax import files
-from gura_jax.audio import load_audio, soundfile_error
-from gura_jax.dataset.sources import decoded, printable
+from gura_jax.dataset.preview import clip_mp3
+from gura_jax.dataset.sources import printable
 from gura_jax.errors import AudioError, SystemConfigError
 from gura_jax.tsne.clips import LOCATION, Clips, shown
 from gura_jax.tsne.colors import NONE, Colors, palette
@@ -24,7 +21,6 @@ from gura_jax.tsne.layout import SEED, Map
 PAGE = ".html"
 TEMPLATE = "page.html"  # beside this file
 CLIP_SECONDS = 10.0  # of each clip
-CLIP_RATE = 16_000  # Hz: enough to recognise a clip, and small
 AUDIO_BYTES = 48 << 20  # of a page's audio: browsers still open it quickly
 _FULL = "the page is full"
 
@@ -104,7 +100,7 @@ def _sounds(clips: Clips) -> tuple[list[str | None], list[str]]:
     left = AUDIO_BYTES
     for i in np.random.default_rng(SEED).permutation(len(clips.rows)).tolist():
         try:
-            sound = _mp3(clips.rows[i], clips.folders[i])
+            sound = clip_mp3(clips.rows[i], clips.folders[i], CLIP_SECONDS)
         except AudioError as error:
             silent[i] = printable(str(error))
             continue
@@ -113,24 +109,3 @@ def _sounds(clips: Clips) -> tuple[list[str | None], list[str]]:
             break
         audio[i], silent[i] = sound, ""
     return audio, silent
-
-
-def _mp3(row: Mapping[str, Any], folder: Path) -> str:
-    import soundfile
-
-    path = _audio_file(Path(decoded(row["path"])), folder)
-    samples = load_audio(path, row["offset"], min(CLIP_SECONDS, row["duration"]), sample_rate=CLIP_RATE)
-    out = io.BytesIO()
-    try:
-        soundfile.write(out, samples, CLIP_RATE, format="MP3")
-    except soundfile_error() as error:
-        raise AudioError(f"{path}: cannot be written as MP3: {error}") from None
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def _audio_file(path: Path, folder: Path) -> Path:
-    """Find a clip's file: a relative path is tried from here, from the store's folder and from each folder above it."""
-    for start in (Path(), folder, *folder.resolve().parents):
-        if os.path.isfile(start / path):
-            return start / path
-    return path

@@ -1,0 +1,10 @@
+"""Search from the command line: queries that are sounds, an approximate index, and a page of what was found.
+
+The exact search itself is :meth:`gura_jax.EmbeddingStore.search`.
+"""
+
+from gura_jax.search.index import Index, open_index
+from gura_jax.search.page import write_page
+from gura_jax.search.queries import Query, read_queries
+
+__all__ = ["Index", "Query", "open_index", "read_queries", "write_page"]
