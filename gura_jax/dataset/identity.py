@@ -33,8 +33,8 @@ _IDENTITY = (
 )  # fmt: skip
 
 
-def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, Any]:
-    """Describe a run, without its plan, as ``run.json`` has it."""
+def describe_system(model: Model) -> dict[str, Any]:
+    """Describe a model's system, with the architecture and the weights of each member, as ``run.json`` has it."""
     system = model.system
     described = {
         "name": system.name,
@@ -45,8 +45,13 @@ def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, 
     }
     if system.sample_rate is not None:  # stores of earlier versions do not have it
         described["sample_rate"] = system.sample_rate
+    return described
+
+
+def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, Any]:
+    """Describe a run, without its plan, as ``run.json`` has it."""
     run = {
-        "system": described,
+        "system": describe_system(model),
         "random_weights": model.random_members,
         "dtype": model.dtype,
         "precision": model.compilation.precision,
