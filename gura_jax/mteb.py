@@ -32,12 +32,13 @@ from gura_jax.models.families import ENCODERS
 from gura_jax.systems import System, find_system
 
 try:
+    import gura_jax.convert.references  # noqa: F401 - first: mends a torchaudio that transformers, and so MTEB, fails to import
+
+    # isort: split
     from datasets import Audio
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import Licenses
-
-    import gura_jax.convert.references  # noqa: F401 - mends a torchaudio that transformers, and so MTEB, fails to import
 except ModuleNotFoundError as error:
     raise SystemConfigError(f"gura_jax.mteb needs the package {error.name}: pip install 'gura-jax[mteb]'") from None
 
