@@ -1,6 +1,6 @@
 """A clip's embedding alone and among others, through MTEB's own wrapper of HuBERT and through gura_jax's.
 
-python benchmarks/mteb_padding.py [--size tiny]
+python benchmarks/mteb_padding.py [NAME...] [--size tiny]
 
 Both have the same random weights, from one Hugging Face folder; needs gura-jax[mteb].
 """
@@ -55,9 +55,8 @@ def through(encoder: Any) -> Embed:
 
     def embed(clips: Sequence[np.ndarray]) -> np.ndarray:
         audio = [{"array": clip, "sampling_rate": RATE} for clip in clips]
-        loader = create_dataloader(
-            datasets.Dataset.from_dict({"audio": audio}), task_metadata=metadata, batch_size=len(clips)
-        )
+        data = datasets.Dataset.from_dict({"audio": audio}).with_format("numpy")
+        loader = create_dataloader(data, task_metadata=metadata, batch_size=len(clips))
         found = encoder.encode(
             loader, task_metadata=metadata, hf_split="test", hf_subset="default", show_progress_bar=False
         )
@@ -82,13 +81,15 @@ def wrappers(folder: Path) -> tuple[Embed, Embed]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny"], help="small encoders of the same kinds")
-    size = parser.parse_args().size
+    parser.add_argument("names", nargs="*", choices=NAMES, default=NAMES, metavar="NAME")
+    arguments = parser.parse_args()
+    size = arguments.size
     clips = [synthetic_clip(seconds, sample_rate=RATE) for seconds in SECONDS]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mteb", "transformers", "torch", "gura-jax")]
     print(f"{', '.join(versions)}; clips of {', '.join(f'{s:g}' for s in SECONDS)} s; random weights, float32\n")
     print("| encoder | norm | MTEB's: alone and among others | cosine | gura_jax's | both, alone |")
     print("|---|---|---|---|---|---|")
-    for name in NAMES:
+    for name in arguments.names:
         with tempfile.TemporaryDirectory() as folder:
             theirs, ours = wrappers(save(name, Path(folder) / name, size))
         found, own = compare(theirs, clips), compare(ours, clips)

@@ -35,8 +35,8 @@ def recordings(folder: Path) -> list[tuple[Path, str, str]]:
 def data_set(rows: list[tuple[Path, str, str]], label: str) -> Dataset:
     """Put recordings into a data set, labelled by digit and speaker; one column is named for the task."""
     audio = [{"bytes": path.read_bytes(), "path": path.name} for path, _, _ in rows]
-    digits, speakers = [digit for _, digit, _ in rows], [speaker for _, _, speaker in rows]
-    columns = {"audio": audio, label: speakers if label == "labels" else digits}
+    digits, speakers = [int(digit) for _, digit, _ in rows], [speaker for _, _, speaker in rows]
+    columns: dict[str, Any] = {"audio": audio, label: speakers if label == "labels" else digits}
     return Dataset.from_dict(columns).cast_column("audio", Audio())
 
 

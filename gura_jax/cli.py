@@ -647,8 +647,6 @@ def mteb(
 
     Run again with the same arguments, it goes on where it stopped. Exit code 3: some tasks failed, the rest is done.
     """
-    from gura_jax.mteb import load  # says what to install
-
     from gura_jax.evaluate import mteb as runs
     from gura_jax.mteb import load
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
@@ -32,9 +32,8 @@ from gura_jax.models.families import ENCODERS
 from gura_jax.systems import System, find_system
 
 try:
-    import gura_jax.convert.references  # noqa: F401 - first: mends a torchaudio that transformers, and so MTEB, fails to import
-
-    # isort: split
+    # First, as it mends a torchaudio that transformers, and so MTEB, would fail to import.
+    import gura_jax.convert.references  # noqa: F401  # isort: skip
     from datasets import Audio
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -64,7 +63,7 @@ class MtebEncoder(AbsEncoder):
             ``loader_kwargs`` says where the weights of each member came from.
     """
 
-    mteb_model_meta: ModelMeta
+    mteb_model_meta: ModelMeta  # pyright: ignore[reportIncompatibleVariableOverride] - never None
 
     def __init__(self, model: Model, name: str) -> None:
         self.model, self.mteb_model_meta = model, describe(model, name)
@@ -109,7 +108,7 @@ class MtebEncoder(AbsEncoder):
             raise InputError(f"precision: expected float32 embeddings, found {precision!r}")
         data = inputs.dataset.with_format(None)
         if AUDIO not in data.features:
-            raise InputError(f"{where}: expected a column {AUDIO!r}, found {', '.join(data.features)}")
+            raise InputError(f"{where}: expected a column {AUDIO!r}, found {', '.join(data.features) or 'none'}")
         data = data.select_columns([AUDIO])
         if isinstance(data.features[AUDIO], Audio):  # decoded here, by the same code as files
             data = data.cast_column(AUDIO, Audio(decode=False))
@@ -247,9 +246,12 @@ def _is_file(item: Any) -> bool:
 def _from_file(item: Mapping[str, Any], name: str, rate: int) -> np.ndarray:
     """Decode a file's bytes, or the file at a path."""
     path, content = item.get("path"), item.get("bytes")
-    if content is None and path is None:
+    if content is not None:
+        opened: Callable[[str], BinaryIO] = lambda _: io.BytesIO(content)  # noqa: E731
+    elif path is not None:
+        opened = lambda _: open_file(path)  # noqa: E731
+    else:
         raise AudioError(f"{name}: expected an audio file, found none")
-    opened = (lambda _: open_file(path)) if content is None else (lambda _: io.BytesIO(content))
     (clip,) = load_segments(f"{name} ({path})" if path else name, [(0.0, None)], sample_rate=rate, opener=opened)
     if isinstance(clip, AudioError):
         raise clip

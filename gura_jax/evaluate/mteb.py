@@ -20,7 +20,7 @@ from gura_jax.mteb import AUDIO, MtebEncoder  # before MTEB: says what to instal
 import datasets
 import mteb
 
-LIST = "'gura-jax mteb --list' shows those of audio"
+LIST = "'gura-jax mteb --list' shows the tasks and benchmarks of audio"
 NAMED = 5  # tasks of another modality in an error
 RESULTS = "results"  # in the folder of a run: what is submitted to github.com/embeddings-benchmark/results
 SETTINGS = "run_settings.jsonl"  # which MTEB extends with each task
@@ -133,6 +133,7 @@ def run(encoder: MtebEncoder, tasks: Iterable[Any], out: Path, *, show_progress_
         raise InputError(f"expected tasks of audio alone, found {', '.join(others[:NAMED])}")
     files.open_folder(out)
     cache, meta = _Results(out), encoder.mteb_model_meta
+    model: Any = encoder  # MTEB's type of encoders has other arguments of __init__
     scores: list[Score] = []
     failed: dict[str, str] = {}
     for task in tasks:
@@ -142,7 +143,7 @@ def run(encoder: MtebEncoder, tasks: Iterable[Any], out: Path, *, show_progress_
             with _quiet():
                 before = cache.load_task_result(name, meta)
                 result = mteb.evaluate(
-                    encoder,
+                    model,
                     task,
                     cache=cache,
                     co2_tracker=False,
@@ -192,9 +193,9 @@ def _is_audio(task: Any) -> bool:
 
 
 def _benchmark(name: str) -> Any:
-    known = {alias: one.name for one in mteb.get_benchmarks() for alias in (one.name, *(one.aliases or ()))}
+    known = [alias for one in mteb.get_benchmarks() for alias in (one.name, *(one.aliases or ()))]
     if name not in known:
-        raise InputError(f"benchmark {_near(name, known, audio_benchmarks())}")
+        raise InputError(f"benchmark {name!r} is not known; {_near(name, known) or LIST}")
     return mteb.get_benchmark(name)
 
 
@@ -203,17 +204,14 @@ def _task(name: str) -> Any:
         return mteb.get_task(name)
     except KeyError:
         known = [task.metadata.name for task in audio_tasks()]
-        raise InputError(f"task {_near(name, known, [])}; {LIST}") from None
+        raise InputError(f"task {name!r} is not known; {_near(name, known) or LIST}") from None
 
 
-def _near(name: str, known: Iterable[str], otherwise: Sequence[str]) -> str:
-    """Say of an unknown name which ones are close to it, whatever their case; else which there are."""
+def _near(name: str, known: Iterable[str]) -> str:
+    """Say which names are close to an unknown one, whatever their case; nothing if none are."""
     lower = {one.lower(): one for one in known}
     close = [lower[one] for one in difflib.get_close_matches(name.lower(), lower)]
-    choices = (
-        f"; did you mean {' or '.join(close)}?" if close else f"; expected {', '.join(otherwise)}" * bool(otherwise)
-    )
-    return f"{name!r} is not known{choices}"
+    return f"did you mean {' or '.join(close)}?" if close else ""
 
 
 def _reason(error: Exception) -> str:
