@@ -669,7 +669,7 @@ def mteb(
         random = ", ".join(encoder.model.random_members)
         print(f"note: random weights for {random}: what they contribute means nothing", file=sys.stderr)
     with _interruptible(f"tasks that were finished are safe in {out}; run the same command again to go on"):
-        outcome = runs.run(encoder, chosen, out, show_progress_bar=sys.stderr.isatty())
+        outcome = runs.run(encoder, chosen, out, show_progress_bar=True)
     if as_json:
         print(json.dumps(outcome.as_json(), indent=1))
     else:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -46,6 +47,7 @@ AUDIO = "audio"  # the column, and the modality
 REVISION_DIGITS = 40  # as many as a commit has
 # Batches that are packed together: the more, the fuller each is. On a CPU, 256 s of audio; 16 MB at 16 kHz.
 BATCHES_TOGETHER = 8
+PROGRESS_SECONDS = 10.0  # between two lines of progress without a terminal
 AHEAD = 2  # clips that each thread decodes before the devices ask for them
 # Settings that change embeddings, and are not part of a system; MTEB keeps results of other than these apart.
 DEFAULTS = {"dtype": "float32", "precision": "highest"}
@@ -63,10 +65,11 @@ class MtebEncoder(AbsEncoder):
             ``loader_kwargs`` says where the weights of each member came from.
     """
 
-    mteb_model_meta: ModelMeta  # pyright: ignore[reportIncompatibleVariableOverride] - never None
+    mteb_model_meta: ModelMeta  # never None
 
     def __init__(self, model: Model, name: str) -> None:
-        self.model, self.mteb_model_meta = model, describe(model, name)
+        self.model = model
+        self.mteb_model_meta = describe(model, name)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self) -> str:
         return f"<gura_jax.mteb.MtebEncoder of {self.model!r}>"
@@ -116,7 +119,9 @@ class MtebEncoder(AbsEncoder):
         limit = BATCHES_TOGETHER * batch_seconds(self.model, Settings()) * self.model.sample_rate  # samples
         clips: list[np.ndarray] = []
         samples = done = 0
-        with tqdm(total=len(data), desc=where, unit="clip", disable=not show_progress_bar) as progress:
+        seconds = 0.1 if sys.stderr.isatty() else PROGRESS_SECONDS
+        bar = {"desc": where, "unit": "clip", "mininterval": seconds, "disable": not show_progress_bar}
+        with tqdm(total=len(data), **bar) as progress:
             rows = ((row[AUDIO], f"{where}: clip {i}") for i, row in enumerate(data))
             for clip in _in_threads(self._clip, rows):
                 clips.append(clip)

@@ -251,7 +251,7 @@ def test_names_are_no_paths() -> None:
 
 def mock_run(encoder: Any) -> dict[str, float]:
     """The scores of mock tasks, all of which pass; MTEB's ``all_passed`` counts those that were skipped too."""
-    ran = {name: status for name, status in mteb.mock_run(encoder).items() if status is not None}
+    ran: dict[str, Any] = {name: status for name, status in mteb.mock_run(encoder).items() if status is not None}
     errors = {name: status.exception for name, status in ran.items() if hasattr(status, "exception")}
     assert errors == {}
     return {name: status.get_score() for name, status in ran.items()}
