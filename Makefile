@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH ?= torch==2.13.0
 # Encoders as their authors have them, to compare with; what else these ask for is for training.
 REFERENCES := dasheng==0.0.9 efficientnet-pytorch==0.7.1 openbeats==0.1.1 s3prl==0.4.18 hear21passt==0.0.26 panns-hear==0.2.1 torchlibrosa==0.1.0 wav2clip==0.1.0
+# MTEB, and what it imports beside the packages that are here; without torchcodec, whose wheels are for CUDA. 275 MB.
+MTEB := mteb==2.26.24 polars==2.1.0 polars-runtime-32==2.1.0 pytrec-eval-terrier==0.5.11 sentence-transformers==6.2.0
 BIN := .venv/bin
 
 .PHONY: install demo evaluate-demo test test-full test-tpu test-gpu test-hear test-hoplite test-page test-azure bench bench-gpu bench-long bench-collection bench-scale bench-evaluate check format clean
@@ -17,7 +19,7 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[av,convert,evaluate,hf,plot,ray,s3,search,tar,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES)
+	$(BIN)/python -m pip install --quiet --no-deps $(REFERENCES) $(MTEB)
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tpu "$$($(BIN)/python -c "$$LIBTPU")" || \
 		echo "no libtpu for this machine: what it compiles for TPUs is not tested"
 	touch $@

@@ -30,6 +30,7 @@ from worker import peak, reset_peak
 
 from gura_jax import EmbeddingStore
 from gura_jax.dataset.commit import write_shard
+from gura_jax.dataset.sinks import Shard
 from gura_jax.nearest import similarity
 from gura_jax.search import open_index
 from gura_jax.search.index import EXPANSION, SPARE, default_folder
@@ -73,7 +74,7 @@ def write_store(folder: Path, clips: int, size: int, rows: Callable[[int, int], 
         ids = [f"{shard}/{i}" for i in range(count)]
         meta = pa.table({"id": ids, "path": ids, "offset": [0.0] * count, "duration": [1.0] * count})
         meta = meta.append_column("num_samples", pa.array([16_000] * count))
-        write_shard(folder, shard, run=run["fingerprint"], scenes=rows(shard, count), frames=None, meta=meta, failed=[])
+        write_shard(folder, shard, run=run["fingerprint"], shard=Shard(meta, rows(shard, count), None), failed=[])
     (folder / "run.json").write_text(json.dumps(run))
 
 

@@ -699,6 +699,66 @@ def _sources(
 
 
 @app.command()
+def mteb(
+    system: Annotated[
+        str | None, typer.Argument(help="A name from 'gura-jax systems', or a TOML or YAML file.", show_default=False)
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option("--benchmark", help="A benchmark of MTEB's, as 'MAEB(audio-only)'.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Names of MTEB's tasks: A,B,C.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for MTEB's files of scores; or to go on in.")] = None,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of convolutions and matrix products.")
+    ] = "float32",
+    list_tasks: Annotated[
+        bool, typer.Option("--list", help="List the tasks (of the benchmark, else all of audio), and run nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Evaluate a system on MTEB's audio tasks (MAEB), by MTEB's own code.
+
+    Run again with the same arguments, it goes on where it stopped. Exit code 3: some tasks failed, the rest is done.
+    """
+    from gura_jax.evaluate import mteb as runs
+    from gura_jax.mteb import load
+
+    names = [name for name in (tasks or "").split(",") if name]
+    if list_tasks:
+        listed = runs.find_tasks(benchmark, names) if benchmark or names else runs.audio_tasks()
+        rows = [runs.describe_task(task) for task in listed]
+        if as_json:
+            print(json.dumps({"tasks": rows, "benchmarks": runs.audio_benchmarks()}, indent=1))
+            return
+        for row in rows:
+            print(f"{row['type']:28} {row['task']:44} {row['metric']:14} {row['languages']:4} languages")
+        print(f"\nbenchmarks of audio alone: {'; '.join(runs.audio_benchmarks())}")
+        return
+    if system is None or out is None:
+        raise InputError("expected SYSTEM and --out, or --list")
+    chosen = runs.find_tasks(benchmark, names)
+    encoder = load(system, weights=_parse_weights(weights), size=size, dtype=dtype)
+    if encoder.model.random_members:
+        random = ", ".join(encoder.model.random_members)
+        print(f"note: random weights for {random}: what they contribute means nothing", file=sys.stderr)
+    with _interruptible(f"tasks that were finished are safe in {out}; run the same command again to go on"):
+        outcome = runs.run(encoder, chosen, out, show_progress_bar=True)
+    if as_json:
+        print(json.dumps(outcome.as_json(), indent=1))
+    else:
+        for score in outcome.scores:
+            print(f"{score.task:44} {score.metric:14} {score.score:.4f}")
+        if len(outcome.scores) > 1:
+            print(f"{'mean':59} {outcome.mean:.4f}")
+        print(f"{len(outcome.scores)} of {len(chosen)} tasks -> {outcome.folder}")
+    if outcome.failed:
+        print(f"{len(outcome.failed)} failed: {', '.join(outcome.failed)}", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_INPUTS_FAILED if outcome.scores else EXIT_FAILED)
+
+
+@app.command()
 def plot(
     stores: Annotated[list[str], typer.Argument(metavar="STORE...", help="Places that embed or evaluate wrote to.")],
     out: Annotated[list[Path], typer.Option(help="FIGURE.png, .svg or .pdf, or PAGE.html, which plays (repeatable).")],

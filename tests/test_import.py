@@ -19,6 +19,7 @@ HEAVY = (
     "torch",
     "transformers",
     "torchcrepe",
+    "mteb",
     "librosa",
     "matplotlib",
     "pandas",
@@ -101,7 +102,7 @@ FLOORS = (
     ("loading",),
     ("dataset", "plot", "convert.parity"),
     ("evaluate", "tsne", "search", "hear", "compiling"),
-    ("finetune",),
+    ("mteb", "evaluate.mteb", "finetune"),
     ("cli",),
 )
 PACKAGE = Path(gura_jax.__file__).parent
