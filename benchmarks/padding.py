@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from gura_jax import ENCODERS, Member, System, load_model
-from gura_jax.convert.parity import synthetic_clip
+from gura_jax.audio import synthetic_clip
 from gura_jax.convert.references import find_reference
 from gura_jax.models.families import find_family
 
