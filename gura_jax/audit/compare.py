@@ -11,7 +11,7 @@ from gura_jax.audit.subjects import Embedding, Mode, Subject
 from gura_jax.errors import AudioError
 
 PADDING_BOUND = 1e-5  # relative Euclidean: float32 rounding through the deepest encoder stays ten times below
-SECONDS = (2.0, 3.7, 10.0)  # of the synthetic clips; 3.7 s is on no grid of frames
+SECONDS = (2.0, 3.7)  # of the synthetic clips; their batches are of up to 18.5 s
 
 
 class Clip(NamedTuple):
@@ -30,7 +30,7 @@ class Result(NamedTuple):
         seconds: its length.
         mode, case: how the batch was passed, and what was in it.
         frames: relative Euclidean difference of the frames; of those that both have.
-        scene: the same of the scene embedding.
+        scene: the same of the scene embedding; None where there is none without padding.
         cosine: the least similarity of a frame to the same frame alone.
         counts: numbers of frames in the batch and alone.
         by_frame: [T] difference of each frame, relative to the root mean square norm of the frames alone.
@@ -42,7 +42,7 @@ class Result(NamedTuple):
     mode: Mode
     case: Case
     frames: float = np.inf
-    scene: float = np.inf
+    scene: float | None = None
     cosine: float = np.nan
     counts: tuple[int, int] | None = None
     by_frame: np.ndarray | None = None
@@ -52,7 +52,7 @@ class Result(NamedTuple):
     def difference(self) -> float:
         """The larger of the two; infinite where the batch failed, or frames are missing."""
         complete = self.problem is None and self.counts is not None and self.counts[0] == self.counts[1]
-        return max(self.frames, self.scene) if complete else np.inf
+        return max(self.frames, self.scene or 0.0) if complete else np.inf
 
 
 def synthetic_clips(sample_rate: int) -> list[Clip]:
@@ -117,18 +117,21 @@ def _try(subject: Subject, clips: Sequence[np.ndarray], row: int, mode: Mode) ->
     except Exception as error:  # whatever the model's own code raises
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
-    found = Embedding(*(np.asarray(x, np.float64) for x in found))
-    if found.frames.ndim != 2 or found.scene.ndim != 1 or not len(found.frames):
-        return f"expected frames [T, D] and a scene [S], found {list(found.frames.shape)}, {list(found.scene.shape)}"
-    if broken := sum(int((~np.isfinite(x)).sum()) for x in found):
-        return f"{broken} of {found.frames.size + found.scene.size} values are NaN or infinite"
-    return found
+    frames = np.asarray(found.frames, np.float64)
+    scene = None if found.scene is None else np.asarray(found.scene, np.float64)
+    if frames.ndim != 2 or not len(frames):
+        return f"expected frames [T, D], found {list(frames.shape)}"
+    values = [frames.ravel()] + ([] if scene is None else [scene.ravel()])
+    if broken := int((~np.isfinite(np.concatenate(values))).sum()):
+        return f"{broken} of {sum(map(len, values))} values are NaN or infinite"
+    return Embedding(frames, scene)
 
 
 def _compare(result: Result, batch: Embedding, alone: Embedding) -> Result:
-    if batch.frames.shape[1] != alone.frames.shape[1] or batch.scene.shape != alone.scene.shape:
-        shapes = [f"[{len(x.scene)}] and [T, {x.frames.shape[1]}]" for x in (batch, alone)]
-        return result._replace(problem=f"sizes differ: {shapes[0]} in the batch, {shapes[1]} alone")
+    scenes = None if batch.scene is None or alone.scene is None else (batch.scene, alone.scene)
+    for a, b in [(batch.frames[0], alone.frames[0]), *([] if scenes is None else [scenes])]:
+        if a.shape != b.shape:
+            return result._replace(problem=f"sizes differ: {list(a.shape)} in the batch, {list(b.shape)} alone")
     common = min(len(batch.frames), len(alone.frames))
     a, b = alone.frames[:common], batch.frames[:common]  # [T, D]
     norms = np.linalg.norm(a, axis=1)  # [T]
@@ -138,7 +141,7 @@ def _compare(result: Result, batch: Embedding, alone: Embedding) -> Result:
     cosines = np.where(products > 0, (a * b).sum(axis=1) / np.where(products > 0, products, 1), differences == 0)
     return result._replace(
         frames=_relative(np.linalg.norm(differences), np.linalg.norm(norms)),
-        scene=_relative(np.linalg.norm(batch.scene - alone.scene), np.linalg.norm(alone.scene)),
+        scene=None if scenes is None else _relative(np.linalg.norm(scenes[0] - scenes[1]), np.linalg.norm(scenes[1])),
         cosine=float(cosines.min()),
         counts=(len(batch.frames), len(alone.frames)),
         by_frame=differences / (np.sqrt(np.mean(norms**2)) or 1.0),

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,16 @@ from gura_jax.plot import STYLE
 
 PICTURES = (".png", ".svg", ".pdf")
 FLOOR = 1e-9  # of the figure's scale: below float32's resolution
-HEADING = f"{'passed':18} {'companions':32} {'clip is':7} {'frames':>9} {'scene':>9} {'cosine':>9}  problem"
+HEADING = f"{'passed':18} {'companions':24} {'clip is':7} {'frames':>9} {'scene':>9} {'cosine':>9}  problem"
+
+
+class Worst(NamedTuple):
+    """The largest differences in batches of one length."""
+
+    mode: str
+    length: str  # in words
+    frames: float
+    scene: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +60,19 @@ class Report:
         """The largest judged difference."""
         return max(self.judged, key=lambda result: result.difference)
 
-    def by_length(self) -> list[tuple[str, str, float, float]]:
-        """Largest differences by mode and length of the batch: (mode, length, of frames, of scenes)."""
+    def by_length(self) -> list["Worst"]:
+        """Largest differences by mode and length of the batch."""
         groups: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
             if result.problem is None:
                 groups.setdefault((result.mode.name, _length(result)), []).append(result)
         return [
-            (mode, length, max(r.frames for r in own), max(r.scene for r in own))
+            Worst(
+                mode,
+                length,
+                max(r.frames for r in own),
+                max((r.scene for r in own if r.scene is not None), default=None),
+            )
             for (mode, length), own in groups.items()
         ]
 
@@ -71,10 +85,7 @@ class Report:
             "bound": self.bound,
             "passed": self.passed,
             "worst": _row(self.worst, self.bound),
-            "by_length": [
-                {"mode": mode, "length": length, "frames": frames, "scene": scene}
-                for mode, length, frames, scene in self.by_length()
-            ],
+            "by_length": [row._asdict() for row in self.by_length()],
             "results": [_row(result, self.bound) for result in self.results],
         }
 
@@ -83,11 +94,10 @@ class Report:
         worst, judged = self.worst, self.judged
         failed = [result for result in judged if not result.difference <= self.bound]
         where = f"{worst.clip}, {worst.mode.name}, {worst.case.describe()}, {worst.case.position()}"
-        what = worst.problem or f"frames {worst.frames:.1e}, scene {worst.scene:.1e}{_missing(worst)}"
+        what = worst.problem or f"frames {worst.frames:.1e}, scene {_number(worst.scene).strip()}{_missing(worst)}"
         lines = [f"{'batch':34} {'frames':>9} {'scene':>9}"]
-        lines += [
-            f"{f'{mode}, {length}':34} {frames:9.1e} {scene:9.1e}" for mode, length, frames, scene in self.by_length()
-        ]
+        for row in self.by_length():
+            lines.append(f"{f'{row.mode}, {row.length}':34} {row.frames:9.1e} {_number(row.scene)}")
         lines += [
             "",
             f"{len(judged) - len(failed)} of {len(judged)} batches give the clip's own embedding within {self.bound:g}",
@@ -109,11 +119,15 @@ def line(results: Sequence[Result], bound: float) -> str:
     """One line for a mode and case: its worst clip."""
     worst = max(results, key=lambda result: result.difference)
     case = worst.case
-    start = f"{worst.mode.name:18} {case.describe():32} {case.position():7}"
-    if worst.problem is not None:
-        return f"{start} {'-':>9} {'-':>9} {'-':>9}  FAILED {worst.clip}: {worst.problem}"
+    start = f"{worst.mode.name:18} {case.describe():24} {case.position():7}"
     failed = "" if worst.difference <= bound else "FAILED" if worst.mode.judged else "past the bound"
-    return f"{start} {worst.frames:9.1e} {worst.scene:9.1e} {worst.cosine:9.6f}  {failed}{_missing(worst)}".rstrip()
+    if worst.problem is not None:
+        return f"{start} {'-':>9} {'-':>9} {'-':>9}  {failed}, {worst.clip}: {worst.problem}"
+    return f"{start} {worst.frames:9.1e} {_number(worst.scene)} {worst.cosine:9.6f}  {failed}{_missing(worst)}".rstrip()
+
+
+def _number(difference: float | None) -> str:
+    return f"{'-':>9}" if difference is None else f"{difference:9.1e}"
 
 
 def _missing(result: Result) -> str:
@@ -138,7 +152,7 @@ def _row(result: Result, bound: float) -> Mapping[str, Any]:
         "companions": list(case.companions),
         "content": case.content,
         "row": case.row,
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        **{name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()},
         "frames_in_batch": counts[0],
         "frames_alone": counts[1],
         "problem": result.problem,
@@ -173,14 +187,15 @@ def draw(report: Report, path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     measured = [result for result in report.results if result.by_frame is not None]
     if not measured:
         raise InputError(f"--plot: expected a batch that {report.subject.name} embeds, found none")
     judged = [result for result in measured if result.mode.judged] or measured
-    worst = max(judged, key=lambda result: max(result.frames, result.scene))
+    worst = max(judged, key=lambda result: max(result.frames, result.scene or 0.0))
     modes = [mode.name for mode in report.subject.modes]
-    colors = dict(zip(modes, ("#2563eb", "#f59e0b", "#10b981", "#a855f7"), strict=False))
+    styles = {mode: (f"C{i}", ("-", "--", ":", "-.")[i % 4]) for i, mode in enumerate(modes)}
     settings: dict[Any, Any] = STYLE | {"text.parse_math": False, "svg.hashsalt": "gura_jax"}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(10, 4.2), dpi=150, facecolor="white", layout="constrained")
@@ -190,20 +205,25 @@ def draw(report: Report, path: Path) -> None:
         for result in measured:
             if (result.clip, result.case) == (worst.clip, worst.case) and result.by_frame is not None:
                 times = (np.arange(len(result.by_frame)) + 0.5) * worst.seconds / len(result.by_frame)
+                color, dashes = styles[result.mode.name]
                 values = np.maximum(result.by_frame, FLOOR)
-                left.plot(times, values, color=colors[result.mode.name], lw=1.2, label=result.mode.name)
+                left.plot(times, values, dashes, color=color, lw=1.2, label=result.mode.name)
         left.set_title(f"{worst.clip}: {worst.case.describe()}, {worst.case.position()}", loc="left", fontsize=9.5)
         left.set(xlabel="seconds", ylabel="relative difference of a frame", yscale="log", xlim=(0, worst.seconds))
         rows = report.by_length()
-        lengths = list(dict.fromkeys(length for _, length, _, _ in rows))
-        for mode in modes:
-            own = [row for row in rows if row[0] == mode]
-            places = [lengths.index(length) for _, length, _, _ in own]
-            for index, marker, what in ((2, "o", "frames"), (3, "x", "scenes")):
-                values = [max(row[index], FLOOR) for row in own]
-                right.plot(places, values, marker, color=colors[mode], ms=6, mfc="none", label=f"{what}, {mode}")
+        lengths = list(dict.fromkeys(row.length for row in rows))
+        for i, mode in enumerate(modes):
+            own = [row for row in rows if row.mode == mode]
+            places = [lengths.index(row.length) + 0.15 * (i - (len(modes) - 1) / 2) for row in own]
+            scenes = [np.nan if row.scene is None else row.scene for row in own]
+            for marker, what, values in (("o", "frames", [row.frames for row in own]), ("x", "scenes", scenes)):
+                label = f"{what}, {mode}"
+                right.plot(
+                    places, np.maximum(values, FLOOR), marker, color=styles[mode][0], ms=6, mfc="none", label=label
+                )
         right.set_title("worst clip, by length of the batch", loc="left", fontsize=9.5)
         right.set_xticks(range(len(lengths)), lengths, rotation=20, ha="right")
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
         for axes in (left, right):
             axes.axhline(report.bound, color="#6b7280", lw=0.8, ls="--", label=f"bound, {report.bound:g}")
             axes.grid(axis="y", color="#e5e7eb", lw=0.6)

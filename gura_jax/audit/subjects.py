@@ -19,7 +19,7 @@ class Embedding(NamedTuple):
     """A clip's embeddings, without those of padding."""
 
     frames: np.ndarray  # [T, D]
-    scene: np.ndarray  # [S]
+    scene: np.ndarray | None  # [S]; None: the model has none of the clip without padding
 
 
 class Mode(NamedTuple):
@@ -64,7 +64,7 @@ class Subject(Protocol):
 class OwnSystem:
     """A system of gura_jax; its batches have the clips' lengths, more padding, or are those of ``Model.embed``."""
 
-    packages = ("gura-jax", "jax")
+    packages: tuple[str, ...] = ("gura-jax", "jax")
 
     def __init__(self, name: str, weights: Any, size: Any) -> None:
         self.name = name
@@ -106,12 +106,11 @@ class OwnSystem:
 class HearModule:
     """A module with HEAR's common API, which takes clips of one length: the caller pads others with zeros.
 
-    It cannot be told the clips' lengths. Its frames past as many as a clip has alone are those of the padding; its
-    scene embeddings are of the padded clip.
+    It cannot be told the clips' lengths. Of a padded clip as many frames are taken as the clip has alone, and no scene
+    embedding, which would be that of the clip and its padding.
     """
 
     shortest = 0
-    packages = ("numpy",)
 
     def __init__(self, name: str, weights: Any, size: Any) -> None:
         if size is not None or not isinstance(weights, str) or weights == "random":
@@ -120,7 +119,7 @@ class HearModule:
         self._module = Module(name, None if weights == "pretrained" else weights)
         self.sample_rate = self._module.rate
         self.modes = (Mode("padded with zeros"),)
-        self.packages = ("torch",) if self._module.torch is not None else ("numpy",)
+        self.packages: tuple[str, ...] = ("torch",) if self._module.torch is not None else ("numpy",)
         self._counts: dict[int, int] = {}  # frames by samples
 
     def embed(self, clips: Sequence[np.ndarray], row: int, mode: Mode) -> Embedding:
@@ -131,9 +130,10 @@ class HearModule:
         frames = self._module(batch, frames=True)[0][row]
         if samples == longest:
             self._counts.setdefault(samples, len(frames))
-        elif samples not in self._counts:
+            return Embedding(frames, self._module(batch, frames=False)[0][row])
+        if samples not in self._counts:
             self._counts[samples] = self._module(clips[row][None], frames=True)[0].shape[1]
-        return Embedding(frames[: self._counts[samples]], self._module(batch, frames=False)[0][row])
+        return Embedding(frames[: self._counts[samples]], None)
 
 
 def _open_transformers(name: str, weights: Any, size: Any) -> Subject:

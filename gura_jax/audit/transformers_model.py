@@ -28,7 +28,7 @@ class TransformersModel:
     """
 
     shortest = 0
-    packages = ("transformers", "torch")
+    packages: tuple[str, ...] = ("transformers", "torch")
 
     def __init__(self, source: str, weights: Any, size: Any) -> None:
         self.name = f"transformers:{source}"
