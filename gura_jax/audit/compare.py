@@ -8,7 +8,7 @@ import numpy as np
 from gura_jax.audio import load_audio, synthetic_clip
 from gura_jax.audit.cases import AGAIN, Case
 from gura_jax.audit.subjects import Embedding, Mode, Subject
-from gura_jax.errors import AudioError
+from gura_jax.errors import AudioError, GuraError
 
 PADDING_BOUND = 1e-5  # relative Euclidean: float32 rounding through the deepest encoder stays ten times below
 SECONDS = (2.0, 3.7)  # of the synthetic clips; their batches are of up to 18.5 s
@@ -116,7 +116,7 @@ def _try(subject: Subject, clips: Sequence[np.ndarray], row: int, mode: Mode) ->
         found = subject.embed(clips, row, mode)
     except Exception as error:  # whatever the model's own code raises
         lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
+        return lines[0] if isinstance(error, GuraError) else f"{type(error).__name__}: {lines[0]}"
     frames = np.asarray(found.frames, np.float64)
     scene = None if found.scene is None else np.asarray(found.scene, np.float64)
     if frames.ndim != 2 or not len(frames):

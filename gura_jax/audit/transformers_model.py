@@ -37,18 +37,18 @@ class TransformersModel:
         if not Path(source).is_dir() and not HUB_ID.fullmatch(source):
             raise self._refused("a folder of Hugging Face's, or a hub id", "neither")
         try:
-            config = transformers.AutoConfig.from_pretrained(source)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # those of its libraries too
             raise self._refused("a model of transformers", error) from None
         kind = f"an audio model, with its feature extractor ({config.model_type})"
         try:
-            self._extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(source)
+            self._extractor: Any = transformers.AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
             rate = self._extractor.sampling_rate
             torch.manual_seed(SEED)
             if weights == "random":
-                model = transformers.AutoModel.from_config(config, dtype=torch.float32)
+                model = transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
             else:
-                model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+                model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:
             raise self._refused(kind, error) from None
         if model.config.is_encoder_decoder:
@@ -63,11 +63,15 @@ class TransformersModel:
         default = signature["padding"].default if "padding" in signature else None
         self._padding = default if isinstance(default, (str, bool)) and default else True
         silence = [np.zeros(rate, np.float32)]
-        self._own_mask = MASK in self._extract(silence)
-        modes = [self._mode(self._own_mask, True)]
-        if MASK in inspect.signature(self._model.forward).parameters and MASK in self._extract(silence, True):
-            modes.append(self._mode(not self._own_mask, False))
-        self.modes = tuple(modes)
+        try:
+            by_itself, asked = (MASK in self._extract(silence, mask) for mask in (None, True))
+        except Exception as error:
+            raise self._refused(kind, error) from None
+        takes_mask = MASK in inspect.signature(self._model.forward).parameters
+        self._own_mask = takes_mask and by_itself
+        self.modes = (self._mode(self._own_mask, True),)
+        if takes_mask and asked:
+            self.modes += (self._mode(not self._own_mask, False),)
 
     def _refused(self, wanted: str, found: object) -> SystemConfigError:
         if isinstance(found, Exception):
@@ -86,7 +90,10 @@ class TransformersModel:
         inputs = self._extract(clips, True if mask and not self._own_mask else None)
         arguments = {self._input: inputs[self._input]} | ({MASK: inputs[MASK]} if mask else {})
         with torch.inference_mode():
-            frames = self._model(**arguments).last_hidden_state[row].numpy()  # [T, D]
+            hidden = getattr(self._model(**arguments), "last_hidden_state", None)  # [B, T, D]
+        if hidden is None:
+            raise SystemConfigError(f"{self.name}: expected a model with a last_hidden_state, found none")
+        frames = hidden[row].numpy()  # [T, D]
         frames = frames[: self._count(clips, row, len(frames), inputs[self._input])]
         return Embedding(frames, frames.mean(axis=0))
 
