@@ -36,6 +36,7 @@ HEAVY = (
     "safetensors",
 )
 WITHOUT_TORCH = (
+    "gura_jax.audit.report",
     "gura_jax.cli",
     "gura_jax.convert",
     "gura_jax.convert.wav2vec2",
