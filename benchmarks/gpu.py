@@ -92,7 +92,8 @@ def parity(sizes: Sizes, folder: Path) -> Iterator[str]:
     from torch_recipe import CrepeReference
 
     from gura_jax import ENCODERS, FAMILIES, Member, System
-    from gura_jax.convert.parity import LAYER_BOUND, ORACLE_FACTOR, compare, synthetic_clip
+    from gura_jax.audio import synthetic_clip
+    from gura_jax.convert.parity import LAYER_BOUND, ORACLE_FACTOR, compare
 
     name = f"{CrepeReference.__module__}.{CrepeReference.__qualname__}"  # the package torchcrepe need not be here
     FAMILIES["crepe"] = dataclasses.replace(FAMILIES["crepe"], reference=name)

@@ -183,14 +183,6 @@ def _fused_rows(system: System, clips: Sequence[np.ndarray], outputs: Sequence[S
         yield _row(system.name, name, triples)
 
 
-def synthetic_clip(seconds: float = 1.0, sample_rate: int = 16_000) -> np.ndarray:
-    """A clip [n] with voiced, noisy and silent parts, for want of a recording."""
-    t = np.arange(int(seconds * sample_rate)) / sample_rate
-    noise = np.random.default_rng(0).standard_normal(len(t))
-    tone = np.sin(2 * np.pi * (220 * t + 60 * t**2)) + 0.4 * np.sin(2 * np.pi * 660 * t)
-    return (np.where(t < 0.9 * seconds, 0.2 * tone + 0.02 * noise, 0.0)).astype(np.float32)
-
-
 # The references
 
 

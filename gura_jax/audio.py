@@ -280,6 +280,14 @@ def min_samples(sample_rate: int) -> int:
     return math.ceil(MIN_SECONDS * sample_rate)
 
 
+def synthetic_clip(seconds: float = 1.0, sample_rate: int = HEAR_RATE) -> np.ndarray:
+    """A clip [n] with voiced, noisy and silent parts, for want of a recording."""
+    t = np.arange(int(seconds * sample_rate)) / sample_rate
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    tone = np.sin(2 * np.pi * (220 * t + 60 * t**2)) + 0.4 * np.sin(2 * np.pi * 660 * t)
+    return (np.where(t < 0.9 * seconds, 0.2 * tone + 0.02 * noise, 0.0)).astype(np.float32)
+
+
 def soundfile_error() -> type[Exception]:
     """Return the exception class that libsndfile's errors are raised as."""
     import soundfile

@@ -1005,12 +1005,12 @@ def parity(
 
     The clip, and its first 60 %, go through PyTorch one by one, and through gura_jax as one padded batch.
     """
-    from gura_jax.audio import load_audio
+    from gura_jax.audio import load_audio, synthetic_clip
     from gura_jax.convert import parity as parity_module
 
     model = outline(system, size=size)
     rate = model.sample_rate
-    clip = load_audio(audio, sample_rate=rate) if audio else parity_module.synthetic_clip(sample_rate=rate)
+    clip = load_audio(audio, sample_rate=rate) if audio else synthetic_clip(sample_rate=rate)
     clips = [clip, clip[: max(model.shortest(frames=True, scenes=True), len(clip) * 3 // 5)]]
     start = time.perf_counter()
     rows = []
@@ -1046,6 +1046,63 @@ def parity(
             f"{seconds:.0f} s, peak memory {peak / 2**30:.1f} GiB"
         )
     if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def audit(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="SYSTEM|hear:MODULE|transformers:NAME",
+            help="A system as for embed; a module with HEAR's common API, by its import name; or an audio model of "
+            "transformers, the path of its folder or a hub id.",
+        ),
+    ],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a system, as for embed; of a HEAR module, the file that its load_model gets; of transformers, "
+            "pretrained or random.",
+            show_default="pretrained",
+        ),
+    ] = None,
+    size: SizeOption = None,
+    bound: Annotated[
+        float | None, typer.Option(help="Largest relative difference that passes.", min=0, show_default="1e-5")
+    ] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option(help="An audio file (repeatable).", show_default="synthetic clips")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", metavar="FIGURE", help="Also draw the differences: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare each clip's embedding in batches with the clip's alone; exit 1 past the bound.
+
+    The clip's companions are shorter, as long, twice and five times as long, silence or noise, in several orders.
+    """
+    from gura_jax.audit import compare, report
+    from gura_jax.audit.subjects import open_subject
+
+    if picture is not None:
+        report.check_picture(picture)
+    bound = compare.PADDING_BOUND if bound is None else bound
+    subject = open_subject(model, weights=_parse_weights(weights), size=size)
+    clips = compare.read_clips(audio, subject.sample_rate) if audio else compare.synthetic_clips(subject.sample_rate)
+    if not as_json:
+        print(f"{report.describe(subject, clips)}\n\n{report.HEADING}")
+    results: list[Any] = []
+    for found in compare.audit(subject, clips):
+        results += found
+        if not as_json:
+            print(report.line(found, bound), flush=True)
+    done = report.Report(subject, clips, results, bound)
+    print(json.dumps(done.as_json(), indent=1) if as_json else f"\n{done.summary()}")
+    if picture is not None:
+        report.draw(done, picture)
+    if not done.passed:
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -88,20 +88,20 @@ class Module:
             self.module = importlib.import_module(name)
         except Exception as error:  # whatever the module's own code raises
             found = f"{type(error).__name__}: {error}"
-            raise SystemConfigError(f"--module {name}: expected a module to import, found: {found}") from error
+            raise SystemConfigError(f"module {name}: expected a module to import, found: {found}") from error
         wanted = ("load_model", "get_scene_embeddings", "get_timestamp_embeddings")
         if missing := [part for part in wanted if not callable(getattr(self.module, part, None))]:
-            raise SystemConfigError(f"--module {name}: expected HEAR's common API, found no {', '.join(missing)}")
+            raise SystemConfigError(f"module {name}: expected HEAR's common API, found no {', '.join(missing)}")
         try:
             self.model = self.module.load_model(*([] if weights is None else [weights]))
         except GuraError:
             raise
         except Exception as error:
             found = f"{type(error).__name__}: {error}"
-            raise SystemConfigError(f"--module {name}: expected load_model to load, found: {found}") from error
+            raise SystemConfigError(f"module {name}: expected load_model to load, found: {found}") from error
         rate = getattr(self.model, "sample_rate", None)
         if not isinstance(rate, int):
-            raise SystemConfigError(f"--module {name}: expected a model with a sample_rate, found {rate!r}")
+            raise SystemConfigError(f"module {name}: expected a model with a sample_rate, found {rate!r}")
         self.rate = rate
         torch: Any = sys.modules.get("torch")  # imported, if the model is torch's
         self.torch = torch if torch is not None and isinstance(self.model, torch.nn.Module) else None
@@ -124,10 +124,10 @@ class Module:
         if not of_clips or len(shapes[0]) != 2 + frames or (frames and shapes[1] != shapes[0][:2]):
             wanted = "[n, T, D] and times [n, T]" if frames else "[n, D]"
             raise SystemConfigError(
-                f"--module {self.name}: expected {wanted} from {function.__name__} for {len(audio)}, found {shapes}"
+                f"module {self.name}: expected {wanted} from {function.__name__} for {len(audio)}, found {shapes}"
             )
         if not all(np.isfinite(x).all() for x in arrays):  # not stored, as the module may be fixed
-            raise SystemConfigError(f"--module {self.name}: expected finite embeddings and times, found others")
+            raise SystemConfigError(f"module {self.name}: expected finite embeddings and times, found others")
         return arrays[0].astype(np.float32), arrays[1].astype(np.float64) if frames else None
 
 
@@ -162,7 +162,7 @@ def embed_task_by_module(module: Module, task: Task, folder: Path) -> None:
                 raise
             except Exception as error:  # whatever the module's own code raises
                 raise SystemConfigError(
-                    f"--module {module.name}, {task.name}/{split}: {type(error).__name__}: {error}"
+                    f"module {module.name}, {task.name}/{split}: {type(error).__name__}: {error}"
                 ) from error
             with AtomicFiles(target) as atomic:
                 for i, file in enumerate(files):
