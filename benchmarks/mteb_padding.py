@@ -16,7 +16,7 @@ import numpy as np
 import transformers
 
 from gura_jax import ENCODERS, mteb
-from gura_jax.convert.parity import synthetic_clip
+from gura_jax.audio import synthetic_clip
 from gura_jax.convert.references import find_reference
 from gura_jax.models.families import find_family
 
