@@ -23,9 +23,12 @@ from run import machine
 from gura_jax import ENCODERS, Options
 from gura_jax.backend import platform_of
 from gura_jax.models import attention as blocks
+from gura_jax.models import convnets
 from gura_jax.models.crepe import CrepeConfig, CrepeEncoder
+from gura_jax.models.efficientnet import EfficientNetConfig, EfficientNetEncoder
 from gura_jax.models.encoder import frame_mask
 from gura_jax.models.layers import layer_weights, weighted_sum
+from gura_jax.models.panns import PannsConfig, PannsEncoder
 from gura_jax.models.transformer import gelu
 from gura_jax.models.wav2vec2 import Wav2Vec2Encoder
 from gura_jax.models.wav2vec2_config import Wav2Vec2Config
@@ -275,9 +278,41 @@ def pitch() -> None:
         measure(f"CREPE {capacity}, 4 x 4 s", variants)
 
 
+def spectrograms() -> None:
+    for clips, seconds in ((4, 4), (1, 30)):
+        variants = {}
+        for taps, name in ((False, "a convolution in groups"), (True, "a sum over taps")):
+            member = EfficientNetEncoder(EfficientNetConfig(), sized(depthwise_by_taps=taps))
+            params, mark = member.init(jax.random.key(0)), in_use(taps, PLATFORM.depthwise_by_taps)
+            variants[f"of each channel: {name}{mark}"] = Variant(member.__call__, (params, *audio(clips, seconds)))
+        measure(f"EfficientNet-B2, {clips} x {seconds} s", variants)
+        member = PannsEncoder(PannsConfig(), Options())
+        arguments = member.init(jax.random.key(0)), *audio(clips, 2 * seconds)  # of samples, at twice the rate
+        variants = {}
+        for least in (0, 1, 4, 8, 16):
+            variants[f"{least} halos{in_use(least, convnets.LEAST_OF_HALO)}"] = Variant(halos(member, least), arguments)
+        measure(f"CNN14 of PANNs, {clips} x {seconds} s: columns in a block of a clip, at least", variants)
+
+
+def halos(member: PannsEncoder, least: int) -> Callable[..., Any]:
+    """The encoder with other blocks."""
+
+    def traced(*arguments: Any) -> Any:
+        used, convnets.LEAST_OF_HALO = convnets.LEAST_OF_HALO, least
+        try:
+            return member(*arguments)
+        finally:
+            convnets.LEAST_OF_HALO = used
+
+    return traced
+
+
 CHOICES = {
     f.__name__: f
-    for f in (parts, features, gradient, attention, long_attention, transformer, projections, activation, pitch)
+    for f in (
+        *(parts, features, gradient, attention, long_attention, transformer, projections, activation, pitch),
+        spectrograms,
+    )
 }
 
 

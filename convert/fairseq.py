@@ -12,6 +12,7 @@ WRAPPING = Wrapping(
     state=("model", "model_weight"),
     settings=("args", "cfg", "model_cfg", "task_cfg"),
     inert=("fairseq.data.dictionary.Dictionary",),
+    languages=("adapter",),  # of MMS
 )
 
 # name -> name in transformers, default
@@ -69,6 +70,13 @@ def _settings(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
 def model_settings(contents: Contents) -> dict[str, Any]:
     """Those of the encoder, by fairseq's names; empty where there are none."""
     return _settings(contents)[1]
+
+
+def layer_settings(contents: Contents) -> dict[str, Any]:
+    """Kind and adapters of the layers, by fairseq's names: fine-tuning replaces those of the model within."""
+    outer, model = _settings(contents)
+    own = {name: value for name, value in outer.items() if value is not None}
+    return {name: value for name, value in {**model, **own}.items() if name == "layer_type" or name[:4] == "adp_"}
 
 
 def normalises(contents: Contents, faults: list[str]) -> bool:

@@ -130,6 +130,8 @@ class Wrapping:
     settings: tuple[str, ...]  # names of the entries that ``KeyTable.config`` reads
     inert: tuple[str, ...] = ()  # classes among the rest, by dotted name: read without being imported
     nested: str = ""  # regular expression of entries among the weights that are dicts, which are ignored
+    # Names of the entry that holds, by language, the weights that take the place of some others, wrapped as these are.
+    languages: tuple[str, ...] = ()
 
 
 class Contents(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gura_jax import checkpoint, parallel
-from gura_jax.audio import check_audio, resample
+from gura_jax.audio import resample
 from gura_jax.convert import convert
 from gura_jax.convert.references import Reference, find_reference
 from gura_jax.errors import ConversionError, SystemConfigError
@@ -88,11 +88,15 @@ def compare(
 
     Yields:
         A row a part of each member, then the fused frames and the scene embedding, as they are computed.
+
+    Raises:
+        AudioError: a clip without a frame, or another that the system does not embed.
     """
     described = find_system(system)
     sources = member_weights(described, weights)  # pyright: ignore[reportArgumentType] - checked there
-    sample_rate = outline(described, size=size).sample_rate
-    clips = check_audio(list(audio), sample_rate=sample_rate)
+    whole = outline(described, size=size)
+    sample_rate = whole.sample_rate
+    clips = whole.check(list(audio), whole.shortest(frames=True, scenes=True))
     with tempfile.TemporaryDirectory(prefix="gura-jax-parity-") as folder:
         networks = [_find_network(member, sources[member.name], size) for member in described.members]
         members, outputs = [], []

@@ -82,7 +82,7 @@ _SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 @dataclass(frozen=True)
 class _WeightFile:
     path: Path
-    under: str | None  # key of the outer dict that the state dict sits under
+    under: tuple[str, ...]  # keys of the outer dicts that the state dict sits under
     shapes: Mapping[str, tuple[int, ...]]
     inert: tuple[str, ...] = ()  # see Wrapping
 
@@ -137,7 +137,8 @@ def open_source(spec: str | Path, formats: Iterable[Format], language: str | Non
         spec: ``PACKAGE:NAME``, weights inside an installed package that some key table names; a folder or a file;
             or else, where it is text, the hub id ``owner/name``.
         formats: that can be read.
-        language: whose adapters take the place of those beside the other weights, in a folder or on the hub (MMS).
+        language: whose adapters take the place of those among the other weights (MMS): of a folder, of the hub, or of
+            a file that holds those of several languages.
 
     Raises:
         ConversionError: nothing there, no network, files that are incomplete, damaged, malicious or of an
@@ -159,10 +160,8 @@ def _open(spec: str | Path, text: str, formats: Sequence[Format], language: str 
         raise ConversionError(f"language: expected the name of an adapter, such as fra, found {language!r}")
     if os.path.isdir(place):
         return _open_folder(Path(place), Path(place).resolve().name, formats, language)
-    if language is not None and os.path.isfile(place):
-        raise ConversionError(f"language {language}: expected a folder or a hub id, with a file of its adapters")
     if os.path.isfile(place):
-        return _open_file(Path(place), Path(place).name, formats)
+        return _open_file(Path(place), Path(place).name, formats, language)
     if isinstance(spec, Path) or text.startswith((".", "/", "~")) or text.endswith(_WEIGHT_SUFFIXES):
         raise ConversionError(f"there is no file or folder {text}")
     try:
@@ -213,7 +212,7 @@ def _open_asset(name: str, assets: Mapping[str, str], formats: Sequence[Format])
             f"the installed {package} {distribution.version} lacks {assets[name].partition('/')[2]}: "
             f"pip install --force-reinstall {package}"
         )
-    return _open_file(path, f"{package} {distribution.version} {path.name}", formats)
+    return _open_file(path, f"{package} {distribution.version} {path.name}", formats, None)
 
 
 def _open_hub(repo: str, formats: Sequence[Format], language: str | None) -> Source:
@@ -364,16 +363,13 @@ def _open_folder(folder: Path, description: str, formats: Sequence[Format], lang
     if language is not None:
         adapter = _open_weights(folder / _adapter(language, names, description), wrapping, faults)
         if adapter is not None:
-            own = adapter[0].shapes
-            files = [replace(f, shapes={k: v for k, v in f.shapes.items() if k not in own}) for f in files]
-            files.append(adapter[0])
-            description = f"{description} with the adapters of {language}"
+            files = _replaced(files, adapter[0])
+            description = _described_with(description, language)
     for file in files:
         if file.under:
             libraries = _either(library for library, _ in _wrapped(file.under, formats))
-            faults.append(
-                f"{file.path.name} holds its weights under {file.under!r}, as {libraries} does: give the file itself"
-            )
+            place = f"{file.path.name} holds its weights under {file.under[-1]!r}"
+            faults.append(f"{place}, as {libraries} does: give the file itself")
     _refuse_if(faults, description)
     fitting = [each for each in formats if each.table.config == CONFIG]
     return _source(fitting, description, files, config, folder / CONFIG, normalise)
@@ -387,13 +383,29 @@ _ADAPTER = re.compile(r"adapter\.([A-Za-z0-9_-]+)\.(?:safetensors|bin)")
 def _adapter(language: str, names: Iterable[str], description: str) -> str:
     """The file of a language's adapters."""
     found = {match[1]: name for name in sorted(names) if (match := _ADAPTER.fullmatch(name))}
-    if language not in found:
-        some = ", ".join(sorted(found)[:MAX_NAMED]) or "none"
+    _refuse_unless(language, found, description)
+    return found[language]
+
+
+def _refuse_unless(language: str | None, found: Iterable[str], description: str) -> None:
+    """Refuse a language that there are no adapters of, or none where one must be chosen."""
+    languages = sorted(found)
+    if language not in languages:
+        some = ", ".join(languages[:MAX_NAMED]) or "none"
         raise ConversionError(
             f"{description}: language: expected one that it has adapters of, {some}"
-            f"{', ...' if len(found) > MAX_NAMED else ''}, found {language!r}"
+            f"{', ...' if len(languages) > MAX_NAMED else ''}, found {language!r}"
         )
-    return found[language]
+
+
+def _replaced(files: Iterable[_WeightFile], adapter: _WeightFile) -> list[_WeightFile]:
+    """The files, without the tensors that the last one has."""
+    own = adapter.shapes
+    return [*(replace(f, shapes={k: v for k, v in f.shapes.items() if k not in own}) for f in files), adapter]
+
+
+def _described_with(description: str, language: str) -> str:
+    return f"{description} with the adapters of {language}"
 
 
 def _open_shards(index: Path, wrapping: Wrapping, faults: list[str]) -> list[_WeightFile]:
@@ -436,14 +448,28 @@ def _shards(index: Path, faults: list[str]) -> dict[str, set[str]]:
     return {name: keys for name, keys in sorted(shards.items()) if name not in bad}
 
 
-def _open_file(path: Path, description: str, formats: Sequence[Format]) -> Source:
+def _open_file(path: Path, description: str, formats: Sequence[Format], language: str | None) -> Source:
     if path.suffix == ".json":
         raise ConversionError(f"{path.name} holds no weights: give the folder that it is in")
     faults: list[str] = []
-    opened = _open_weights(path, _merged(formats), faults)
+    wrapping = _merged(formats)
+    opened = _open_weights(path, wrapping, faults)
     if opened is None:
         raise ConversionError(_listing(f"cannot convert {description}", faults))
     file, settings = opened
+    files = [file]
+    languages = _languages(settings, wrapping)
+    if languages:
+        _refuse_unless(language, languages, description)
+    elif language is not None:
+        raise ConversionError(
+            f"language {language}: expected a folder or a hub id with a file of its adapters, or a file that holds "
+            f"those of several languages, as fairseq's of MMS; found {description}"
+        )
+    if language is not None:
+        place, content = languages[language]
+        files = _replaced(files, _weights(path, place, content, wrapping, faults))
+        description = _described_with(description, language)
     fitting = _fitting(file, formats)
     config: Mapping[str, Any] | None = None
     normalise = False
@@ -459,7 +485,18 @@ def _open_file(path: Path, description: str, formats: Sequence[Format]) -> Sourc
     elif file.shapes:
         faults.append(_unknown(file, formats))
     _refuse_if(faults, description)
-    return _source(fitting, description, [file], config, beside, normalise)
+    return _source(fitting, description, files, config, beside, normalise)
+
+
+def _languages(settings: Mapping[str, Any], wrapping: Wrapping) -> dict[str, tuple[tuple[str, ...], dict[Any, Any]]]:
+    """Language -> where in the file its weights are, and what is there."""
+    return {
+        name: ((holder, name), content)
+        for holder in wrapping.languages
+        if isinstance(settings.get(holder), dict)
+        for name, content in settings[holder].items()
+        if isinstance(name, str) and isinstance(content, dict)
+    }
 
 
 def _fitting(file: _WeightFile, formats: Sequence[Format]) -> list[Format]:
@@ -471,19 +508,20 @@ def _fitting(file: _WeightFile, formats: Sequence[Format]) -> list[Format]:
     return [each for each in formats if not each.table.wrapping and each.table.recognises(file.shapes)]
 
 
-def _wrapped(under: str, formats: Sequence[Format]) -> list[Format]:
+def _wrapped(under: Sequence[str], formats: Sequence[Format]) -> list[Format]:
     """The formats whose files have an entry of this name that holds the weights."""
-    return [each for each in formats if each.table.wrapping and under in each.table.wrapping.state]
+    return [each for each in formats if each.table.wrapping and under[-1] in each.table.wrapping.state]
 
 
 def _merged(formats: Sequence[Format]) -> Wrapping:
     """The names that any of the formats gives to entries of a pickle."""
     wrappings = [table.wrapping for _, table in formats if table.wrapping]
-    state, settings, inert = (
+    state, settings, inert, languages = (
         tuple(dict.fromkeys(name for wrapping in wrappings for name in getattr(wrapping, field)))
-        for field in ("state", "settings", "inert")
+        for field in ("state", "settings", "inert", "languages")
     )
-    return Wrapping(state, settings, inert, "|".join(filter(None, (wrapping.nested for wrapping in wrappings))))
+    nested = "|".join(filter(None, (wrapping.nested for wrapping in wrappings)))
+    return Wrapping(state, settings, inert, nested, languages)
 
 
 def _unknown(file: _WeightFile, formats: Sequence[Format]) -> str:
@@ -507,7 +545,7 @@ def _source(
     beside: Path,
     normalise: bool,
 ) -> Source:
-    paths = [file.path for file in files]
+    paths = list(dict.fromkeys(file.path for file in files))
     if formats[0].table.config == CONFIG:
         paths += [path for path in (beside, beside.with_name(PREPROCESSOR)) if path.is_file()]
     sha256: dict[str, str] = {}
@@ -550,8 +588,16 @@ def _open_weights(path: Path, wrapping: Wrapping, faults: list[str]) -> tuple[_W
     except ConversionError as error:
         faults.append(str(error))
         return None
-    under = next((key for key in wrapping.state if isinstance(content.get(key), dict)), None)
-    state = content[under] if under else content
+    settings = {key: content[key] for key in (*wrapping.settings, *wrapping.languages) if key in content}
+    return _weights(path, (), content, wrapping, faults), settings
+
+
+def _weights(
+    path: Path, place: tuple[str, ...], content: dict[Any, Any], wrapping: Wrapping, faults: list[str]
+) -> _WeightFile:
+    """The tensors at some place of a pickle, by name and shape."""
+    name = next((key for key in wrapping.state if isinstance(content.get(key), dict)), None)
+    state = content[name] if name else content
     nested = {k for k, v in state.items() if isinstance(v, dict) and re.fullmatch(wrapping.nested, str(k))}
     state = {key: value for key, value in state.items() if key not in nested}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -566,8 +612,7 @@ def _open_weights(path: Path, wrapping: Wrapping, faults: list[str]) -> tuple[_W
             shapes[key] = tuple(value.shape)
     if not state:
         faults.append(f"{path.name} holds no tensors")
-    settings = {key: content[key] for key in wrapping.settings if key in content}
-    return _WeightFile(path, under, shapes, wrapping.inert), settings
+    return _WeightFile(path, (*place, name) if name else place, shapes, wrapping.inert)
 
 
 def _tensor_fault(value: object, file_bytes: int) -> str | None:
@@ -602,7 +647,7 @@ def _open_safetensors(path: Path, faults: list[str]) -> _WeightFile:
         raise ConversionError(f"{path.name} is no whole safetensors file ({error}): fetch it again") from error
     if not shapes:
         faults.append(f"{path.name} holds no tensors")
-    return _WeightFile(path, None, shapes)
+    return _WeightFile(path, (), shapes)
 
 
 def _open_hdf5(path: Path, faults: list[str]) -> _WeightFile:
@@ -622,7 +667,7 @@ def _open_hdf5(path: Path, faults: list[str]) -> _WeightFile:
                 shapes[key] = tuple(dataset.shape)
     if not names:
         faults.append(f"{path.name} holds no tensors")
-    return _WeightFile(path, None, shapes)
+    return _WeightFile(path, (), shapes)
 
 
 def _dataset_fault(dataset: Any) -> str | None:
@@ -707,7 +752,9 @@ def _read(file: _WeightFile, keys: Sequence[str]) -> Iterator[tuple[str, np.ndar
                         yield key, _array(opened.get_tensor(key))
             else:
                 content = _unpickle(file.path, file.inert)
-                state = content[file.under] if file.under else content
+                state: Any = content
+                for name in file.under:
+                    state = state[name]
                 state = {key: state[key] for key in chunk}
                 del content  # an unmapped file's other tensors take memory
                 for key in chunk:

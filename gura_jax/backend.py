@@ -21,6 +21,7 @@ class Platform:
         scan_layers: transformer blocks are stacked and scanned, not unrolled.
         fused_attention: cuDNN's attention for bfloat16.
         kernel_gradient_by_taps: gradients by the wave encoders' kernels as matrix products; else as XLA's convolutions.
+        depthwise_by_taps: two-dimensional convolutions of each channel by itself as sums over taps; else as XLA's.
         spectral_crepe: CREPE's convolutions as products in the frequency domain; else directly.
         crepe_taps: of CREPE's second convolution at a time, and its first without a stride; None: both as they are.
         crepe_frames: in one pass of CREPE.
@@ -39,6 +40,7 @@ class Platform:
     scan_layers: bool
     fused_attention: bool
     kernel_gradient_by_taps: bool
+    depthwise_by_taps: bool
     spectral_crepe: bool
     crepe_taps: int | None
     crepe_frames: int
@@ -59,6 +61,7 @@ _CPU = Platform(
     scan_layers=False,  # each step would copy its block's weights: 14 % of a batch of 200 frames
     fused_attention=False,
     kernel_gradient_by_taps=True,
+    depthwise_by_taps=True,
     spectral_crepe=True,
     crepe_taps=None,
     crepe_frames=64,
@@ -76,6 +79,7 @@ _GPU = Platform(
     scan_layers=True,  # compiles one block, and holds one block's temporaries
     fused_attention=True,
     kernel_gradient_by_taps=False,
+    depthwise_by_taps=False,
     spectral_crepe=False,
     crepe_taps=None,
     crepe_frames=512,

@@ -1,4 +1,4 @@
-"""models/convolution.py: in parts, and gradients by taps, are XLA's own."""
+"""models/convolution.py: in parts and by taps, and gradients by taps, are XLA's own."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from gura_jax.models.convolution import (
     convolution,
     convolution_by_taps,
     convolution_in_parts,
+    depthwise_by_taps,
     grouped_convolution,
 )
 
@@ -46,15 +47,46 @@ def test_results_and_gradients_are_those_of_xla(
     kernel: tuple[int, int, int],
     number: int,  # the stride, or the groups
 ) -> None:
+    assert_same(other, plain, (2, samples, channels), kernel, number)
+
+
+def assert_same(other: Convolution, plain: Convolution, shape: tuple[int, ...], kernel: Any, number: int) -> None:
+    """Results, and gradients by both."""
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, samples, channels), kernel))
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in (shape, kernel))
     out = plain(x, w, number)
     weights = jnp.asarray(rng.standard_normal(out.shape), jnp.float32)
 
     def gradients(function: Convolution) -> Any:
-        return precise_jit(jax.value_and_grad(lambda x, w: (function(x, w, number) * weights).sum(), argnums=(0, 1)))
+        return precise_jit(jax.grad(lambda x, w: (function(x, w, number) * weights).sum(), argnums=(0, 1)))
 
+    assert relative(other(x, w, number), out) <= BOUND
     ours, expected = gradients(other)(x, w), gradients(plain)(x, w)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         assert relative(a, b) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "shape"),
+    [
+        (3, 1, (1, 1), (2, 7, 4, 6)),
+        (3, 2, (0, 1), (2, 7, 4, 6)),
+        (3, 2, (0, 1), (2, 8, 5, 6)),
+        (5, 2, (1, 2), (1, 2, 3, 4)),  # smaller than the kernel
+        (5, 1, (2, 2), (2, 9, 2, 4)),
+    ],
+)
+def test_depthwise_by_taps_is_xlas(
+    kernel: int, stride: int, padding: tuple[int, int], shape: tuple[int, int, int, int]
+) -> None:
+    def plain(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
+        names = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), (padding, padding), dimension_numbers=names, feature_group_count=x.shape[-1]
+        )
+
+    def by_taps(x: jax.Array, w: jax.Array, stride: int) -> jax.Array:
+        return depthwise_by_taps(x, w, stride, padding)
+
+    assert_same(by_taps, plain, shape, (kernel, kernel, 1, shape[-1]), stride)

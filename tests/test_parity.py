@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 from reference import speech
+from refusals import refuses
 
 from gura_jax import ENCODERS, parallel
 from gura_jax.convert import parity
 from gura_jax.convert.parity import Row, compare
 from gura_jax.convert.references import Crepe, Hubert, Reference
+from gura_jax.errors import AudioError
 from gura_jax.loading import outline
 from gura_jax.systems import SYSTEMS, Member, System
 
-CLIPS = (speech(4000, 1), speech(2503, 2))  # a quarter of a second, and shorter: one padded batch of both
+SAMPLES = 2503  # of the shorter clip, where the system embeds one as short
+# Codes are the same or others; a distance of zero elsewhere would be that of an array to itself.
+EXACT = [(name, "state 0") for name in ("vq-wav2vec", "vq-wav2vec-kmeans")]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,10 @@ def shared() -> Iterator[None]:
 
 
 def rows(system: str | System, **options: Any) -> list[Row]:
-    return list(compare(system, CLIPS, weights="random", size="tiny", **options))
+    """Of a clip as short as may be and of a longer one, in one padded batch."""
+    samples = max(SAMPLES, outline(system, size="tiny").shortest(frames=True, scenes=True))
+    clips = (speech(samples + 1497, 1), speech(samples, 2))
+    return list(compare(system, clips, weights="random", size="tiny", **options))
 
 
 def failures(found: list[Row]) -> list[str]:
@@ -88,9 +95,18 @@ def test_system(system: str) -> None:
     found = rows(system)
     assert not failures(found)
     members = outline(system, size="tiny").fusion.members
-    layers = [(m.name, part) for m in members for part in m.encoder.parts]
+    layers = [
+        (m.name, part) for m in members for part in (*m.encoder.parts, *(["pooled"] if m.encoder.pooled_size else []))
+    ]
     assert [(r.member, r.layer) for r in found] == [*layers, (system, "frames"), (system, "scene")]
-    assert all(0 < r.to_pytorch < r.bound for r in found)  # not one array compared with itself
+    assert all(r.to_pytorch < r.bound for r in found)
+    assert {(r.member, r.layer) for r in found if r.to_pytorch == 0} <= set(EXACT)
+
+
+def test_a_clip_too_short_for_a_member_is_refused() -> None:
+    """Before any network is made; PyTorch's own error would be of a kernel's size."""
+    with refuses(AudioError, "audio[1]: expected at least 2800 samples", "for beats, found 2503"):
+        next(compare("beats", (speech(4000), speech(2503)), weights="random", size="tiny"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from gura_jax.models.encoder import Options, frame_mask, masked_mean
 
 MIN_VARIANCE = 1e-8  # of logarithms: below it is rounding, as of silence
 BATCH_NORM_EPS = 1e-5  # PyTorch's default
+LEAST_OF_HALO = 8  # of a block's columns by its halo's: a quarter more is then computed twice, at most
 
 
 def batch_norm(size: int, rngs: nnx.Rngs, epsilon: float = BATCH_NORM_EPS) -> nnx.BatchNorm:
@@ -51,13 +52,16 @@ def over_columns(
         x: [B, F, M].
         stride: columns for each result.
         halo: columns that a result sees before and after its own, at most; a multiple of ``stride``.
-        size: roughly how many columns a block has, those of all clips counted together.
+        size: roughly how many columns a block has, those of all clips counted together; of each clip at least
+            :data:`LEAST_OF_HALO` times the halo.
 
     Returns:
         [B, F // stride, D].
     """
     (B, F, _), total = x.shape, x.shape[1] // stride
-    blocks, results = even_blocks(total, max(1, size // (stride * B)))
+    blocks, results = even_blocks(total, max(1, size // B, LEAST_OF_HALO * halo) // stride)
+    if blocks == 1:
+        return function(x, jnp.zeros((), jnp.int32))
     x = jnp.pad(x, ((0, 0), (halo, max(0, blocks * results * stride + halo - F)), (0, 0)))
 
     def block(start: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Convolutions over time, and their gradients where XLA's are slow."""
+"""Convolutions over time, and in two dimensions of each channel by itself, and gradients, where XLA's are slow."""
 
 import functools
 from collections.abc import Callable
@@ -70,6 +70,29 @@ def convolution_in_parts(x: jax.Array, kernel: jax.Array, stride: int, taps: int
 
     parts = jnp.arange(K // taps, dtype=jnp.int32), kernel.reshape(-1, taps, C, size)
     return jax.lax.scan(part, jnp.zeros((B, positions, size), jnp.float32), parts)[0].astype(x.dtype)
+
+
+def depthwise_by_taps(x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[int, int]) -> jax.Array:
+    """Convolve each channel by itself in two dimensions, adding up products with each tap.
+
+    A convolution with ``feature_group_count`` is the same; but XLA computes it on a CPU up to 200 times slower.
+
+    Args:
+        x: [B, T, M, C].
+        kernel: [K, K, 1, C].
+        stride: of both dimensions.
+        padding: zeros before and after both.
+
+    Returns:
+        [B, (T + padding - K) // stride + 1, (M + padding - K) // stride + 1, C].
+    """
+    x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
+    K = len(kernel)
+    T, M = (size - K + 1 for size in x.shape[1:3])  # of a tap, of which the stride takes some
+    taps = (
+        kernel[i : i + 1, j : j + 1] * x[:, i : i + T : stride, j : j + M : stride] for i in range(K) for j in range(K)
+    )
+    return functools.reduce(jnp.add, taps)
 
 
 def grouped_convolution(x: jax.Array, kernel: jax.Array, groups: int, convolve: Convolution) -> jax.Array:

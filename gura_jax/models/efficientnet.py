@@ -15,6 +15,7 @@ from flax import nnx
 from gura_jax.convert.efficientnet import KEYS
 from gura_jax.models.config import EncoderConfig
 from gura_jax.models.convnets import batch_norm, refuse_options, repeated, within
+from gura_jax.models.convolution import depthwise_by_taps
 from gura_jax.models.encoder import (
     Family,
     FrameGrid,
@@ -124,6 +125,7 @@ class Convolution(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.window, self.swish = window, swish
+        self.by_taps = groups > 1 and options.platform.depthwise_by_taps
         around = (window.before, window.after)
         self.conv = nnx.Conv(
             in_size, size, (window.kernel,) * 2, strides=window.stride, padding=(around, around),
@@ -133,7 +135,12 @@ class Convolution(nnx.Module):
 
     def __call__(self, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, T, M, C], [B] -> [B, T', M', C'], [B]; zero past each clip's end."""
-        x, counts = self.norm(self.conv(x)), self.window.columns(counts)
+        if self.by_taps:
+            kernel, around = self.conv.kernel[...].astype(jnp.float32), (self.window.before, self.window.after)
+            x = depthwise_by_taps(x, kernel, self.window.stride, around)
+        else:
+            x = self.conv(x)
+        x, counts = self.norm(x), self.window.columns(counts)
         x = jax.nn.silu(x) if self.swish else x
         return within(x, frame_mask(counts, x.shape[1])), counts
 
