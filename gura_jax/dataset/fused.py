@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gura_jax import parallel
+from gura_jax import checkpoint, parallel
 from gura_jax.audio import resampled_length
 from gura_jax.backend import platform_of
 from gura_jax.batching import bucket_length
@@ -372,10 +372,11 @@ def _find(store: EmbeddingStore, states: States, member: Member) -> tuple[Mappin
             f"({', '.join(str(each['encoder']) for each in described.values())}), found {member.encoder}"
         )
     name = member.name if member.name in same else same[0]
-    if member.weights is not None:
+    if member.weights is not None and not _are_weights(member.weights, described[name]["weights"]):
         raise StoreError(
-            f"{store.folder}: member {member.name!r}: expected no weights, as the hidden states were computed with "
-            f"those of {described[name]['weights'].get('source', 'the store')}, found {member.weights}"
+            f"{store.folder}: member {member.name!r}: expected the weights of the hidden states, "
+            f"{described[name]['weights'].get('source', 'those of the store')}, found {member.weights}: leave weights "
+            "out of the system, or give the checkpoint that the store was made with"
         )
     normalised = described[name].get("normalise", False)
     published = find_preset(str(member.encoder)).normalise if member.encoder in ENCODERS else normalised
@@ -385,6 +386,15 @@ def _find(store: EmbeddingStore, states: States, member: Member) -> tuple[Mappin
             "states were computed"
         )
     return described[name], states.find(name)
+
+
+def _are_weights(weights: str, described: Mapping[str, Any]) -> bool:
+    """Whether a member's weights are those that ``run.json`` describes: random ones, or a checkpoint."""
+    if weights == "random":
+        return described.get("source") == "random"
+    folder = checkpoint.find_folder(weights)
+    there = (folder / checkpoint.MANIFEST).is_file()
+    return there and checkpoint.read_manifest(folder).fingerprint == described.get("fingerprint")
 
 
 def _weights(where: str, member: Member, own: MemberStates) -> np.ndarray:
