@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +107,47 @@ def _undefined() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No positive class found")
         yield
+
+
+def confusion(probabilities: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Count clips by true class and, of each, by most probable class; classes that were never predicted are left out.
+
+    Args:
+        probabilities: [n, C].
+        targets: [n, C], 0 or 1; a clip's true class is its first, as for :func:`top1_accuracy`.
+        labels: names of the classes.
+    """
+    counts = Counter(zip(targets.argmax(1).tolist(), probabilities.argmax(1).tolist(), strict=True))
+    found: dict[str, dict[str, int]] = {label: {} for label in labels}
+    for (true, predicted), count in sorted(counts.items()):
+        found[labels[true]][labels[predicted]] = count
+    return found
+
+
+class ClassScore(NamedTuple):
+    """Result for one class of a multilabel task.
+
+    Attributes:
+        clips: that have this label.
+        average_precision: None if no clip or every clip has it, or probabilities are not finite.
+    """
+
+    clips: int
+    average_precision: float | None
+
+
+def by_class(probabilities: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> dict[str, ClassScore]:
+    """Compute the average precision of each class by its name; arguments as in :func:`confusion`."""
+    from sklearn.metrics import average_precision_score
+
+    finite = bool(np.isfinite(probabilities).all())
+    found = {}
+    for i, label in enumerate(labels):
+        own = targets[:, i]
+        defined = finite and own.min() == 0 and own.max() == 1
+        value = float(average_precision_score(own, probabilities[:, i])) if defined else None
+        found[label] = ClassScore(int(own.sum()), value)
+    return found
 
 
 class Collars(NamedTuple):
