@@ -1,6 +1,7 @@
 """Figures of an evaluation as inline SVG: confusion matrices, weights, intervals. Colours are the page's variables."""
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 
 from gura_jax.dataset.sources import printable
@@ -102,6 +103,9 @@ def interval(mean: float, low: float | None, high: float | None, limit: float) -
     """Draw a difference and its interval around zero, on a scale from ``-limit`` to ``limit``."""
     width, height = INTERVAL
     middle = height / 2
+
+    if not math.isfinite(mean):
+        return ""
 
     def place(value: float) -> float:
         return width / 2 + max(-1.0, min(1.0, value / limit if limit else 0.0)) * (width / 2 - 5)

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,10 +116,11 @@ def confusion(probabilities: np.ndarray, targets: np.ndarray, labels: Sequence[s
         targets: [n, C], 0 or 1; a clip's true class is its first, as for :func:`top1_accuracy`.
         labels: names of the classes.
     """
-    counts = Counter(zip(targets.argmax(1).tolist(), probabilities.argmax(1).tolist(), strict=True))
-    found: dict[str, dict[str, int]] = {label: {} for label in labels}
-    for (true, predicted), count in sorted(counts.items()):
-        found[labels[true]][labels[predicted]] = count
+    rows, columns = targets.argmax(1), probabilities.argmax(1)
+    found = {}
+    for i, label in enumerate(labels):
+        predicted, counts = np.unique(columns[rows == i], return_counts=True)
+        found[label] = {labels[j]: int(count) for j, count in zip(predicted, counts, strict=True)}
     return found
 
 

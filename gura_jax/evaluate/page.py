@@ -1,6 +1,5 @@
 """Results of evaluations as HTML pages of one file: without scripts, and without a network."""
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -9,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from gura_jax import files
-from gura_jax.evaluate import learn, report, tables
+from gura_jax.evaluate import report, tables
 from gura_jax.evaluate.benchmarks import Benchmark
-from gura_jax.evaluate.figures import MOST_CLASSES, bars, interval, matrix, text
-from gura_jax.evaluate.learn import Learned
+from gura_jax.evaluate.figures import MOST_CLASSES, bars, matrix, text
 from gura_jax.evaluate.metrics import METRICS
 from gura_jax.evaluate.protocol import Protocol
 from gura_jax.evaluate.report import Row
-from gura_jax.evaluate.statistics import Difference
 from gura_jax.files import is_plain_name
 
-LEARNED_PAGE = "learned.html"
 CONFUSIONS = 10  # listed below a matrix
-NONE = "–"
+FIGURE, BAR_WIDTH = (260, 640), 30  # pixels: narrowest and widest figure, and a bar
+NONE = "-"
 NOT_RECORDED = (
     "not recorded: these scores were computed by an earlier version; delete their score files and run the command "
     "again to have them computed anew"
@@ -33,19 +30,22 @@ _STYLE = """
         --hit: #6ea0ff; --miss: #ff8c4c; --on: #101319; --warn: #3a2415; } }
 body { margin: 0 auto; max-width: 1000px; padding: 16px 18px 40px; background: var(--back); color: var(--front);
        font: 14px/1.45 system-ui, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 19px; margin: 0; } h2 { font-size: 16px; margin: 30px 0 8px; } h3 { font-size: 14px; margin: 16px 0 4px; }
-p { margin: 2px 0 10px; color: var(--grey); } p.warn { background: var(--warn); color: var(--front); padding: 8px 10px; }
+h1 { font-size: 19px; margin: 0; } h2 { font-size: 16px; margin: 30px 0 8px; }
+h3 { font-size: 14px; margin: 16px 0 4px; }
+p { margin: 2px 0 10px; color: var(--grey); }
+p.warn { background: var(--warn); color: var(--front); padding: 8px 10px; }
 a { color: var(--hit); } nav a { margin-right: 12px; } summary { cursor: pointer; padding: 5px 0; }
 .wide { overflow-x: auto; max-width: 100%; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide table { width: max-content; } .wide th, .wide td { max-width: 300px; }
 th, td { text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line); font-weight: normal;
          vertical-align: top; }
-tr:first-child th { color: var(--grey); } td b { font-weight: 650; }
+th { color: var(--grey); } td b { font-weight: 650; }
 code { font-size: 12px; overflow-wrap: anywhere; } svg { display: block; } svg text { fill: var(--front); }
 .matrix text.on { fill: var(--on); } .hit { fill: var(--hit); } .miss { fill: var(--miss); }
 .frame { fill: none; stroke: var(--line); } .even { stroke: var(--grey); stroke-width: 1; stroke-dasharray: 3 3;
          vector-effect: non-scaling-stroke; } .range { stroke: var(--hit); stroke-width: 2; }
-.bars { border-bottom: 1px solid var(--grey); } figure { margin: 10px 0 16px; max-width: 620px; }
+.bars { border-bottom: 1px solid var(--grey); } figure { margin: 10px 0 16px; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 14px; color: var(--grey); }
 """
 
@@ -76,65 +76,32 @@ def write_evaluation(
     rows = [row for row in report.read_table(out) if (row.protocol, row.seed) == (protocol.name, seed)]
     home = out / "scores" / f"{protocol.name}-{seed}"
     found = {
-        (row.task, row.system): _read(home, row.system, row.task, benchmark.scores_file) for row in rows
+        (row.task, row.system): read(home, row.system, row.task, benchmark.scores_file) for row in rows
     }  # from the files, so that a resumed evaluation's page is the same
     names = sorted({row.task for row in rows})
     systems = {row.system for row in rows}
     recorded = {(system, task): scores for (task, system), scores in found.items()}
-    parts = [_random(recorded.values()), _failed(failed), "<h2>Scores</h2>", tables.as_html(compared)]
+    parts = [random_note(recorded.values()), _failed(failed), "<h2>Scores</h2>", tables.as_html(compared)]
     if len(names) > 1:
         links = "".join(f'<a href="#task-{i}">{text(name)}</a> ' for i, name in enumerate(names))
         parts.append(f"<nav>{links}</nav>")
     for i, name in enumerate(names):
         own = [row for row in rows if row.task == name]
         files_of_task = {system: scores for (task, system), scores in found.items() if task == name}
-        parts += [f'<h2 id="task-{i}">{text(name)}</h2>', _scores(own, files_of_task), _by_class(files_of_task)]
+        parts += [f'<h2 id="task-{i}">{text(name)}</h2>', _scores(own, files_of_task), by_class(files_of_task)]
         parts += [_layer_weights(system, scores) for system, scores in files_of_task.items()]
-    parts += _settings(protocol, f"{seed}", recorded)
-    title = f"Evaluation by {benchmark.name}'s protocol {protocol.name}"
-    about = f"{_count(len(systems), 'system')}, {_count(len(names), 'task')}, seed {seed}"
-    return _write(out, f"report-{protocol.name}-{seed}.html", title, about, parts)
+    parts += settings(protocol, f"{seed}", recorded)
+    title = f"Evaluation: {benchmark.name}, protocol {protocol.name}"
+    about = f"{counted(len(systems), 'system')}, {counted(len(names), 'task')}, seed {seed}"
+    return write(out, f"report-{protocol.name}-{seed}.html", title, about, parts)
 
 
-def write_learned(
-    learned: Learned, system: str, out: Path, benchmark: Benchmark, protocol: Protocol, seeds: Sequence[int]
-) -> Path:
-    """Write what was learned for a task as a page, ``TASK/learned.html``, beside the systems.
-
-    Args:
-        learned: what was found.
-        system: name of the system that was learned from.
-        out: folder of the study, with its score files.
-        benchmark: of the task.
-        protocol, seeds: of the probes.
-
-    Returns:
-        The page's path.
+def write(folder: Path, name: str, title: str, about: str, parts: Iterable[str]) -> Path:
+    """Write a page of HTML ``parts``, complete or not at all; the other texts are escaped. Returns its path.
 
     Raises:
         StoreError: it cannot be written.
     """
-    shown = dict.fromkeys((learn.EQUAL, learned.best))
-    found = {
-        (way, seed): _read(out / "scores" / f"{protocol.name}-{seed}", way, learned.task, benchmark.scores_file)
-        for way in shown
-        for seed in seeds
-    }
-    by_way = {way: [scores for (own, _), scores in found.items() if own == way] for way in shown}
-    recorded = {(way, f"seed {seed}"): scores for (way, seed), scores in found.items()}
-    parts = [_random(recorded.values()), "<h2>Ways of fusing</h2>", _ways(learned), *_mixtures(learned)]
-    if learned.ablation:
-        parts += ["<h2>What each member adds</h2>", _ablation(learned)]
-    parts += ["<h2>Classes</h2>", _by_class({way: _merged(scores) for way, scores in by_way.items()})]
-    if learned.systems:
-        files_written = [[name, f"<code>{text(Path(path).name)}</code>"] for name, path in learned.systems.items()]
-        parts += ["<h2>Systems written beside this page</h2>", _table(["way", "file"], files_written)]
-    parts += _settings(protocol, ", ".join(map(str, seeds)), recorded)
-    about = f"{learned.metric}; {_count(len(learned.results[0].test), 'score')} each, of every seed and fold"
-    return _write(out / learned.task, LEARNED_PAGE, f"{system}: learned fusion for {learned.task}", about, parts)
-
-
-def _write(folder: Path, name: str, title: str, about: str, parts: Iterable[str]) -> Path:
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         # No script runs and nothing is fetched, whatever a class is called.
@@ -150,17 +117,18 @@ def _write(folder: Path, name: str, title: str, about: str, parts: Iterable[str]
     return folder / name
 
 
-def _read(home: Path, system: str, task: str, name: str) -> Mapping[str, Any]:
+def read(home: Path, system: str, task: str, name: str) -> Mapping[str, Any]:
     """Read a score file; empty if there is none."""
     if not is_plain_name(system) or not is_plain_name(task):  # of a table that somebody changed
         return {}
     return report.read_scores(home / system / task / name) or {}
 
 
-# Sections of both pages
+# Sections of every page
 
 
-def _random(scores: Iterable[Mapping[str, Any]]) -> str:
+def random_note(scores: Iterable[Mapping[str, Any]]) -> str:
+    """Warn of members with random weights."""
     members = (member for each in scores for part in _parts(each) for member in part.get("members", ()))
     names = sorted({str(member["name"]) for member in members if member["weights"].get("source") == "random"})
     if not names:
@@ -172,9 +140,9 @@ def _parts(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in scores.get(report.PROVENANCE, ()) if part]
 
 
-def _by_class(scores: Mapping[str, Mapping[str, Any]]) -> str:
+def by_class(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Confusion matrices of systems, or a table of their average precisions."""
-    if any("classes" in own for own in scores.values()):
+    if any(report.CLASSES in own for own in scores.values()):
         return _classes(scores)
     if any(own.get("postprocessing") for own in scores.values()):  # an event task
         return ""
@@ -182,7 +150,7 @@ def _by_class(scores: Mapping[str, Mapping[str, Any]]) -> str:
     for i, (system, own) in enumerate(scores.items()):
         confusion = own.get(report.CONFUSION)
         if confusion is None:
-            out.append(f"<p>Confusion matrix of {text(system)}: {NOT_RECORDED}.</p>")
+            out.append(f"<p>Confusion matrix or classes of {text(system)}: {NOT_RECORDED}.</p>")
             continue
         clips = sum(sum(row.values()) for row in confusion.values())
         right = sum(row.get(true, 0) for true, row in confusion.items())
@@ -204,12 +172,12 @@ def _confused(confusion: Mapping[str, Mapping[str, int]]) -> str:
         if predicted != true
     ]
     most = sorted(found, key=lambda item: -item[0])[:CONFUSIONS]
-    listed = "; ".join(f"{text(true)} taken for {text(predicted)} {count}×" for count, true, predicted in most)
-    return f"<p>Most often: {listed}.</p>" if most else ""
+    listed = "; ".join(f"{text(true)} as {text(predicted)} ({count})" for count, true, predicted in most)
+    return f"<p>Most often wrong, clips: {listed}.</p>" if most else ""
 
 
 def _classes(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    found = {system: own["classes"] for system, own in scores.items() if "classes" in own}
+    found = {system: own[report.CLASSES] for system, own in scores.items() if report.CLASSES in own}
     labels = dict.fromkeys(label for own in found.values() for label in own)
     rows = []
     for label in labels:
@@ -219,10 +187,10 @@ def _classes(scores: Mapping[str, Mapping[str, Any]]) -> str:
     heads = ["class", "tested clips", *map(text, found)]
     missing = "".join(f"<p>Classes of {text(name)}: {NOT_RECORDED}.</p>" for name in scores if name not in found)
     about = "<p>Average precision of each class, per cent; of several folds the mean.</p>"
-    return f"<details open><summary>Classes</summary>{about}{_table(heads, rows)}</details>{missing}"
+    return f"<details open><summary>Classes</summary>{about}{table(heads, rows)}</details>{missing}"
 
 
-def _settings(protocol: Protocol, seed: str, scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+def settings(protocol: Protocol, seed: str, scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     """Say how scores were computed, and where weights came from; scores by two names."""
     options = [(name.replace("_", " "), value) for name, value in protocol._asdict().items() if isinstance(value, bool)]
     rows = [["protocol", text(protocol.name)], ["seed", text(seed)]]
@@ -230,13 +198,13 @@ def _settings(protocol: Protocol, seed: str, scores: Mapping[tuple[str, str], Ma
     found = Counter(json.dumps(own.get(report.ENVIRONMENT)) for own in scores.values())
     for described, count in found.items():
         environment = json.loads(described)
-        name = "computed on" if len(found) == 1 else f"{_count(count, 'score file')} computed on"
+        name = "computed on" if len(found) == 1 else f"{counted(count, 'score file')} computed on"
         if environment is None:
             rows.append([name, NOT_RECORDED])
             continue
         versions = ", ".join(f"{package} {number}" for package, number in environment["versions"].items())
         rows.append([name, f"{text(environment['devices'])}<br>{text(versions)}"])
-    return ["<h2>Settings</h2>", _table(["", ""], rows), "<h2>Weights</h2>", _weights(scores)]
+    return ["<h2>Settings</h2>", f"<table>{_body(rows)}</table>", "<h2>Weights</h2>", _weights(scores)]
 
 
 def _weights(scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -265,9 +233,9 @@ def _weights(scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
                 described = [text(first), text(encoder), text(_layers(member["layers"])), source, text(how)]
                 rows.setdefault("\n".join(described), described)
             stores.append([text(first), text(second), f"<code>{text(part['fingerprint'])}</code>"])
-    out = _table(["scores of", "member", "layers", "weights", "embedded with"], rows.values())
+    out = table(["scores of", "member", "layers", "weights", "embedded with"], rows.values())
     if stores:
-        listed = _table(["scores of", "", "fingerprint"], stores)
+        listed = table(["scores of", "", "fingerprint"], stores)
         out += f"<details><summary>Fingerprints of the stores of embeddings</summary>{listed}</details>"
     return out
 
@@ -287,7 +255,7 @@ def _failed(failed: Mapping[str, str]) -> str:
     if not failed:
         return ""
     rows = [[text(name), text(reason)] for name, reason in failed.items()]
-    return f"<h2>Failed in the last run</h2>\n{_table(['', 'reason'], rows)}"
+    return f"<h2>Failed in the last run</h2>\n<table>{_body(rows)}</table>"
 
 
 def _scores(rows: Sequence[Row], scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -302,12 +270,12 @@ def _scores(rows: Sequence[Row], scores: Mapping[str, Mapping[str, Any]]) -> str
         any_row = next(iter(own.values()))
         cells = [_score(own[metric]) if metric in own else NONE for metric in order]
         probe = scores[system].get("hparams", {})
-        described = f"{probe['hidden_layers']} × {probe['hidden_dim']}, lr {probe['lr']:g}" if probe else NONE
+        described = f"{probe['hidden_layers']} of {probe['hidden_dim']}, lr {probe['lr']:g}" if probe else NONE
         body.append([text(system), *cells, f"{any_row.validation:.4g}", str(any_row.folds), described])
     about = (
         "<p>Mean and standard deviation over folds; validation: the score or loss by which the probe was chosen.</p>"
     )
-    return about + _table(["system", *order, "validation", "folds", "probe: hidden layers"], body)
+    return about + table(["system", *order, "validation", "folds", "probe: hidden layers"], body)
 
 
 def _score(row: Row) -> str:
@@ -324,117 +292,40 @@ def _layer_weights(system: str, scores: Mapping[str, Any]) -> str:
         return ""
     named = [(f"state {i}", value) for i, value in enumerate(weights)]
     return (
-        f"<h3>Learned weights of the hidden states of {text(system)}</h3>\n{_figure(named, max(weights), len(weights))}"
+        f"<h3>Learned weights of the hidden states of {text(system)}</h3>\n{figure(named, max(weights), len(weights))}"
     )
-
-
-# Learned fusion
-
-
-def _ways(learned: Learned) -> str:
-    own = learned.interval
-    limit = _limit([result.gain for result in learned.results if result.name != learn.EQUAL])
-    rows = []
-    for result in learned.results:
-        first = result.name == learn.EQUAL
-        name = f"<b>{text(result.name)}</b> (best on validation)" if result.name == learned.best else text(result.name)
-        gain = ["", "", "", ""] if first else [*_gain(result.gain, limit), _decimals(result.p, 3)]
-        rows.append([name, _mean(result.validation), _mean(result.test), *gain])
-    between = "" if own.low is None or own.high is None else f", 95 % interval {own.low:.4f} to {own.high:.4f}"
-    return (
-        f"<p>{learn.EQUAL}: the system's own fusion, {own.mean:.4f} on test{between}. Gains are over it, on test, with "
-        "95 % intervals of the corrected resampled t-test; p: of no gain, adjusted for the number of ways (Holm).</p>"
-        + _table(["way", "validation", "test", "gain", "95 % interval", "", "p"], rows)
-    )
-
-
-def _ablation(learned: Learned) -> str:
-    limit = _limit(learned.ablation.values())
-    rows = [[text(name), *_gain(own, limit), _decimals(own.p, 3)] for name, own in learned.ablation.items()]
-    about = "<p>The system's test score less that of the system without the member; p is not adjusted.</p>"
-    return about + _table(["member", "gain", "95 % interval", "", "p"], rows)
-
-
-def _gain(own: Difference, limit: float) -> list[str]:
-    between = NONE if own.low is None or own.high is None else f"{own.low:+.4f} to {own.high:+.4f}"
-    return [f"{own.mean:+.4f}", between, interval(own.mean, own.low, own.high, limit)]
-
-
-def _limit(differences: Iterable[Difference]) -> float:
-    values = (value for own in differences for value in (own.mean, own.low, own.high) if value is not None)
-    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-
-
-def _mixtures(learned: Learned) -> list[str]:
-    """Figures of learned weights by member, for each way that has them."""
-    out = []
-    for result in learned.results:
-        if not result.weights:
-            continue
-        named = list(zip(learned.tokens, result.weights, strict=True))
-        groups = {name: list(own) for name, own in itertools.groupby(named, key=lambda item: item[0][0])}
-        apart = result.name == learn.LAYERS  # a mixture for each member
-        drawn = {name: own for name, own in groups.items() if len(own) > 1 or not apart}
-        out.append(f"<h2>Learned weights: {text(result.name)}</h2>")
-        out.append(
-            "<p>Mean over the seeds, of states that were first scaled to one size; dashed: equal weights."
-            + (" Each member's weights sum to 1.</p>" if apart else " All weights sum to 1.</p>")
-        )
-        highest = max((weight for own in drawn.values() for _, weight in own), default=0.0)
-        for name, own in drawn.items():
-            total = "" if apart else f": {100 * sum(weight for _, weight in own):.1f} % of all"
-            values = [("no layers" if state is None else f"state {state}", weight) for (_, state), weight in own]
-            out.append(f"<h3>{text(name)}{total}</h3>")
-            out.append(_figure(values, highest, len(own) if apart else len(named)))
-        if left := [name for name in groups if name not in drawn]:
-            out.append(f"<p>Without layers to weigh: {text(', '.join(left))}.</p>")
-    return out
-
-
-def _merged(scores: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Sum the confusion matrices of several seeds; other results by class are the first seed's."""
-    if not all(report.CONFUSION in own for own in scores):
-        return scores[0]
-    total: dict[str, Counter[str]] = {}
-    for own in scores:
-        for true, row in own[report.CONFUSION].items():
-            total.setdefault(true, Counter()).update(row)
-    return {report.CONFUSION: total}
 
 
 # Parts of sections
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table of cells that are HTML."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Make a table of cells that are HTML, which scrolls where it is wider than the page."""
     head = "".join(f"<th>{cell}</th>" for cell in heads)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>\n{body}</table></div>'
+    return f'<div class="wide"><table><tr>{head}</tr>\n{_body(rows)}</table></div>'
 
 
-def _figure(weights: Sequence[tuple[str, float]], highest: float, tokens: int) -> str:
+def _body(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+
+
+def figure(weights: Sequence[tuple[str, float]], highest: float, tokens: int) -> str:
     """Draw weights, with a dashed line at 1 / tokens, and their numbers in words below."""
     name, value = max(weights, key=lambda item: item[1])
     ends = [weights[0][0], f"largest: {name}, {value:.3f}", weights[-1][0]] if len(weights) > 1 else [f"{value:.3f}"]
     caption = "".join(f"<span>{text(end)}</span>" for end in ends)
+    width = min(FIGURE[1], max(FIGURE[0], BAR_WIDTH * len(weights)))
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in weights)
     return (
-        f"<figure>{bars(weights, highest, 1 / tokens)}<figcaption>{caption}</figcaption>"
+        f'<figure style="max-width: {width}px">{bars(weights, highest, 1 / tokens)}<figcaption>{caption}</figcaption>'
         f"<details><summary>Numbers</summary><p>{text(numbers)}</p></details></figure>"
     )
 
 
-def _count(number: int, name: str) -> str:
+def counted(number: int, name: str) -> str:
+    """Return a number of things in words."""
     return f"{number} {name}" if number == 1 else f"{number} {name}s"
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.4f}"
 
 
 def _percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f}"
-
-
-def _decimals(value: float | None, decimals: int) -> str:
-    return "" if value is None else f"{value:.{decimals}f}"

@@ -217,10 +217,11 @@ def as_html(tables: Sequence[Table]) -> str:
         heads = "".join(f"<th>{html.escape(system)}</th>" for system in table.systems)
         out.append(f"<h3>{html.escape(table.title)}</h3>")
         out.append(f'<div class="wide"><table><tr><th>task</th><th>metric</th>{heads}</tr>')
-        for line in table.lines:
+        for i, line in enumerate(table.lines):
+            task = "" if i and table.lines[i - 1].task == line.task else html.escape(line.task)
             cells = "".join(f"<td>{_text(cell, line.metric, marks)}</td>" for cell in line.cells)
             metric = f"{line.metric} {_arrow(line.metric, '↑', '↓')}"
-            out.append(f"<tr><th>{html.escape(line.task)}</th><th>{metric}</th>{cells}</tr>")
+            out.append(f"<tr><td>{task}</td><td>{metric}</td>{cells}</tr>")
         out.append("</table></div>")
     return "\n".join([*out, "<p><b>Best</b>, <u>second best</u>, (published); per cent, except d_prime.</p>"])
 
