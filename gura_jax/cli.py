@@ -596,7 +596,7 @@ def evaluate(
     ] = "hear2021",
     seed: Annotated[int, typer.Option(help="Of the probes.", min=0)] = 0,
 ) -> None:
-    """Evaluate systems on HEAR tasks, and compare them: embed, train probes, test.
+    """Evaluate systems on HEAR tasks, and compare them: embed, train probes, test, and write tables and a page.
 
     Run again with the same arguments, it goes on where it stopped. Exit code 3: something failed, the rest is done.
     """

@@ -699,3 +699,6 @@ def test_systems_are_compared(tmp_path: Path) -> None:
     assert evaluated(*arguments).stdout == first.stdout
     learned = out / "scores/hear2021-0/fusion_hubert_base-tiny-random_learned/esc50-v1-full" / SCORES
     assert len(json.loads(learned.read_text())["state_weights"]) == 4
+    page = (out / "report-hear2021-0.html").read_text()
+    assert page.count("Learned weights of the hidden states of fusion_hubert_base-tiny-random_learned") == 1
+    assert page.count('class="bars"') == 1

@@ -161,7 +161,8 @@ def test_settings_weights_and_failures(done: tuple[Path, Any]) -> None:
     rows = {row[0]: row for row in page.rows if len(row) == 2}
     assert rows["protocol"][1] == "fixed"
     assert rows["seed"][1] == "3"
-    assert rows["shuffle"][1] == "yes"
+    assert rows["options on"][1].startswith("shuffle, go_on_after_nan, ")
+    assert rows["options off"][1] == "none"
     assert "cores of" in rows["computed on"][1]
     assert f"numpy {np.__version__}" in rows["computed on"][1]
     assert "train-1.wav" in rows[f"{BROKEN} by {NAME}"][1]

@@ -43,7 +43,7 @@ def write_learned(
         for seed in seeds
     }
     by_way = {way: [scores for (own, _), scores in found.items() if own == way] for way in shown}
-    recorded = {(way, f"seed {seed}"): scores for (way, seed), scores in found.items()}
+    recorded = {(system, f"{way}, seed {seed}"): scores for (way, seed), scores in found.items()}
     parts = [random_note(recorded.values()), "<h2>Ways of fusing</h2>", _ways(learned), *_mixtures(learned)]
     if learned.ablation:
         parts += ["<h2>What each member adds</h2>", _ablation(learned)]

@@ -17,7 +17,7 @@ from gura_jax.evaluate.report import Row
 from gura_jax.files import is_plain_name
 
 CONFUSIONS = 10  # listed below a matrix
-FIGURE, BAR_WIDTH = (260, 640), 30  # pixels: narrowest and widest figure, and a bar
+FIGURE, BAR_WIDTH = (320, 640), 30  # pixels: narrowest and widest figure, and a bar
 NONE = "-"
 NOT_RECORDED = (
     "not recorded: these scores were computed by an earlier version; delete their score files and run the command "
@@ -37,7 +37,8 @@ p.warn { background: var(--warn); color: var(--front); padding: 8px 10px; }
 a { color: var(--hit); } nav a { margin-right: 12px; } summary { cursor: pointer; padding: 5px 0; }
 .wide { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.wide table { width: max-content; } .wide th, .wide td { max-width: 300px; }
+.wide table { width: max-content; } .wide th, .wide td { max-width: 300px; } .words td:first-child { min-width: 110px; }
+@media (max-width: 560px) { .wide th, .wide td { max-width: 150px; } }
 th, td { text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line); font-weight: normal;
          vertical-align: top; }
 th { color: var(--grey); } td b { font-weight: 650; }
@@ -192,9 +193,11 @@ def _classes(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def settings(protocol: Protocol, seed: str, scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     """Say how scores were computed, and where weights came from; scores by two names."""
-    options = [(name.replace("_", " "), value) for name, value in protocol._asdict().items() if isinstance(value, bool)]
+    options = {name: value for name, value in protocol._asdict().items() if isinstance(value, bool)}
     rows = [["protocol", text(protocol.name)], ["seed", text(seed)]]
-    rows += [[text(name), "yes" if value else "no"] for name, value in options]
+    for word, wanted in (("on", True), ("off", False)):
+        chosen = [name for name, value in options.items() if value is wanted]
+        rows.append([f"options {word}", text(", ".join(chosen) or "none")])
     found = Counter(json.dumps(own.get(report.ENVIRONMENT)) for own in scores.values())
     for described, count in found.items():
         environment = json.loads(described)
@@ -204,7 +207,7 @@ def settings(protocol: Protocol, seed: str, scores: Mapping[tuple[str, str], Map
             continue
         versions = ", ".join(f"{package} {number}" for package, number in environment["versions"].items())
         rows.append([name, f"{text(environment['devices'])}<br>{text(versions)}"])
-    return ["<h2>Settings</h2>", f"<table>{_body(rows)}</table>", "<h2>Weights</h2>", _weights(scores)]
+    return ["<h2>Settings</h2>", f'<table class="words">{_body(rows)}</table>', "<h2>Weights</h2>", _weights(scores)]
 
 
 def _weights(scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -255,7 +258,7 @@ def _failed(failed: Mapping[str, str]) -> str:
     if not failed:
         return ""
     rows = [[text(name), text(reason)] for name, reason in failed.items()]
-    return f"<h2>Failed in the last run</h2>\n<table>{_body(rows)}</table>"
+    return f'<h2>Failed in the last run</h2>\n<table class="words">{_body(rows)}</table>'
 
 
 def _scores(rows: Sequence[Row], scores: Mapping[str, Mapping[str, Any]]) -> str:
