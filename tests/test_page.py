@@ -261,6 +261,16 @@ def test_what_was_learned(tmp_path: Path) -> None:
     assert bars == pytest.approx([0.4 / 0.6, 1, 0.2 / 0.5, 0.3 / 0.5, 1], abs=1e-4)
 
 
+def test_what_was_learned_by_an_earlier_version(tmp_path: Path) -> None:
+    found, rest = learned_of(tmp_path)
+    for path in (tmp_path / "scores").rglob(SCORES):
+        report.write_scores(path, {report.OURS: {}})
+    page = Page(learned_page.write_learned(found, SYSTEM, *rest))
+    assert [text for text in page.of("p") if text.startswith("Confusion matrix or classes of layers: not recorded")]
+    assert [row for row in page.rows if row[0] == SYSTEM and row[1].startswith("not recorded")]
+    assert "+0.1000" in page.source
+
+
 def test_the_command_learn_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = learned_of(tmp_path / "out")
     write_task(tmp_path / "digits", clips=1)
