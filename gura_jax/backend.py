@@ -1,7 +1,12 @@
 """Platforms: one row each, with every size and form that depends on the hardware; nobody else chooses by it."""
 
+import contextlib
 import dataclasses
+import os
+import platform
+from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from gura_jax.errors import SystemConfigError
@@ -115,3 +120,18 @@ def platform_of(devices: Iterable[Any]) -> Platform:
     if len(names) != 1:
         raise SystemConfigError(f"devices: expected those of one platform, found {', '.join(names) or 'none'}")
     return find_platform(names[0])
+
+
+def describe_devices(devices: Iterable[Any]) -> str:
+    """Name devices for people, as in ``2 x NVIDIA H200``; a CPU by its cores and model."""
+    kinds = Counter(device.device_kind for device in devices)
+    return ", ".join(_processor() if kind == "cpu" else f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def _processor() -> str:
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has it
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        model = next(names, model)
+    return f"CPU, {os.cpu_count()} cores of {model}"

@@ -596,11 +596,11 @@ def evaluate(
     ] = "hear2021",
     seed: Annotated[int, typer.Option(help="Of the probes.", min=0)] = 0,
 ) -> None:
-    """Evaluate systems on HEAR tasks, and compare them: embed, train probes, test.
+    """Evaluate systems on HEAR tasks, and compare them: embed, train probes, test, and write tables and a page.
 
     Run again with the same arguments, it goes on where it stopped. Exit code 3: something failed, the rest is done.
     """
-    from gura_jax.evaluate import report, run, tables
+    from gura_jax.evaluate import page, report, run, tables
     from gura_jax.evaluate.benchmarks import find_protocol
 
     benchmark, chosen = find_protocol(protocol)
@@ -612,6 +612,7 @@ def evaluate(
         name = f"tables-{protocol}-{seed}"
         compared = tables.compare(everything, benchmark.comparisons, benchmark.published)
         paths = tables.write(out, name, compared)
+        paths.append(page.write_evaluation(out, benchmark, chosen, seed, compared, outcome.failed))
         print(f"protocol {protocol}, seed {seed}\n\n{tables.terminal(compared)}\n")
         print(f"-> {', '.join(map(str, [out / report.TABLE, *paths]))}")
     if outcome.failed:
@@ -637,7 +638,7 @@ def learn(
     Run again with the same arguments, it goes on where it stopped. Exit code 3: a task failed, the rest is done.
     """
     from gura_jax.evaluate import learn as learning
-    from gura_jax.evaluate import metrics
+    from gura_jax.evaluate import learned_page, metrics
     from gura_jax.evaluate.benchmarks import find_protocol
     from gura_jax.evaluate.embed import SystemEmbeddings
 
@@ -654,10 +655,12 @@ def learn(
             try:
                 task = benchmark.read_task(folder)
                 found.append(learning.learn(task, source, out, benchmark, chosen, range(seeds)))
+                path = learned_page.write_learned(found[-1], source.name, out, benchmark, chosen, range(seeds))
             except GuraError as error:
                 failed.append(folder.name)
                 print(f"{folder.name}: {error}", file=sys.stderr)
                 continue
+            print(f"-> {path}", file=sys.stderr)
             if not as_json:
                 print(f"{learning.as_text(found[-1])}\n", flush=True)
     if as_json:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import json
 import math
 import sys
@@ -336,6 +337,8 @@ def test_a_module_of_torchs(tmp_path: Path, module: Any) -> None:
     assert first.exit_code == 0, first.output
     assert module.model.computed == 54
     assert "top1_acc" in first.stdout
+    page = html.unescape((tmp_path / "out" / "report-hear2021-0.html").read_text())
+    assert "<td>loud</td><td>loud</td><td></td><td>the module's own</td><td>16000 Hz</td>" in page
     # Only missing embeddings are computed again.
     (tmp_path / "out/embeddings/loud/a/train/train-3.wav.embedding.npy").unlink()
     assert evaluated(*arguments).stdout == first.stdout
@@ -699,3 +702,6 @@ def test_systems_are_compared(tmp_path: Path) -> None:
     assert evaluated(*arguments).stdout == first.stdout
     learned = out / "scores/hear2021-0/fusion_hubert_base-tiny-random_learned/esc50-v1-full" / SCORES
     assert len(json.loads(learned.read_text())["state_weights"]) == 4
+    page = (out / "report-hear2021-0.html").read_text()
+    assert page.count("Learned weights of the hidden states of fusion_hubert_base-tiny-random_learned") == 1
+    assert page.count('class="bars"') == 1

@@ -108,6 +108,48 @@ def _undefined() -> Iterator[None]:
         yield
 
 
+def confusion(probabilities: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Count clips by true class and, of each, by most probable class; classes that were never predicted are left out.
+
+    Args:
+        probabilities: [n, C].
+        targets: [n, C], 0 or 1; a clip's true class is its first, as for :func:`top1_accuracy`.
+        labels: names of the classes.
+    """
+    rows, columns = targets.argmax(1), probabilities.argmax(1)
+    found = {}
+    for i, label in enumerate(labels):
+        predicted, counts = np.unique(columns[rows == i], return_counts=True)
+        found[label] = {labels[j]: int(count) for j, count in zip(predicted, counts, strict=True)}
+    return found
+
+
+class ClassScore(NamedTuple):
+    """Result for one class of a multilabel task.
+
+    Attributes:
+        clips: that have this label.
+        average_precision: None if no clip or every clip has it, or probabilities are not finite.
+    """
+
+    clips: int
+    average_precision: float | None
+
+
+def by_class(probabilities: np.ndarray, targets: np.ndarray, labels: Sequence[str]) -> dict[str, ClassScore]:
+    """Compute the average precision of each class by its name; arguments as in :func:`confusion`."""
+    from sklearn.metrics import average_precision_score
+
+    finite = bool(np.isfinite(probabilities).all())
+    found = {}
+    for i, label in enumerate(labels):
+        own = targets[:, i]
+        defined = finite and own.min() == 0 and own.max() == 1
+        value = float(average_precision_score(own, probabilities[:, i])) if defined else None
+        found[label] = ClassScore(int(own.sum()), value)
+    return found
+
+
 class Collars(NamedTuple):
     """Tolerances for matching an estimated event: ``t_collar`` in seconds; for offsets also a share of the length."""
 

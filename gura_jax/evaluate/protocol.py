@@ -12,7 +12,7 @@ from gura_jax.backend import platform_of
 from gura_jax.errors import InputError
 from gura_jax.evaluate import metrics, probes
 from gura_jax.evaluate.events import Events, Parameters, find_events, parameter_grid
-from gura_jax.evaluate.metrics import METRICS
+from gura_jax.evaluate.metrics import METRICS, ClassScore
 from gura_jax.evaluate.probes import Mixer, Point, Probes, Rows
 from gura_jax.evaluate.task import Fold, Task, frame_targets, labelled_events
 
@@ -64,6 +64,8 @@ class FoldScores(NamedTuple):
         epoch: its epoch, from 0.
         seconds: training time; the point's share if several points were trained together.
         postprocessing: parameters chosen for events.
+        confusion: of a multiclass scene task, tested clips by true and predicted class.
+        classes: of a multilabel scene task, results by class.
     """
 
     test: Mapping[str, float]
@@ -71,6 +73,8 @@ class FoldScores(NamedTuple):
     epoch: int
     seconds: float
     postprocessing: Parameters
+    confusion: Mapping[str, Mapping[str, int]] | None = None
+    classes: Mapping[str, ClassScore] | None = None
 
 
 class TaskScores(NamedTuple):
@@ -338,10 +342,15 @@ class _Training:
         (probabilities,), (loss,) = probes.predict(fit.probe, self.data.rows, self._chosen(split), task.prediction)
         found: dict[str, float] = {"test_loss": float(loss)}
         named: dict[str, float] = {}
+        confusion, classes = None, None
         if task.embedding == "scene":
             targets = self.data.targets[slice(*self.data.spans[split])]
             values = metrics.scores(task.metrics, probabilities, targets, present=self.protocol.present_classes)
             named = {f"test_{name}": value for name, value in values.items()}
+            if task.prediction == "multiclass":
+                confusion = metrics.confusion(probabilities, targets, task.labels)
+            else:
+                classes = metrics.by_class(probabilities, targets, task.labels)
         else:
             estimated, reference = self._events(split, probabilities, fit.postprocessing)
             for name in task.metrics:
@@ -350,4 +359,4 @@ class _Training:
                 named[f"test_{name}"] = next(iter(values.values()))
                 named |= {f"test_{name}_{part}": value for part, value in values.items()}
         found["test_score"] = named[f"test_{task.metrics[0]}"]
-        return FoldScores(found | named, fit.score, fit.epoch, fit.seconds, fit.postprocessing)
+        return FoldScores(found | named, fit.score, fit.epoch, fit.seconds, fit.postprocessing, confusion, classes)

@@ -6,19 +6,32 @@ import hashlib
 import io
 import json
 import math
+import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from gura_jax import __version__, files
-from gura_jax.evaluate.protocol import Protocol, TaskScores
+from gura_jax.backend import describe_devices
+from gura_jax.dataset.commit import read_run
+from gura_jax.evaluate.metrics import ClassScore
+from gura_jax.evaluate.modules import MODULE_FILE
+from gura_jax.evaluate.protocol import FoldScores, Protocol, TaskScores
 from gura_jax.evaluate.task import Task
 
 TABLE = "scores.csv"
 OURS = "gura_jax"  # key of the identity, which the kit's score files do not have
 AGGREGATED = "aggregated_scores"
+# More keys that the kit does not have; score files of earlier versions do not have them either.
+CONFUSION, CLASSES, PROVENANCE, ENVIRONMENT = "confusion", "classes", "provenance", "environment"
+PACKAGES = {"jax": "jax", "optax": "optax", "numpy": "numpy", "scikit-learn": "sklearn", "scipy": "scipy",
+            "sed_eval": "sed_eval"}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -59,9 +72,11 @@ def identity(task: Task, protocol: Protocol, seed: int, embeddings: str) -> dict
 def content(scores: TaskScores, embeddings: Sequence[Path], described: Mapping[str, Any]) -> dict[str, Any]:
     """Make the content of a score file: scores of each tested fold, ``aggregated_scores`` of several, and the choices.
 
+    HEAR's kit has no ``state_weights``, ``confusion`` or ``classes``, ``provenance``, ``environment`` and ``gura_jax``.
+
     Args:
         scores: the scores.
-        embeddings: folders of the embeddings.
+        embeddings: folders of the embeddings, which say where these came from.
         described: the :func:`identity`.
     """
     folds = {
@@ -82,7 +97,55 @@ def content(scores: TaskScores, embeddings: Sequence[Path], described: Mapping[s
         "score_mode": "max" if scores.maximize else "min",
         "embedding_path": ", ".join(map(str, embeddings)),
         **({"state_weights": list(scores.state_weights)} if scores.state_weights else {}),
+        **_classes(list(scores.folds.values())),
+        PROVENANCE: [_provenance(folder) for folder in embeddings],
+        ENVIRONMENT: _environment(),
         OURS: dict(described),
+    }
+
+
+def _classes(folds: Sequence[FoldScores]) -> dict[str, Any]:
+    """Combine what folds found by class: a sum of confusion matrices, or means of average precisions."""
+    if any(fold.confusion for fold in folds):
+        total: dict[str, Counter[str]] = {}
+        for fold in folds:
+            for true, row in (fold.confusion or {}).items():
+                total.setdefault(true, Counter()).update(row)
+        return {CONFUSION: {true: dict(row) for true, row in total.items()}}
+    found: dict[str, list[ClassScore]] = {}
+    for fold in folds:
+        for label, score in (fold.classes or {}).items():
+            found.setdefault(label, []).append(score)
+    described = {}
+    for label, scores in found.items():
+        defined = [score.average_precision for score in scores if score.average_precision is not None]
+        precision = float(np.mean(defined)) if defined else None
+        described[label] = ClassScore(sum(score.clips for score in scores), precision)._asdict()
+    return {CLASSES: described} if described else {}
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """Describe where embeddings came from, by the file that their writer left beside them; empty if there is none."""
+    run = read_run(folder)
+    if run is None:
+        try:
+            return dict(json.loads((folder / MODULE_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return {}
+    system = run["system"]
+    members = [
+        {name: member[name] for name in ("name", "encoder", "layers", "weights")} for member in system["members"]
+    ]
+    kept = ("dtype", "precision", "resampler", "fingerprint", "versions")
+    return {"system": system["name"], "members": members} | {name: run[name] for name in kept if name in run}
+
+
+def _environment() -> dict[str, Any]:
+    """Describe what computes scores: the devices and versions of the packages."""
+    versions = {name: version(name) for name in PACKAGES if find_spec(PACKAGES[name])}
+    return {
+        "devices": describe_devices(jax.local_devices()),
+        "versions": {"gura_jax": __version__, "python": platform.python_version()} | versions,
     }
 
 

@@ -1,6 +1,7 @@
 """Tables that compare systems, with published numbers beside those found here."""
 
 import csv
+import html
 import io
 import math
 import re
@@ -206,6 +207,23 @@ def latex(tables: Sequence[Table]) -> str:
             out.append(" & ".join([_tex(line.task), f"{_tex(line.metric)} {arrow}", *cells]) + r" \\")
         out += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(out)
+
+
+def as_html(tables: Sequence[Table]) -> str:
+    """Format tables as HTML, each in a ``div`` of its own that can scroll."""
+    marks = {0: ("", ""), BEST: ("<b>", "</b>"), SECOND: ("<u>", "</u>")}
+    out = []
+    for table in tables:
+        heads = "".join(f"<th>{html.escape(system)}</th>" for system in table.systems)
+        out.append(f"<h3>{html.escape(table.title)}</h3>")
+        out.append(f'<div class="wide"><table><tr><th>task</th><th>metric</th>{heads}</tr>')
+        for i, line in enumerate(table.lines):
+            task = "" if i and table.lines[i - 1].task == line.task else html.escape(line.task)
+            cells = "".join(f"<td>{_text(cell, line.metric, marks)}</td>" for cell in line.cells)
+            metric = f"{line.metric} {_arrow(line.metric, '↑', '↓')}"
+            out.append(f"<tr><td>{task}</td><td>{metric}</td>{cells}</tr>")
+        out.append("</table></div>")
+    return "\n".join([*out, "<p><b>Best</b>, <u>second best</u>, (published); per cent, except d_prime.</p>"])
 
 
 def as_csv(tables: Sequence[Table]) -> str:
