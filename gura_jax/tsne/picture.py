@@ -72,7 +72,7 @@ def draw(found: Map, colors: Colors, path: Path) -> None:
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")
         figure.suptitle(found.clips.title, x=0.006, ha="left", fontsize=11, fontweight="bold")
-        axes.set_title(f"t-SNE, perplexity {found.perplexity:g}", fontsize=9, loc="left")
+        axes.set_title(found.method, fontsize=9, loc="left")
         out = io.BytesIO()
         # By default SVG and PDF hold the time of writing.
         plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
