@@ -145,6 +145,10 @@ def test_a_legend_shows_names_as_they_are(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("gura_jax.tsne.picture.LEGEND_NAMES", 3)
     tsne.draw(found, tsne.color_by(found.clips, "number"), tmp_path / "few.svg")
     assert f">and {2 * CLIPS - 3} more<" in shapes(tmp_path / "few.svg")
+    assert "<image" not in shapes(tmp_path / "few.svg")
+    monkeypatch.setattr("gura_jax.tsne.picture.MAX_VECTORS", 10)
+    tsne.draw(found, tsne.color_by(found.clips, "number"), tmp_path / "pixels.svg")
+    assert "<image" in shapes(tmp_path / "pixels.svg")
 
 
 def test_a_scale(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,6 +605,13 @@ def test_the_page_in_a_browser(paged: tuple[tsne.Map, Path], browser: Any) -> No
     assert page.run("return visible.length") == CLIPS // 2
     even = next(i for i, row in enumerate(page.rows) if row["kind"] == "even" and i not in (2, 3))
     assert page.run("return under(...toScreen(arguments[0]), 0)", even) != even
+    # The map is saved as it is drawn.
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(path.parent)})
+    page.find("#save")[0].click()
+    until((path.parent / "map.png").exists)
+    saved = image.imread(path.parent / "map.png")
+    assert saved.shape[:2] == tuple(page.run("return [canvas.height, canvas.width]"))
+    assert len(np.unique(saved.reshape(-1, saved.shape[-1]), axis=0)) > 10
     assert browser.title == found.clips.title  # no name was taken for a script
     assert page.errors() == []
 
@@ -618,10 +629,10 @@ def test_neighbors_and_spectrogram_in_a_browser(paged: tuple[tsne.Map, Path], br
         page.ids[i] for i in np.argsort(-expected, kind="stable")[:10]
     ]
     # A tone is a line at its pitch, brighter than all else; 80 bands of mel up to 8 kHz.
-    image = page.spectrogram().sum(axis=2)
-    assert image.shape[0] == 80
-    assert image.shape[1] == pytest.approx(SECONDS * 100, abs=10)
-    band = 79 - int(image.mean(axis=1).argmax())
+    bands = page.spectrogram().sum(axis=2)
+    assert bands.shape[0] == 80
+    assert bands.shape[1] == pytest.approx(SECONDS * 100, abs=10)
+    band = 79 - int(bands.mean(axis=1).argmax())
     hertz = 700 * (10 ** ((band + 1) * np.log10(1 + 8000 / 700) / 81) - 1)
     assert hertz == pytest.approx(100 * 1.1**11, abs=40)
     page.find("#near li button")[0].click()
@@ -697,4 +708,22 @@ def test_the_page_without_webgl(paged: tuple[tsne.Map, Path], browser: Any) -> N
     assert "#ffffff" not in {page.pixel(i) for i in range(CLIPS)}
     page.click(4)
     until(lambda: page.ids[4] in page.text("now"))
+    assert page.errors() == []
+
+
+@pytest.mark.page
+def test_neighbors_on_the_map(folder: Path, tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of too many clips to compare embeddings; and too many to read their sounds."""
+    monkeypatch.setattr("gura_jax.tsne.neighbors.MAX_SEARCHED", 20)
+    monkeypatch.setattr("gura_jax.tsne.page.MAX_READ", 6)
+    found = tsne.make_map(tsne.read_clips([folder / "low", folder / "high"]))
+    assert tsne.write_page(found, tsne.color_by(found.clips, "data set"), tmp_path / "page.html") == 6
+    page = Page(browser, found, tmp_path / "page.html")
+    assert f"6 clips play, {2 * CLIPS - 6} left out: only " in page.find("header")[0].text
+    page.click(5)
+    until(lambda: page.listed("near"))
+    far = np.linalg.norm(found.places - found.places[5], axis=1)
+    nearest = [page.ids[i] for i in np.argsort(far)[1:11]]
+    assert [name.removesuffix(" \u266a") for name in page.listed("near")] == nearest
+    assert "Nearest in the map" in page.text("near")
     assert page.errors() == []

@@ -498,7 +498,8 @@ function search(text) {
 function sayMatches() {
   const unseen = matches.length - marked.length;
   get("count").textContent =
-    `${number(matches.length)} of ${number(data.count)} clips match` + (turn < 0 ? "" : `; chosen: ${number(turn + 1)}`) +
+    `${number(matches.length)} of ${number(data.count)} clips match` +
+    (turn < 0 ? "" : `; chosen: ${number(turn + 1)}`) +
     (unseen ? `, ${number(unseen)} of them hidden` : "");
 }
 
@@ -542,7 +543,8 @@ function startLegend() {
   const counts = new Uint32Array(color.palette.length);
   for (const code of codes) counts[code]++;
   if (color.range) {
-    const bar = element("div"), ends = element("div", ...color.range.map((end) => element("span", String(+end.toPrecision(5)))));
+    const texts = color.range.map((end) => element("span", String(+end.toPrecision(5))));
+    const bar = element("div"), ends = element("div", ...texts);
     bar.id = "scale";
     bar.style.background = `linear-gradient(to right, ${color.palette.slice(0, -1).join(", ")})`;
     ends.style.cssText = "display: flex; justify-content: space-between";
@@ -552,7 +554,8 @@ function startLegend() {
   const named = color.names.map((name, code) => [name, code]);
   if (color.none) named.push([color.none, none]);
   const buttons = named.map(([name, code]) => {
-    const swatch = element("i"), button = element("button", swatch, element("span", name), element("small", number(counts[code])));
+    const swatch = element("i"), count = element("small", number(counts[code]));
+    const button = element("button", swatch, element("span", name), count);
     swatch.style.background = color.palette[code];
     button.type = "button";
     button.title = "Hide or show; double click: show alone, or all again";

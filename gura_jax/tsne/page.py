@@ -32,7 +32,8 @@ MAX_READ = 20_000  # clips read for their sound: a page is full with fewer, unle
 NOT_SHOWN = ("id", "path", "offset")  # among a clip's metadata: the id is its name
 PLACES = 65_535  # steps of the map's longer side: fine enough to zoom in 60 times, in two bytes
 SCALE_STEPS = 255  # colours of a scale; one more byte value is for clips without a value
-_FULL = "the page is full"
+FULL = "the page is full"
+UNREAD = f"only {MAX_READ:,} clips were read for their sound"
 
 
 def write_page(found: Map, colors: Colors, path: Path) -> int:
@@ -54,7 +55,7 @@ def write_page(found: Map, colors: Colors, path: Path) -> int:
     except ModuleNotFoundError:
         raise SystemConfigError("expected matplotlib: pip install 'gura-jax[plot]'") from None
     neighbors = find_neighbors(found.clips)
-    audio, silent = _sounds(found.clips)
+    audio, silent, others = _sounds(found.clips)
     data = {
         "count": len(found.places),
         "places": _packed(_steps(found.places), "<u2"),
@@ -62,7 +63,7 @@ def write_page(found: Map, colors: Colors, path: Path) -> int:
         "columns": _columns(found.clips),
         "neighbors": _neighbors(neighbors),
         "silent": silent,
-        "silentElse": _FULL,
+        "silentElse": others,
         "maxSearched": MAX_SEARCHED,
         "spectrum": palette(256, "magma"),
     }
@@ -72,7 +73,7 @@ def write_page(found: Map, colors: Colors, path: Path) -> int:
     content = _filled_in(
         {
             "TITLE": html.escape(found.clips.title),
-            "ABOUT": html.escape(_about(found, colors, len(audio), silent)),
+            "ABOUT": html.escape(_about(found, colors, len(audio), len(silent), others)),
             "POLICY": _policy(script, style),
             "DATA": base64.b64encode(packed).decode(),
             "AUDIO": json.dumps(audio),  # base64 and numbers: nothing that could end the element
@@ -85,12 +86,12 @@ def write_page(found: Map, colors: Colors, path: Path) -> int:
     return len(audio)
 
 
-def _about(found: Map, colors: Colors, playing: int, silent: dict[int, str]) -> str:
+def _about(found: Map, colors: Colors, playing: int, unreadable: int, others: str) -> str:
     """Say how the map was made, and what plays."""
     grey = " (grey: none)" if not colors.names and np.isnan(colors.values).any() else ""
     about = f"{found.method}; coloured by {colors.column}{grey}; {playing} clips play"
-    left_out = len(found.places) - playing - len(silent)
-    for count, why in ((len(silent), "cannot be read"), (left_out, f"left out: {_FULL}")):
+    left_out = len(found.places) - playing - unreadable
+    for count, why in ((unreadable, "cannot be read"), (left_out, f"left out: {others}")):
         about += f", {count} {why}" if count else ""
     return about
 
@@ -176,8 +177,8 @@ def _neighbors(neighbors: Neighbors | None) -> dict[str, Any] | None:
     return {"each": neighbors.rows.shape[1], "rows": _packed(neighbors.rows, "<i4"), "similarity": similarity}
 
 
-def _sounds(clips: Clips) -> tuple[dict[int, str], dict[int, str]]:
-    """Encode the start of each clip as MP3 in base64, until the page is full; and say which cannot be read, and why."""
+def _sounds(clips: Clips) -> tuple[dict[int, str], dict[int, str], str]:
+    """Encode the start of each clip as MP3 in base64; say why clips cannot be read, and why others were left out."""
     audio: dict[int, str] = {}
     silent: dict[int, str] = {}
     left = AUDIO_BYTES
@@ -189,6 +190,6 @@ def _sounds(clips: Clips) -> tuple[dict[int, str], dict[int, str]]:
             continue
         left -= len(sound)
         if left < 0:
-            break
+            return audio, silent, FULL
         audio[i] = sound
-    return audio, silent
+    return audio, silent, UNREAD

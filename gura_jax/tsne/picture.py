@@ -14,6 +14,7 @@ from gura_jax.tsne.layout import SEED, Map
 
 PICTURES = (".png", ".svg", ".pdf")
 LEGEND_NAMES = 30  # that fit beside the map
+MAX_VECTORS = 20_000  # points of an SVG or PDF as shapes; more are slow to open, and become pixels
 
 
 def draw(found: Map, colors: Colors, path: Path) -> None:
@@ -40,7 +41,12 @@ def draw(found: Map, colors: Colors, path: Path) -> None:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         size = float(np.clip(4000 / len(found.places), 3, 26))
-        style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85}
+        style: dict[str, Any] = {
+            "s": size,
+            "linewidths": 0,
+            "alpha": 0.85,
+            "rasterized": len(found.places) > MAX_VECTORS,
+        }
         without = np.isnan(colors.values)
         axes.scatter(*found.places[without].T, color=NONE, **style)
         # In random order, so that no category is always on top.
