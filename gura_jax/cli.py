@@ -786,14 +786,14 @@ def plot(
     colors = tsne.color_by(clips, color)
     found = tsne.make_map(clips, perplexity)
     if found.perplexity < perplexity:
-        print(f"note: perplexity {found.perplexity:g}, as there are {len(clips.rows)} clips", file=sys.stderr)
+        print(f"note: perplexity {found.perplexity:g}, as there are {len(clips.table)} clips", file=sys.stderr)
     for path in out:
         if path.suffix == tsne.PAGE:
             plays = tsne.write_page(found, colors, path)
-            print(f"{len(clips.rows)} clips, {plays} of them play -> {path}")
+            print(f"{len(clips.table)} clips, {plays} of them play -> {path}")
         else:
             tsne.draw(found, colors, path)
-            print(f"{len(clips.rows)} clips -> {path}")
+            print(f"{len(clips.table)} clips -> {path}")
 
 
 @app.command()

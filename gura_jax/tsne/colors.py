@@ -36,7 +36,7 @@ def color_by(clips: Clips, column: str) -> Colors:
     """
     if column not in (known := clips.columns):
         raise InputError(f"--color: expected one of the columns {', '.join(known)}, found {column!r}")
-    values = [row.get(column) for row in clips.rows]
+    values = clips.table[column].to_pylist()
     values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
     numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in values if v is not None]
     if not numbers:
@@ -61,12 +61,13 @@ def _natural(text: str) -> tuple[int, float, str]:
         return 1, 0.0, text
 
 
-def palette(count: int) -> list[str]:
-    """Choose distinct colours, as ``#rrggbb``."""
+def palette(count: int, name: str | None = None) -> list[str]:
+    """Choose distinct colours, as ``#rrggbb``; or steps of one of matplotlib's colour maps."""
     import matplotlib as mpl
     from matplotlib.colors import to_hex
 
-    for name in ("tab10", "tab20"):
-        if count <= mpl.colormaps[name].N:
-            return [to_hex(mpl.colormaps[name](i)) for i in range(count)]
-    return [to_hex(mpl.colormaps["turbo"](i / (count - 1))) for i in range(count)]
+    if name is None:
+        for listed in ("tab10", "tab20"):
+            if count <= mpl.colormaps[listed].N:
+                return [to_hex(mpl.colormaps[listed](i)) for i in range(count)]
+    return [to_hex(mpl.colormaps[name or "turbo"](i / (count - 1))) for i in range(count)]

@@ -14,6 +14,7 @@ from gura_jax.tsne.layout import SEED, Map
 
 PICTURES = (".png", ".svg", ".pdf")
 LEGEND_NAMES = 30  # that fit beside the map
+MAX_VECTORS = 20_000  # points of an SVG or PDF as shapes; more are slow to open, and become pixels
 
 
 def draw(found: Map, colors: Colors, path: Path) -> None:
@@ -40,7 +41,12 @@ def draw(found: Map, colors: Colors, path: Path) -> None:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         size = float(np.clip(4000 / len(found.places), 3, 26))
-        style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.85}
+        style: dict[str, Any] = {
+            "s": size,
+            "linewidths": 0,
+            "alpha": 0.85,
+            "rasterized": len(found.places) > MAX_VECTORS,
+        }
         without = np.isnan(colors.values)
         axes.scatter(*found.places[without].T, color=NONE, **style)
         # In random order, so that no category is always on top.
@@ -72,7 +78,7 @@ def draw(found: Map, colors: Colors, path: Path) -> None:
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")
         figure.suptitle(found.clips.title, x=0.006, ha="left", fontsize=11, fontweight="bold")
-        axes.set_title(f"t-SNE, perplexity {found.perplexity:g}", fontsize=9, loc="left")
+        axes.set_title(found.method, fontsize=9, loc="left")
         out = io.BytesIO()
         # By default SVG and PDF hold the time of writing.
         plain: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
