@@ -23,14 +23,15 @@ from gura_jax.audio import resampled_length
 from gura_jax.backend import platform_of
 from gura_jax.batching import bucket_length
 from gura_jax.dataset import commit
+from gura_jax.dataset.columns import SAMPLES, is_written
 from gura_jax.dataset.commit import Location
 from gura_jax.dataset.export.copy import begin_copy, check_whole, copy_plans, verified
 from gura_jax.dataset.identity import fingerprint
 from gura_jax.dataset.places import find_place
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.sinks import DEFAULT, SINKS, Shard
-from gura_jax.dataset.states import FRAMES_COLUMN, STATE_COLUMNS, MemberStates, States
-from gura_jax.dataset.table import FRAME_COLUMNS, frame_columns
+from gura_jax.dataset.states import MemberStates, States
+from gura_jax.dataset.table import frame_columns
 from gura_jax.errors import StoreError
 from gura_jax.fusion import COMBINATIONS, FusedMember, Fusion, combine, fuse, resample_features
 from gura_jax.model import Model
@@ -300,17 +301,12 @@ def _fused_shard(fuser: Fuser, shard: Shard, storage: Any, timestamps: bool) -> 
             frames.append(own.astype(storage))
     samples = [row["num_samples"] for row in rows]
     columns = frame_columns(model, samples, [len(own) for own in frames]) if timestamps else {}
-    meta = shard.meta.select([name for name in shard.meta.column_names if not is_own(name)])
-    for i, (name, values) in enumerate(columns.items(), meta.column_names.index("num_samples") + 1):
+    meta = shard.meta.select([name for name in shard.meta.column_names if name == SAMPLES or not is_written(name)])
+    for i, (name, values) in enumerate(columns.items(), meta.column_names.index(SAMPLES) + 1):
         meta = meta.add_column(i, name, values)
     if timestamps and not frames:
         frames = [np.zeros((0, model.timestamp_embedding_size), storage)]
     return Shard(meta, scenes, frames if timestamps else None)
-
-
-def is_own(column: str) -> bool:
-    """Whether a column of the metadata says where the frames or states of the store itself are."""
-    return column in (*FRAME_COLUMNS, *STATE_COLUMNS) or column.startswith(FRAMES_COLUMN)
 
 
 def _run(fuser: Fuser, run: Mapping[str, Any], timestamps: bool) -> dict[str, Any]:

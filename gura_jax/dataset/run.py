@@ -17,6 +17,7 @@ import numpy as np
 
 from gura_jax.batching import Padded
 from gura_jax.dataset import commit
+from gura_jax.dataset.columns import STATE_COLUMNS, STATE_FRAMES
 from gura_jax.dataset.commit import Failure, Location, ShardRecord
 from gura_jax.dataset.decode import Clip, decode_ahead, reason
 from gura_jax.dataset.identity import check_same, describe, describe_plan, fingerprint, table_sha256
@@ -24,7 +25,7 @@ from gura_jax.dataset.places import Place, find_place
 from gura_jax.dataset.plan import COLUMNS
 from gura_jax.dataset.sinks import SINKS, Shard
 from gura_jax.dataset.sources import Inputs
-from gura_jax.dataset.states import FRAMES_COLUMN, STATE_COLUMNS, States
+from gura_jax.dataset.states import States
 from gura_jax.dataset.table import Settings, clip_rows, frame_columns, plan_table, too_short
 from gura_jax.errors import AudioError, StoreError
 from gura_jax.files import json_bytes
@@ -458,6 +459,6 @@ class _Shard:
             columns |= {name: pa.array(x, pa.int64()) for name, x in zip(STATE_COLUMNS, places, strict=True)}
             for name in self.run.states.frames_of:
                 counts = [result.state_frames[name] for result in self.results]
-                columns[FRAMES_COLUMN + name] = pa.array(counts, pa.int64())
+                columns[STATE_FRAMES + name] = pa.array(counts, pa.int64())
         further = [name for name in table.column_names if name not in columns and name not in COLUMNS]
         return pa.table(columns | {name: table[name] for name in further})

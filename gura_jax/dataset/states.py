@@ -13,13 +13,11 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from gura_jax.dataset.columns import STATE_FRAMES
 from gura_jax.errors import StoreError
 from gura_jax.fusion import Keep, Kept, KeptStates, kept_members
 from gura_jax.model import Model
 from gura_jax.models.encoder import Encoder, FrameGrid
-
-STATE_COLUMNS = ("states_start", "states_size")
-FRAMES_COLUMN = "state_frames."
 
 
 class Grid(NamedTuple):
@@ -179,7 +177,7 @@ class States(NamedTuple):
         Raises:
             StoreError: they are not as many as the store's description says.
         """
-        frames = {name: int(meta[FRAMES_COLUMN + name]) for name in self.frames_of}
+        frames = {name: int(meta[STATE_FRAMES + name]) for name in self.frames_of}
         found, start = {}, 0
         for member, shape in self.shapes(frames):
             size = math.prod(shape)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gura_jax.audio import MAX_SECONDS, kilohertz, too_long
+from gura_jax.dataset.columns import FRAME_COLUMNS
 from gura_jax.dataset.commit import Storage, as_read
 from gura_jax.dataset.decode import Clip, probe
 from gura_jax.dataset.plan import COLUMNS, Plan, ShardLimits, make_plan
@@ -151,9 +152,6 @@ def _frames(model: Model, lengths: np.ndarray) -> np.ndarray:
     """The numbers of frames of clips, [n]."""
     distinct, inverse = np.unique(lengths, return_inverse=True)
     return np.array([model.num_frames(int(n)) if n else 0 for n in distinct], np.int64)[inverse]
-
-
-FRAME_COLUMNS = ("num_frames", "frame_start", "frame_offset_ms", "frame_hop_ms")
 
 
 def frame_columns(model: Model, samples: Sequence[int], counts: Sequence[int]) -> dict[str, "pa.Array"]:

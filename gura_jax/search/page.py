@@ -9,6 +9,7 @@ from typing import Any
 
 from gura_jax import files
 from gura_jax.audio import resample
+from gura_jax.dataset.columns import describes_clip
 from gura_jax.dataset.preview import PREVIEW_RATE, clip_mp3, mp3
 from gura_jax.dataset.sources import printable
 from gura_jax.errors import AudioError
@@ -18,8 +19,7 @@ CLIP_SECONDS = 10.0  # of each clip
 BEFORE_SECONDS = 2.0  # a frame, where its clip begins to play
 AUDIO_BYTES = 48 << 20  # of a page's audio: browsers still open it quickly
 SHOWN_VALUES = 6  # of a clip's metadata
-_HIDDEN = {"id", "path", "offset", "duration", "shard", "row", "num_samples", "num_frames", "frame_start"}
-_HIDDEN |= {"frame_offset_ms", "frame_hop_ms"}
+_HIDDEN = {"id", "path", "offset", "duration"}
 _STYLE = """
 body { margin: 0 auto; max-width: 880px; padding: 16px 20px 40px; background: #fff; color: #1d2330;
        font: 14px/1.45 system-ui, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; overflow-wrap: anywhere; }
@@ -91,7 +91,11 @@ def _hit(rank: int, hit: Hit, sounds: "_Sounds", folder: Path) -> str:
 
 
 def _described(row: Mapping[str, Any]) -> str:
-    values = (f"{name}: {value}" for name, value in row.items() if name not in _HIDDEN and value is not None)
+    values = (
+        f"{name}: {value}"
+        for name, value in row.items()
+        if describes_clip(name) and name not in _HIDDEN and value is not None
+    )
     return "; ".join([f"{row['duration']:.2f} s", *itertools.islice(values, SHOWN_VALUES)])
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gura_jax.dataset.columns import describes_clip
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.search import StoredVectors
 from gura_jax.dataset.sources import printable, read_inputs
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 MIN_CLIPS = 5
 BLOCK_BYTES = 64 << 20  # of float32 scenes in memory at once
 DATA_SET = "data set"  # a column: the store that a clip is from, or the HEAR task
-# Columns of a store that say where the clip's rows are, not what the clip is.
-LOCATION = ("shard", "row", "num_samples", "num_frames", "frame_start", "frame_offset_ms", "frame_hop_ms")
 
 
 class Scenes:
@@ -71,7 +70,7 @@ class Clips(NamedTuple):
     @property
     def columns(self) -> list[str]:
         """Columns of the metadata that describe a clip."""
-        return [name for name in self.table.column_names if name not in LOCATION]
+        return list(filter(describes_clip, self.table.column_names))
 
     def row(self, clip: int) -> dict[str, Any]:
         """Return the metadata of one clip."""

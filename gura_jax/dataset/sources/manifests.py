@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gura_jax.dataset.columns import STORE_COLUMNS, is_written
 from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded
 from gura_jax.errors import InputError
 from gura_jax.objects import SCHEMES, WRITTEN, check_url, pinned, read_object, scheme
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMATS = {".csv": "CSV", ".jsonl": "JSON Lines", ".parquet": "Parquet"}
-# Columns that the store writes: a manifest may not have them, but for those that it gives.
-RESERVED = ("num_samples", "num_frames", "frame_start", "frame_offset_ms", "frame_hop_ms")
 ROWS_AT_ONCE = 1 << 16
 # URLs of buckets that check_url returns as they are: of plain characters, without a query.
 _PLAIN_URL = rf"^(?:{'|'.join(WRITTEN)})://[A-Za-z0-9._-]+(?:/[ !-%'-.0->@-\[\]-~]+)+$"
@@ -87,10 +86,10 @@ def _check_names(path: str, table: "pa.Table") -> None:
             f"{path}: expected the columns id and path (and perhaps offset and duration, in seconds), "
             f"found {', '.join(names) or 'none'}"
         )
-    refused = {name for name in names if names.count(name) > 1 or name in RESERVED}
+    refused = {name for name in names if names.count(name) > 1 or is_written(name)}
     if refused:
         raise InputError(
-            f"{path}: expected each column once, and none that the store writes ({', '.join(RESERVED)}), "
+            f"{path}: expected each column once, and none that the store writes ({', '.join(STORE_COLUMNS)}), "
             f"found {', '.join(sorted(refused))}: rename it"
         )
     if not len(table):

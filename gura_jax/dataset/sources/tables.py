@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from gura_jax.dataset.columns import is_written
 from gura_jax.dataset.plan import COLUMNS
 from gura_jax.dataset.sources.containers import Container, containers, open_container
-from gura_jax.dataset.sources.manifests import RESERVED
 from gura_jax.dataset.sources.source import decoded, encoded, printable
 from gura_jax.errors import AudioError, InputError
 
@@ -128,7 +128,7 @@ def _rows(path: str) -> "pa.Table | None":
         "duration": pa.nulls(len(ids), pa.float64()),
     }
     for name in kept:
-        columns[f"row_{name}" if name in (*columns, *RESERVED, *COLUMNS) else name] = rows[name]
+        columns[f"row_{name}" if name in (*columns, *COLUMNS) or is_written(name) else name] = rows[name]
     return pa.table(columns) if ids else None
 
 
