@@ -856,7 +856,13 @@ def fuse(
     from gura_jax.dataset.reader import EmbeddingStore
 
     with _interruptible("run the same command again to go on"):
-        print(f"{fuse_store(EmbeddingStore(store), system, out, timestamps=timestamps)} clips -> {out}")
+        fused = fuse_store(EmbeddingStore(store), system, out, timestamps=timestamps)
+    if fused.missing:
+        print(f"note: {fused.missing} shards of {store} are not finished: fuse again when they are", file=sys.stderr)
+    print(f"{fused.clips} clips -> {out}")
+    if fused.failed:
+        print(f"{fused.failed} clips of {store} have no embedding: see failed.csv", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_INPUTS_FAILED)
 
 
 @app.command()

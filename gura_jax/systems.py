@@ -364,11 +364,14 @@ def write_system(system: System, path: Path) -> None:
 
 
 def _toml_lines(item: System | Member) -> list[str]:
-    """Fields whose values are text, numbers or lists of numbers, which TOML writes as JSON does."""
-    values = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
-    return [
-        f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None and name != "members"
-    ]
+    """Fields whose values are text, numbers or lists of numbers, which TOML writes as JSON does; paths are absolute."""
+    names = [field.name for field in dataclasses.fields(item) if field.name != "members"]
+    values = {name: getattr(item, name) for name in names}
+    for name in ("encoder", "weights"):
+        value = values.get(name)
+        if value is not None and value not in ENCODERS and is_folder(Path(value)):
+            values[name] = str(Path(value).resolve())
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value is not None]
 
 
 def _system_from_dict(content: Any, path: Path) -> System:

@@ -1,6 +1,8 @@
 """Learned fusion: mixers of tokens, the search of members, statistics, and the systems that are written."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +98,9 @@ def test_the_systems_are_what_was_learned(learned: Any) -> None:
     train = {task.clip_id(split, file) for split in task.folds[0].train for file in task.clips[split]}
     rows = [i for i, name in enumerate(store.ids) if name in train]
     assert 0 < len(rows) < len(tokens)
-    scales = 1 / np.sqrt(np.square(tokens[rows]).mean((0, 2), dtype=np.float64))
-    layers, joint = (np.asarray(found.results[i].weights) * scales for i in (1, 2))
+    sizes = np.sqrt(np.square(tokens[rows]).mean((0, 2), dtype=np.float64))
+    own = np.append(np.sqrt(np.square(sizes[:4]).mean()) / sizes[:4], 1)  # a member keeps its size
+    layers, joint = (np.asarray(found.results[i].weights) * scales for i, scales in ((1, own), (2, 1 / sizes)))
     apart = read_system(Path(found.systems["layers"]))
     assert (apart.combination, apart.members[1].layers) == ("interleave", "last")
     scenes = fuse_scenes(store, apart)  # interleaved: every second number is of one member
@@ -107,6 +110,21 @@ def test_the_systems_are_what_was_learned(learned: Any) -> None:
     assert together.combination == "average"
     wanted = np.einsum("nkd,k->nd", tokens, joint) / joint[4] / 2  # CREPE's weight is one, the mean is over two members
     assert relative(fuse_scenes(store, together), wanted) < FUSED_BOUND
+
+
+def test_an_average_of_learned_layers(learned: Any) -> None:
+    """What the probe was given is what the system makes."""
+    folder, task, _ = learned
+    store = EmbeddingStore(folder / "out" / "embeddings" / "two-tiny-random-states" / "task")
+    average = dataclasses.replace(ENSEMBLE, combination="average")
+    study = learning._Study(task, average, store, folder / "out", *find_protocol("fixed"), range(1))
+    logits = np.array([0.3, -0.5, 1.0, 0.0], np.float32), np.zeros(1, np.float32)
+    given = np.stack(list(study._scaled(study.scales["layers"]).values()))
+    mixed = probes.mixed({"averaged": tuple(map(jnp.asarray, logits))}, jnp.asarray(given))
+    study.results["layers"] = {"weights": np.concatenate([np.exp(own) / np.exp(own).sum() for own in logits])}
+    system = study._weighted("layers")
+    assert system is not None
+    assert relative(fuse_scenes(store, system), mixed) < FUSED_BOUND
 
 
 def test_members_are_searched_greedily(learned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +156,40 @@ def test_bad_input(learned: Any, tmp_path: Path) -> None:
     sizes = System("x", ENSEMBLE.members)
     with pytest.raises(StoreError, match="one size, found hubert-base 32, crepe-tiny 256: set feature_size"):
         Fuser(store, sizes).tokens(list(store.iterate_states()))
+    for system, fault in (
+        (System("x", ENSEMBLE.members), "found hubert-base 32, crepe-tiny 256: set feature_size"),
+        (System("x", ENSEMBLE.members, feature_size=8, scene_groups=2), "expected scene_groups = 1, found 2"),
+        (System("x", (Member("hubert-base", name="joint"),)), "member 'joint': expected a name that a folder can have"),
+        (System("x", (Member("hubert-base", name="../x"),)), "member '../x': expected a name that a folder can have"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            _learn(task, tmp_path / "out", system)
+    assert not (tmp_path / "out").exists()
     tasks = tmp_path / "tasks"
     write_task(tasks / "onsets", "event", clips=1)
     arguments = ["learn", str(tasks), "-s", "hubert_base", "--weights", "random", "--size", "tiny", "--out"]
     result = CliRunner().invoke(cli.app, [*arguments, str(tmp_path / "o")], catch_exceptions=False)
     assert result.exit_code == 1
     assert "onsets: expected a task with scene embeddings" in result.stderr
-    del task
+
+
+def test_a_fold_with_one_class_is_left_out(learned: Any, tmp_path: Path) -> None:
+    """Its metric is not defined: what the others say stands, in strict JSON."""
+    folder, task, _ = learned
+    undefined = {split: {file: ["low"] for file in clips} for split, clips in task.clips.items() if split == "fold02"}
+    same = dataclasses.replace(task, metrics=("aucroc",), clips={**task.clips, **undefined})
+    shutil.copytree(folder / "out" / "embeddings", tmp_path / "embeddings")
+    found = _learn(same, tmp_path)
+    assert any(not np.isfinite(value) for value in found.results[0].test)
+    assert np.isfinite(learning.finite_mean(found.results[0].test))
+    assert "are left out" in learning.as_text(found)
+    text = (tmp_path / "task" / learning.LEARNED).read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    alone = dataclasses.replace(
+        same, clips={split: {file: ["low"] for file in clips} for split, clips in task.clips.items()}
+    )
+    with pytest.raises(InputError, match="expected a validation split that defines aucroc"):
+        _learn(alone, tmp_path)
 
 
 def test_mixers() -> None:
@@ -166,13 +211,16 @@ def test_mixers() -> None:
         heads.append(np.einsum("bnd,bn->bd", own, scores / scores.sum(1, keepdims=True)))
     assert relative(probes.mixed({"query": jnp.asarray(query)}, flat), np.concatenate(heads, axis=1)) < FUSED_BOUND
     point = Point(1, 8, 0.0, 1e-2, "xavier_uniform", 4, 1, 1, 1)
-    for mixer in (Mixer((2, 3)), Mixer((5,)), Mixer((5,), heads=2)):
+    halves = probes.mixed({"averaged": tuple(map(jnp.asarray, weights))}, flat)
+    assert relative(halves, sum(wanted) / 2) < FUSED_BOUND
+    for mixer in (Mixer((2, 3)), Mixer((5,)), Mixer((2, 3), averaged=True), Mixer((5,), heads=2)):
         fresh = probes.init(jax.random.key(0), point, 30, 3, mixer)
         assert len(fresh.params["hidden"][0]["weight"]) == mixer.features(6)
         means = [part.mean(1) for part in parts] if mixer.groups == (2, 3) else [tokens.mean(1)]
+        means = [sum(means) / 2] if mixer.averaged else means
         assert relative(probes.mixed(fresh.params, flat), np.concatenate(means, axis=1)) < FUSED_BOUND
         gradient = jax.grad(lambda p, rest=fresh: probes.logits(rest._replace(params=p), flat).sum())(fresh.params)
-        learned = gradient["query"] if mixer.heads else gradient["states"][0]
+        learned = gradient["query"] if mixer.heads else probes.group_logits(gradient)[0]
         assert float(jnp.abs(learned).max()) > 0
 
 
@@ -189,7 +237,8 @@ def test_statistics() -> None:
     assert careful.p is not None
     assert careful.p > reference.pvalue
     assert compare([0.5], [0.25], 0.2) == (0.25, None, None, None)
-    assert compare([0.5, 0.5], [0.5, 0.5], 0.2) == (0.0, 0.0, 0.0, 1.0)
+    assert compare([0.5, 0.5], [0.25, 0.25], 0.2) == (0.25, None, None, None)
+    assert compare([0.5, float("nan")], [0.25, 0.1], 0.2) == (0.25, None, None, None)
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
 

@@ -33,10 +33,12 @@ from gura_jax.dataset.sinks import DEFAULT, SINKS, Shard
 from gura_jax.dataset.states import MemberStates, States
 from gura_jax.dataset.table import frame_columns
 from gura_jax.errors import StoreError
+from gura_jax.files import is_folder
 from gura_jax.fusion import COMBINATIONS, FusedMember, Fusion, combine, fuse, resample_features
+from gura_jax.loading import find_encoder
 from gura_jax.model import Model
 from gura_jax.models.encoder import Encoder, Output, Params
-from gura_jax.models.families import ENCODERS, find_preset
+from gura_jax.models.families import ENCODERS
 from gura_jax.models.layers import layer_weights
 from gura_jax.systems import Member, System, find_system
 
@@ -103,9 +105,20 @@ class Fuser:
     def __init__(self, store: EmbeddingStore, system: str | Path | System) -> None:
         described = find_system(system)
         self.states, self._where = store.kept_states, store.folder
-        self.parts = _parts(store, self.states, described)
+        try:
+            rate, stored = (
+                store.run["sample_rate"],
+                {each["name"]: dict(each) for each in store.run["system"]["members"]},
+            )
+            if missing := {member.name for member in self.states.members} ^ set(stored):
+                raise KeyError(*missing)
+        except (KeyError, TypeError, ValueError):
+            raise StoreError(
+                f"{self._where}: run.json: expected the description of a system that gura-jax embed writes, found a "
+                "damaged one"
+            ) from None
+        self.parts = _parts(str(self._where), stored, self.states, described)
         self.model = _model(described, self.parts)
-        rate = store.run["sample_rate"]
         if self.model.sample_rate != rate:
             raise StoreError(
                 f"{self._where}: expected clips at {self.model.sample_rate} Hz, as {described.name} takes them, found "
@@ -244,7 +257,21 @@ def fuse_scenes(store: EmbeddingStore, system: str | Path | System) -> np.ndarra
     return out
 
 
-def fuse_store(store: EmbeddingStore, system: str | Path | System, out: Location, *, timestamps: bool = False) -> int:
+class Fused(NamedTuple):
+    """What :func:`fuse_store` wrote.
+
+    Attributes:
+        clips: in the store.
+        failed: clips of the source that have no embedding.
+        missing: shards that the source's run has not finished.
+    """
+
+    clips: int
+    failed: int
+    missing: int
+
+
+def fuse_store(store: EmbeddingStore, system: str | Path | System, out: Location, *, timestamps: bool = False) -> Fused:
     """Write the store of another system, shard by shard; a killed one is resumed.
 
     Args:
@@ -252,9 +279,6 @@ def fuse_store(store: EmbeddingStore, system: str | Path | System, out: Location
         system: see :class:`Fuser`.
         out: folder, or the URL of a bucket's prefix.
         timestamps: write frames too.
-
-    Returns:
-        The number of clips.
 
     Raises:
         StoreError: see :class:`Fuser`; or ``store`` is a part of one, or the output cannot be written or holds
@@ -285,9 +309,10 @@ def fuse_store(store: EmbeddingStore, system: str | Path | System, out: Location
                 failed=store.records[number].failed,
                 sink=SINKS[run.get("format", DEFAULT)],
             )
-    commit.write_failed(place)
+    failed = commit.write_failed(place)
     commit.remove_temporary(place, commit.shard_numbers(place))
-    return len(store)
+    planned = range(store.run.get("shards", 0))
+    return Fused(len(store), len(failed), sum(number not in store.records for number in planned))
 
 
 def _fused_shard(fuser: Fuser, shard: Shard, storage: Any, timestamps: bool) -> Shard:
@@ -334,13 +359,13 @@ def _run(fuser: Fuser, run: Mapping[str, Any], timestamps: bool) -> dict[str, An
     return fused | {"fingerprint": fingerprint(fused)}
 
 
-def _parts(store: EmbeddingStore, states: States, system: System) -> tuple[Part, ...]:
-    """Find the members of a system among those of a store."""
-    found = [(member, *_find(store, states, member)) for member in system.members]
+def _parts(store: str, described: Mapping[str, Mapping[str, Any]], states: States, system: System) -> tuple[Part, ...]:
+    """Find the members of a system among those of a store, by their descriptions in ``run.json``."""
+    found = [(member, *_find(store, described, states, member)) for member in system.members]
     first = next((own.scene_grid for member, _, own in found if member.scene == "frames"), None)
     parts = []
     for member, described, own in found:
-        where = f"{store.folder}: member {member.name!r}"
+        where = f"{store}: member {member.name!r}"
         if member.scene == "pooled" and not own.pooled_size:
             raise StoreError(f"{where}: expected scene = 'frames', as the store has no embedding of whole clips of it")
         base = 0
@@ -358,30 +383,48 @@ def _parts(store: EmbeddingStore, states: States, system: System) -> tuple[Part,
     return tuple(parts)
 
 
-def _find(store: EmbeddingStore, states: States, member: Member) -> tuple[Mapping[str, Any], MemberStates]:
-    """Find a member's description in ``run.json``, and its states: by its name or else its encoder."""
-    described = {each["name"]: each for each in store.run["system"]["members"]}
-    same = [name for name, each in described.items() if each["encoder"] == member.encoder]
+def _find(
+    store: str, described: Mapping[str, Mapping[str, Any]], states: States, member: Member
+) -> tuple[Mapping[str, Any], MemberStates]:
+    """Find a member's description in ``run.json``, and its states: by its encoder, and its name where that matters."""
+    where = f"{store}: member {member.name!r}"
+    same = [name for name, each in described.items() if _is_encoder(member.encoder, each.get("encoder"))]
     if not same:
         raise StoreError(
-            f"{store.folder}: member {member.name!r}: expected an encoder whose hidden states are stored "
-            f"({', '.join(str(each['encoder']) for each in described.values())}), found {member.encoder}"
+            f"{where}: expected an encoder whose hidden states are stored "
+            f"({', '.join(str(each.get('encoder')) for each in described.values())}), found {member.encoder}"
         )
+    # Random weights differ by the members' names.
+    by_name = len(same) > 1 or described[same[0]]["weights"].get("source") == "random"
+    if member.name not in same and by_name:
+        raise StoreError(f"{where}: expected the name of a member with that encoder in the store, {' or '.join(same)}")
     name = member.name if member.name in same else same[0]
     if member.weights is not None and not _are_weights(member.weights, described[name]["weights"]):
         raise StoreError(
-            f"{store.folder}: member {member.name!r}: expected the weights of the hidden states, "
+            f"{where}: expected the weights of the hidden states, "
             f"{described[name]['weights'].get('source', 'those of the store')}, found {member.weights}: leave weights "
             "out of the system, or give the checkpoint that the store was made with"
         )
     normalised = described[name].get("normalise", False)
-    published = find_preset(str(member.encoder)).normalise if member.encoder in ENCODERS else normalised
-    if (published if member.normalise is None else member.normalise) != normalised:
-        raise StoreError(
-            f"{store.folder}: member {member.name!r}: expected normalise = {str(normalised).lower()}, as the hidden "
-            "states were computed"
-        )
+    if (_normalises(member, normalised) if member.normalise is None else member.normalise) != normalised:
+        raise StoreError(f"{where}: expected normalise = {str(normalised).lower()}, as the hidden states were computed")
     return described[name], states.find(name)
+
+
+def _is_encoder(encoder: Any, described: Any) -> bool:
+    """Whether a member's encoder is the one that ``run.json`` names: the same text, or path of the same folder."""
+    if not isinstance(encoder, str) or not isinstance(described, str):
+        return False
+    both = Path(encoder), Path(described)
+    return encoder == described or (all(map(is_folder, both)) and both[0].samefile(both[1]))
+
+
+def _normalises(member: Member, default: bool) -> bool:
+    """Whether a member that does not say so is normalised; the default of one that is not on this machine."""
+    encoder = str(member.encoder)
+    if encoder not in ENCODERS and not is_folder(checkpoint.find_folder(encoder)):
+        return default
+    return find_encoder(encoder).normalise
 
 
 def _are_weights(weights: str, described: Mapping[str, Any]) -> bool:

@@ -204,10 +204,9 @@ class EmbeddingStore:
         if states.of != "mean":
             raise StoreError(f"{self.folder}: expected means of hidden states, found {states.of}: see state_frames")
         found = states.find(member)
-        out = np.empty((len(self), found.kept, states.groups * found.size), self.run["storage"])
-        for i, own in enumerate(self.iterate_states()):
-            out[i] = own[found.name][0][:, 0]
-        return out
+        rows = [own[found.name][0][:, 0] for own in self.iterate_states()]
+        shape = (0, found.kept, states.groups * found.size)
+        return np.stack(rows) if rows else np.empty(shape, self.run["storage"])
 
     def state_frames(self, name: str, member: str | None = None) -> np.ndarray:
         """Return the frames of a member's hidden states, of one clip.

@@ -67,6 +67,20 @@ class MemberStates(NamedTuple):
         """K."""
         return max(1, len(self.states))
 
+    def is_sound(self, *, bases: bool) -> bool:
+        """Whether all values are of a kind that can be; with frame rates of means, or without."""
+        counts = _is_count(self.num_states, 0) and _is_count(self.size, 1) and _is_count(self.pooled_size, 0)
+        chosen = counts and all(_is_count(state, 0) and state < self.num_states for state in self.states)
+        grids = (self.grid, self.scene_grid, *self.bases)
+        return (
+            isinstance(self.name, str)
+            and chosen
+            and bool(self.states) == bool(self.num_states)
+            and bool(self.bases) == bases
+            and all(_is_count(grid.sample_rate, 1) and _is_count(grid.hop, 1) for grid in grids)
+            and all(_is_count(grid.window, 0) and isinstance(grid.offset, (int, float)) for grid in grids)
+        )
+
 
 class States(NamedTuple):
     """What a store has of hidden states.
@@ -97,15 +111,29 @@ class States(NamedTuple):
         Raises:
             StoreError: there is none.
         """
-        try:
-            content = run["states"]
-            members = tuple(_from_json(member) for member in content["members"])
-            return cls(str(content["of"]), int(content["groups"]), members)
-        except (KeyError, TypeError, ValueError):
+        if "states" not in run:
             raise StoreError(
                 "expected a store with hidden states, found one without: gura-jax embed --states mean (or frames) "
                 "writes them"
+            )
+        try:
+            content = run["states"]
+            members = tuple(_from_json(member) for member in content["members"])
+            found = cls(content["of"], content["groups"], members)
+            if not found.is_sound:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise StoreError(
+                "run.json: expected the description of hidden states that gura-jax embed writes, found a damaged one"
             ) from None
+        return found
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all values are of a kind that can be."""
+        if self.of not in ("mean", "frames") or not _is_count(self.groups, 1) or not self.members:
+            return False
+        return all(member.is_sound(bases=self.of == "mean") for member in self.members)
 
     def as_json(self) -> dict[str, Any]:
         """Return what ``run.json`` has."""
@@ -195,6 +223,10 @@ class States(NamedTuple):
     def frames_of(self) -> Sequence[str]:
         """The members whose frames are kept; none of means."""
         return [member.name for member in self.members] if self.of == "frames" else []
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _described(kept: Kept) -> MemberStates:

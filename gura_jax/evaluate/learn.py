@@ -5,9 +5,11 @@ chosen on the validation splits; test scores are reported, and choose nothing.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,8 @@ from gura_jax.evaluate.probes import Mixer
 from gura_jax.evaluate.protocol import Protocol, evaluate_task
 from gura_jax.evaluate.statistics import Difference, compare, holm
 from gura_jax.evaluate.task import Task
-from gura_jax.files import open_folder, write_file
+from gura_jax.files import is_plain_name, open_folder, write_file
+from gura_jax.fusion import COMBINATIONS, Keep, kept_members
 from gura_jax.systems import Member, System, write_system
 
 EQUAL, LAYERS, JOINT, ATTENTION = "equal", "layers", "joint", "attention"
@@ -105,17 +108,40 @@ def learn(
         seeds: of the probes, at least one.
 
     Raises:
-        InputError: an event task, or one that cannot be embedded or trained on.
+        InputError: an event task, one that cannot be embedded or trained on, or a system whose states cannot be mixed.
         StoreError: the folder cannot be written, or the members' states cannot be mixed.
     """
     if task.embedding != "scene":
         raise InputError(f"{task.name}: expected a task with scene embeddings, found one with timestamps")
+    _check(source)
     states = dataclasses.replace(source, learned=True)
     (part,) = states.parts(task)
     folder = out / "embeddings" / part.name / task.name
     states.load(part)(task, folder)
     study = _Study(task, source.system, EmbeddingStore(folder), out, benchmark, protocol, seeds)
     return study.run()
+
+
+def _check(source: SystemEmbeddings) -> None:
+    """Refuse a system whose hidden states cannot be mixed, before it takes its time.
+
+    Raises:
+        InputError: says why.
+    """
+    system, members = source.system, source.outline.fusion.members
+    if system.scene_groups != 1:
+        raise InputError(f"{system.name}: expected scene_groups = 1, found {system.scene_groups}")
+    sizes = {m.name: m.encoder.pooled_size if m.scene == "pooled" else m.encoder.feature_size for m in members}
+    if system.feature_size is None and len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(f"{system.name}: expected members of one size, found {told}: set feature_size")
+    kept_members(source.outline.fusion, Keep("mean"))
+    for name in sizes:
+        if name in (EQUAL, LAYERS, JOINT, ATTENTION) or "+" in name or not is_plain_name(name):
+            raise InputError(
+                f"{system.name}: member {name!r}: expected a name that a folder can have, without '+', and none of "
+                f"{EQUAL}, {LAYERS}, {JOINT}, {ATTENTION}: give the member another name"
+            )
 
 
 class _Study:
@@ -138,22 +164,23 @@ class _Study:
         train = {task.clip_id(split, file) for split in task.folds[0].train for file in task.clips[split]}
         rows = [i for i, name in enumerate(store.ids) if name in train]
         self.groups = [len(list(own)) for _, own in itertools.groupby(self.fuser.token_names, key=lambda t: t[0])]
-        # Of one size each, as layers and members differ in theirs by orders of magnitude; alone in a group it is moot.
-        scales = 1 / np.maximum(np.sqrt(np.square(tokens[rows]).mean((0, 2), dtype=np.float64)), 1e-12)
-        self.scales = scales  # [N]
-        self.scaled = tokens * scales[:, None].astype(np.float32)
+        self.tokens = tokens
+        sizes = np.maximum(np.sqrt(np.square(tokens[rows]).mean((0, 2), dtype=np.float64)), 1e-12)  # [N]
+        # Hidden states differ in size by orders of magnitude: those of a member get its own, all together get 1.
+        owns = [np.sqrt(np.square(own).mean()) / own for own in np.split(sizes, np.cumsum(self.groups)[:-1])]
+        self.scales = {LAYERS: np.concatenate(owns), JOINT: 1 / sizes, ATTENTION: 1 / sizes}  # [N] each
         self.maximize = True
         self.results: dict[str, dict[str, Any]] = {}
 
     def run(self) -> Learned:
         self._score(Way(EQUAL, lambda: self._scenes(self.system), None, self.system))
-        sizes, size = tuple(self.groups), self.scaled.shape[2]
+        sizes, size = tuple(self.groups), self.tokens.shape[2]
         for name, mixer in (
-            (LAYERS, Mixer(sizes)),
+            (LAYERS, Mixer(sizes, averaged=COMBINATIONS[self.system.combination].joins is None)),
             (JOINT, Mixer((sum(sizes),))),
-            (ATTENTION, Mixer((sum(sizes),), HEADS if size % HEADS == 0 else 1)),
+            (ATTENTION, Mixer((sum(sizes),), heads=HEADS if size % HEADS == 0 else 1)),
         ):
-            self._score(Way(name, self._tokens, mixer, None))
+            self._score(Way(name, functools.partial(self._scaled, self.scales[name]), mixer, None))
         subsets = {_subset_name(own): own for own in self._search()}
         without = {member.name: self._without(member) for member in self.system.members if len(self.groups) > 1}
         for own in without.values():
@@ -194,8 +221,9 @@ class _Study:
     def _scenes(self, system: System) -> Mapping[str, np.ndarray]:
         return dict(zip(self.store.ids, fuse_scenes(self.store, system), strict=True))
 
-    def _tokens(self) -> Mapping[str, np.ndarray]:
-        return dict(zip(self.store.ids, self.scaled.reshape(len(self.scaled), -1), strict=True))
+    def _scaled(self, scales: np.ndarray) -> Mapping[str, np.ndarray]:
+        scaled = self.tokens * scales[:, None].astype(np.float32)
+        return dict(zip(self.store.ids, scaled.reshape(len(scaled), -1), strict=True))
 
     def _score(self, way: Way) -> None:
         """Score a way by every seed, or read its scores."""
@@ -236,11 +264,18 @@ class _Study:
         return report.content(found, [Path(self.store.folder)], described)
 
     def _validation(self, name: str) -> float:
-        """Mean validation score, the higher the better."""
-        mean = float(np.mean(self.results[name]["validation"]))
+        """Mean validation score of the folds that define it, the higher the better."""
+        mean = finite_mean(self.results[name]["validation"])
+        if math.isnan(mean):
+            return -math.inf
         return mean if self.maximize else -mean
 
     def _learned(self, subsets: Mapping[str, tuple[Member, ...]], without: Mapping[str, tuple[Member, ...]]) -> Learned:
+        if all(math.isnan(finite_mean(own["validation"])) for own in self.results.values()):
+            raise InputError(
+                f"{self.task.name}: expected a validation split that defines {self.task.metrics[0]} (clips of two "
+                "classes at least), found none"
+            )
         fold = self.task.folds[0]
         clips = [len(self.task.clips[split]) for split in (*fold.train, fold.test)]
         share = clips[-1] / sum(clips[:-1])
@@ -290,7 +325,7 @@ class _Study:
         What is learned for a member without hidden states is no weight of a layer: of one such member the weight
         becomes 1, and those of all others are divided by it, which changes scenes by that factor alone.
         """
-        weights = np.asarray(self.results[name]["weights"]) * self.scales
+        weights = np.asarray(self.results[name]["weights"]) * self.scales[name]
         parts = np.split(weights, np.cumsum(self.groups)[:-1])
         states = [own[0][1] is not None for own in self._names_by_member()]
         fixed = [float(own[0]) for own, has in zip(parts, states, strict=True) if not has]
@@ -314,10 +349,26 @@ def _subset_name(members: Sequence[Member]) -> str:
 
 
 def as_json(learned: Learned) -> dict[str, Any]:
-    """Return what :func:`learn` writes as ``learned.json``."""
+    """Return what :func:`learn` writes as ``learned.json``; null stands for scores that are not defined."""
     results = [result._asdict() | {"gain": result.gain._asdict()} for result in learned.results]
     ablation = {name: gain._asdict() for name, gain in learned.ablation.items()}
-    return learned._asdict() | {"interval": learned.interval._asdict(), "results": results, "ablation": ablation}
+    content = learned._asdict() | {"interval": learned.interval._asdict(), "results": results, "ablation": ablation}
+    return _strict(content)
+
+
+def _strict(value: Any) -> Any:
+    """JSON without NaN and infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _strict(own) for key, own in value.items()}
+    return [_strict(own) for own in value] if isinstance(value, (list, tuple)) else value
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Return the mean of the scores that are defined; NaN if there are none."""
+    found = [value for value in values if math.isfinite(value)]
+    return sum(found) / len(found) if found else math.nan
 
 
 def as_text(learned: Learned) -> str:
@@ -333,11 +384,14 @@ def as_text(learned: Learned) -> str:
         interval = "" if result.name == EQUAL or low is None or high is None else f"{low:+.4f} to {high:+.4f}"
         p = "" if result.p is None else f"{result.p:.3f}"
         marked = " *" if result.name == learned.best else ""
-        validation, test = np.mean(result.validation), np.mean(result.test)
+        validation, test = finite_mean(result.validation), finite_mean(result.test)
         lines.append(
             f"  {result.name:{width}} {validation:10.4f} {test:8.4f} {gain:>8}   {interval:^18} {p:>7}{marked}"
         )
     lines.append("  * best on validation; p: no gain over equal weights, adjusted for the number of tests (Holm)")
+    undefined = sum(not math.isfinite(value) for value in learned.results[0].test)
+    if undefined:
+        lines.append(f"  {undefined} scores are not defined, as of a fold with one class, and are left out")
     for name, own in learned.ablation.items():
         interval = "" if own.low is None or own.high is None else f" ({own.low:+.4f} to {own.high:+.4f})"
         lines.append(f"  gained from {name}: {own.mean:+.4f}{interval}")

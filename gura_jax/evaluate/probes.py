@@ -52,11 +52,13 @@ class Mixer(NamedTuple):
     Attributes:
         groups: tokens of each group; all are of one size F. Each group becomes its weighted sum, whose weights are a
             learned softmax (as SUPERB weighs layers; Yang et al., 2021), and the sums follow one another.
+        averaged: their mean, in place of the sums one after the other.
         heads: of attention, in place of the sums: each head pools its part of the features of all tokens by a learned
             query (multi-head attention pooling). 0: none.
     """
 
     groups: tuple[int, ...]
+    averaged: bool = False
     heads: int = 0
 
     @property
@@ -66,13 +68,14 @@ class Mixer(NamedTuple):
 
     def features(self, size: int) -> int:
         """Number of features that tokens of a size become."""
-        return size if self.heads else size * len(self.groups)
+        return size if self.heads or self.averaged else size * len(self.groups)
 
     def init(self, size: int) -> dict[str, Any]:
         """Arrays for tokens of a size."""
         if self.heads:
             return {"query": np.zeros((self.heads, size // self.heads), np.float32)}
-        return {"states": tuple(np.zeros(tokens, np.float32) for tokens in self.groups)}
+        name = "averaged" if self.averaged else "states"
+        return {name: tuple(np.zeros(tokens, np.float32) for tokens in self.groups)}
 
 
 class Probes(NamedTuple):
@@ -80,8 +83,8 @@ class Probes(NamedTuple):
 
     Attributes:
         params: ``hidden``, for each layer weight [P, D, H], bias, scale and shift [P, H]; ``projection``, weight
-            [P, H, C] and bias [P, C]; and where tokens are mixed ``states``, for each group the logits [P, K] of their
-            weights, or ``query`` [P, heads, F / heads].
+            [P, H, C] and bias [P, C]; and where tokens are mixed ``states`` or ``averaged``, for each group the logits
+            [P, K] of their weights, or ``query`` [P, heads, F / heads].
         stats: for each hidden layer, mean and var [P, H].
     """
 
@@ -186,15 +189,21 @@ def mixed(params: Any, x: jax.Array) -> jax.Array:
         tokens = x.reshape(len(x), -1, heads, size)
         scores = jnp.einsum("bnhd,hd->bnh", tokens, params["query"]) / math.sqrt(size)
         return jnp.einsum("bnhd,bnh->bhd", tokens, jax.nn.softmax(scores, axis=1)).reshape(len(x), -1)
-    if "states" not in params:
+    logits = group_logits(params)
+    if not logits:
         return x
-    weights = [jax.nn.softmax(group) for group in params["states"]]
+    weights = [jax.nn.softmax(group) for group in logits]
     tokens = x.reshape(len(x), sum(map(len, weights)), -1)
     sums, start = [], 0
     for own in weights:
         sums.append(jnp.einsum("bkd,k->bd", tokens[:, start : start + len(own)], own))
         start += len(own)
-    return jnp.concatenate(sums, axis=-1)
+    return sum(sums[1:], start=sums[0]) / len(sums) if "averaged" in params else jnp.concatenate(sums, axis=-1)
+
+
+def group_logits(params: Any) -> tuple[jax.Array, ...]:
+    """Return the logits of the weights of each group of tokens; none where there are no such weights."""
+    return params.get("states", params.get("averaged", ()))
 
 
 def _row(x: jax.Array) -> jax.Array:

@@ -151,8 +151,8 @@ def evaluate_task(
         training = _Training(task, data, fold, protocol, orders, mixer)
         (fit,) = training.fit([points[best]], keys[number, :1])
         folds[fold.test] = training.test(fit)
-    states = fitted[best].probe.params.get("states", ())
-    weights = tuple(float(weight) for group in states for weight in jax.nn.softmax(group[0]))
+    logits = probes.group_logits(fitted[best].probe.params)
+    weights = tuple(float(weight) for group in logits for weight in jax.nn.softmax(group[0]))
     return TaskScores(folds, points[best], first.maximize, weights)
 
 

@@ -13,9 +13,9 @@ class Difference(NamedTuple):
     """Paired difference of scores.
 
     Attributes:
-        mean: of the pairs.
-        low, high: confidence interval; None of a single pair.
-        p: of no difference, two-sided; None of a single pair.
+        mean: of the pairs; NaN of none.
+        low, high: confidence interval; None of a single pair, or of pairs that are all the same.
+        p: of no difference, two-sided; None likewise.
     """
 
     mean: float
@@ -28,7 +28,8 @@ def compare(values: Sequence[float], others: Sequence[float] | None, test_share:
     """Compare paired scores by the corrected resampled t-test (Nadeau and Bengio, 2003).
 
     Scores of folds and seeds share most of their training data, so their mean varies more than that of independent
-    ones: the variance of the mean is taken as (1 / n + test / train) of theirs.
+    ones: the variance of the mean is taken as (1 / n + test / train) of theirs. Scores that are not finite, as of a
+    metric that a fold does not define, are left out with their pairs.
 
     Args:
         values: n scores, by seed and fold.
@@ -38,13 +39,12 @@ def compare(values: Sequence[float], others: Sequence[float] | None, test_share:
     from scipy import stats
 
     found = np.asarray(values, np.float64) - (0.0 if others is None else np.asarray(others, np.float64))
-    n, mean = len(found), float(found.mean())
-    if n < 2:
+    found = found[np.isfinite(found)]
+    n, mean = len(found), float(found.mean()) if len(found) else math.nan
+    if n < 2 or np.ptp(found) == 0:  # equal differences, as of few clips, say nothing of their spread
         return Difference(mean, None, None, None)
     error = math.sqrt((1 / n + test_share) * float(found.var(ddof=1)))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
-    if error == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
     return Difference(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1)))
 
 
