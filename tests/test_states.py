@@ -125,7 +125,11 @@ def test_states_of_any_family() -> None:
         np.testing.assert_allclose(found, np.stack([i * wanted for i in (1, 2, 3)]), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("system", FROM_IT, ids=lambda system: system.name)
+@pytest.mark.parametrize(
+    "system",
+    [*FROM_IT[:2], *(pytest.param(system, marks=pytest.mark.slow) for system in FROM_IT[2:])],
+    ids=lambda system: system.name,
+)
 def test_fused_it_is_a_direct_run(system: System, clips: Path, means: Any, frames: Any, tmp_path: Path) -> None:
     direct = embedded(system, clips, tmp_path / "direct", Settings(timestamps=True))
     for store in (means, frames):
