@@ -707,9 +707,9 @@ def mteb(
         str | None, typer.Argument(help="A name from 'gura-jax systems', or a TOML or YAML file.", show_default=False)
     ] = None,
     benchmark: Annotated[
-        str | None, typer.Option("--benchmark", help="A benchmark of MTEB's, as 'MAEB(audio-only)'.")
+        str | None, typer.Option("--benchmark", help="All tasks of a benchmark of MTEB's, as 'MAEB(audio-only)'.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Names of MTEB's tasks: A,B,C.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Instead: names of MTEB's tasks, A,B,C.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for MTEB's files of scores; or to go on in.")] = None,
     weights: WeightsOption = None,
     size: SizeOption = None,
