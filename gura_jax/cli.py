@@ -1091,6 +1091,7 @@ def audit(
 
     if picture is not None:
         report.check_picture(picture)
+    compare.check_files(audio or [])
     bound = compare.PADDING_BOUND if bound is None else bound
     subject = open_subject(model, weights=_parse_weights(weights), size=size)
     clips = compare.read_clips(audio, subject.sample_rate) if audio else compare.synthetic_clips(subject.sample_rate)
