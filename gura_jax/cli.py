@@ -901,6 +901,8 @@ def search(
         raise InputError("--duplicates compares all scenes with each other: expected no queries, --frames or --index")
     if duplicates is None and not queries and not index:
         raise InputError("expected queries, --index to build an index, or --duplicates, found none of them")
+    if index_folder is not None and not index:
+        raise InputError("--index-folder says where the index is: expected --index too, which searches by it")
     embeddings = EmbeddingStore(store)
     planned = range(embeddings.run.get("shards", 0))
     if missing := sum(number not in embeddings.records for number in planned):

@@ -421,6 +421,22 @@ def test_vectors_from_files(tones: Path, tmp_path: Path) -> None:
             read_queries(store, [str(tmp_path / f"{name}.npy")])
 
 
+def test_what_is_wrong_is_found_before_the_search(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it searched")
+
+    monkeypatch.setattr(module, "search", search)
+    monkeypatch.setattr(module, "duplicates", search)
+    for arguments, message in (
+        (
+            ["id:tone 1", "--index-folder", tmp_path / "index"],
+            "--index-folder says where the index is: expected --index",
+        ),
+        (["--duplicates", 0.9, "--index-folder", tmp_path / "index"], "--index-folder says where the index is"),
+    ):
+        assert message in str(searched(tones / "out", *arguments, code=1).exception)
+
+
 def test_a_page_of_matches(tones: Path, tmp_path: Path) -> None:
     page = tmp_path / "deep" / "page.html"
     query = shutil.copy(tones / "audio" / "0.wav", tmp_path / "<b>query.wav")
