@@ -893,10 +893,8 @@ def search(
 ) -> None:
     """Search stored embeddings for the clips most similar to a recording, or for near duplicates."""
     from gura_jax.dataset.reader import EmbeddingStore
-    from gura_jax.search import write_page
+    from gura_jax.search import check_page, write_page
 
-    if out is not None and (out.suffix != ".html" or out.parts[0].removesuffix(":") in SCHEMES):
-        raise InputError(f"--out: expected a page on this machine, PAGE.html, found {out}")
     if duplicates is not None and (queries or frames or index):
         raise InputError("--duplicates compares all scenes with each other: expected no queries, --frames or --index")
     if duplicates is None and not queries and not index:
@@ -904,6 +902,8 @@ def search(
     if index_folder is not None and not index:
         raise InputError("--index-folder says where the index is: expected --index too, which searches by it")
     embeddings = EmbeddingStore(store)
+    if out is not None:
+        check_page(out)
     planned = range(embeddings.run.get("shards", 0))
     if missing := sum(number not in embeddings.records for number in planned):
         print(f"note: {missing} of {len(planned)} shards are not finished, and not searched", file=sys.stderr)

@@ -427,7 +427,12 @@ def test_what_is_wrong_is_found_before_the_search(tones: Path, tmp_path: Path, m
 
     monkeypatch.setattr(module, "search", search)
     monkeypatch.setattr(module, "duplicates", search)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.html").mkdir()
     for arguments, message in (
+        (["id:tone 1", "--out", tmp_path / "file" / "page.html"], "file: expected a folder that can be written to"),
+        (["--duplicates", 0.9, "--out", tmp_path / "file" / "page.html"], "expected a folder that can be written to"),
+        (["id:tone 1", "--out", tmp_path / "folder.html"], "--out: expected a page, found a folder"),
         (
             ["id:tone 1", "--index-folder", tmp_path / "index"],
             "--index-folder says where the index is: expected --index",
