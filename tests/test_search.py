@@ -27,7 +27,7 @@ from gura_jax.dataset.sources import read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Worker, work
 from gura_jax.errors import AudioError, GuraError, InputError, StoreError
-from gura_jax.search import open_index, read_queries
+from gura_jax.search import open_index, read_queries, results
 from gura_jax.search.results import clock
 
 SETTINGS = Settings(timestamps=True, shard_hours=3 / 3600, batch_seconds=2)
@@ -440,6 +440,19 @@ def test_what_is_wrong_is_found_before_the_search(tones: Path, tmp_path: Path, m
         (["--duplicates", 0.9, "--index-folder", tmp_path / "index"], "--index-folder says where the index is"),
     ):
         assert message in str(searched(tones / "out", *arguments, code=1).exception)
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    hostile = "a\x1b[2J\nb\u202ec\u2028d\x9be\udc80"
+    shown = r"a\x1b[2J\nb\u202ec\u2028d\x9be\udc80"
+    hit = results.Hit({"id": hostile}, 0.5, 10.0)
+    plain = results.Hit({"id": "caf\u00e9 \u97f3\u3000\u97f3"}, 0.25)
+    assert list(results.table([results.Result(hostile, [hit, plain])])) == [
+        shown,
+        f"  1   0.5000  {shown}  0:00.01",
+        f"  2   0.2500  {plain.meta['id']}",
+    ]
+    assert list(results.pair_table([results.Result(hostile, [hit])])) == [f" 0.5000  {shown}  {shown}"]
 
 
 def test_a_page_of_matches(tones: Path, tmp_path: Path) -> None:
