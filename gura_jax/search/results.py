@@ -10,7 +10,7 @@ import numpy as np
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.search import Duplicates, Matches
 from gura_jax.dataset.sources import printable
-from gura_jax.search.queries import Query
+from gura_jax.search.queries import Failure, Query
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, bidi's among them, and line breaks
 
@@ -94,6 +94,11 @@ def pairs_as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
         for result in results
         for hit in result.hits
     ]
+
+
+def failed_as_json(failed: Sequence[Failure]) -> list[dict[str, str]]:
+    """Return queries without a vector as JSON has them."""
+    return [{"query": printable(failure.name), "error": printable(str(failure.error))} for failure in failed]
 
 
 def visible(text: str) -> str:
