@@ -707,9 +707,9 @@ def mteb(
         str | None, typer.Argument(help="A name from 'gura-jax systems', or a TOML or YAML file.", show_default=False)
     ] = None,
     benchmark: Annotated[
-        str | None, typer.Option("--benchmark", help="A benchmark of MTEB's, as 'MAEB(audio-only)'.")
+        str | None, typer.Option("--benchmark", help="All tasks of a benchmark of MTEB's, as 'MAEB(audio-only)'.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Names of MTEB's tasks: A,B,C.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Instead: names of MTEB's tasks, A,B,C.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for MTEB's files of scores; or to go on in.")] = None,
     weights: WeightsOption = None,
     size: SizeOption = None,
@@ -897,17 +897,22 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="PAGE.html", help="Write a page that plays the clips.")] = None,
 ) -> None:
-    """Search stored embeddings for the clips most similar to a recording, or for near duplicates."""
-    from gura_jax.dataset.reader import EmbeddingStore
-    from gura_jax.search import write_page
+    """Search stored embeddings for the clips most similar to a recording, or for near duplicates.
 
-    if out is not None and (out.suffix != ".html" or out.parts[0].removesuffix(":") in SCHEMES):
-        raise InputError(f"--out: expected a page on this machine, PAGE.html, found {out}")
+    Exit code 3: some queries failed, the others are done.
+    """
+    from gura_jax.dataset.reader import EmbeddingStore
+    from gura_jax.search import check_page, results, write_page
+
     if duplicates is not None and (queries or frames or index):
         raise InputError("--duplicates compares all scenes with each other: expected no queries, --frames or --index")
     if duplicates is None and not queries and not index:
         raise InputError("expected queries, --index to build an index, or --duplicates, found none of them")
+    if index_folder is not None and not index:
+        raise InputError("--index-folder says where the index is: expected --index too, which searches by it")
     embeddings = EmbeddingStore(store)
+    if out is not None:
+        check_page(out)
     planned = range(embeddings.run.get("shards", 0))
     if missing := sum(number not in embeddings.records for number in planned):
         print(f"note: {missing} of {len(planned)} shards are not finished, and not searched", file=sys.stderr)
@@ -925,19 +930,27 @@ def search(
         for line in outcome.lines:
             print(line)
     print(outcome.about, file=sys.stderr)
-    if out is not None:
+    if out is not None and (outcome.results or not outcome.failed):
         title = f"{system}: search in {store}"
         plays = write_page(outcome.results, title, outcome.about, Path(store), embeddings.run["sample_rate"], out)
         print(f"{plays} sounds play -> {out}", file=sys.stderr)
+    if outcome.failed:
+        print(f"{len(outcome.failed)} queries failed:", file=sys.stderr)
+        for failure in outcome.failed[:FAILURES_SHOWN]:
+            print(f"  {results.visible(str(failure.error))}", file=sys.stderr)
+        if len(outcome.failed) > FAILURES_SHOWN:
+            print(f"  and {len(outcome.failed) - FAILURES_SHOWN} more", file=sys.stderr)
+        raise typer.Exit(EXIT_SOME_INPUTS_FAILED if outcome.results else EXIT_FAILED)
 
 
 class _Outcome(NamedTuple):
-    """Results of a search: for a page, as lines of text, as JSON; and what they are."""
+    """Results of a search: for a page, as lines of text, as JSON; what they are; and queries that failed."""
 
     results: list[Any]
     lines: Iterable[str]
     content: dict[str, Any]
     about: str
+    failed: Sequence[Any] = ()
 
 
 def _duplicates(store: Any, threshold: float, limit: int) -> _Outcome:
@@ -965,7 +978,7 @@ def _matches(
     weights: list[str] | None,
 ) -> _Outcome:
     from gura_jax.dataset.search import search as search_all
-    from gura_jax.search import open_index, read_queries, results
+    from gura_jax.search import Failure, open_index, results, try_queries
 
     content: dict[str, Any] = {"of": of, "metric": "cosine"}
     graph, how = None, "exact search"
@@ -980,15 +993,20 @@ def _matches(
             file=sys.stderr,
         )
         content["index"] = {"folder": str(graph.folder), "vectors": len(graph), "recall": recall._asdict()}
-    asked = read_queries(store, queries, of, _parse_weights(weights))
+    asked, failed = [], []
+    for query in try_queries(store, queries, of, _parse_weights(weights)):
+        if isinstance(query, Failure):
+            failed.append(query)
+        else:
+            asked.append(query)
     vectors, found = [query.vector for query in asked], []
     if graph is not None and asked:
         found = results.of_matches(store, asked, graph.search(vectors, top))
     elif asked:
         with _rows_done("searched", None) as report:
             found = results.of_matches(store, asked, search_all(store, vectors, top, of=of, report=report))
-    content["queries"] = results.as_json(found)
-    return _Outcome(found, results.table(found), content, f"{len(asked)} queries, {len(store)} clips, {how}")
+    content |= {"queries": results.as_json(found), "failed": results.failed_as_json(failed)}
+    return _Outcome(found, results.table(found), content, f"{len(asked)} queries, {len(store)} clips, {how}", failed)
 
 
 @contextlib.contextmanager
@@ -1097,6 +1115,7 @@ def audit(
 
     if picture is not None:
         report.check_picture(picture)
+    compare.check_files(audio or [])
     bound = compare.PADDING_BOUND if bound is None else bound
     subject = open_subject(model, weights=_parse_weights(weights), size=size)
     clips = compare.read_clips(audio, subject.sample_rate) if audio else compare.synthetic_clips(subject.sample_rate)

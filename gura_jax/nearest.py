@@ -137,12 +137,22 @@ def check_queries(queries: Any, size: int) -> np.ndarray:
         raise InputError(f"queries: expected real numbers, found {array.dtype}")
     array = array.astype(np.float64)
     for i, query in enumerate(array):
-        largest = np.abs(query).max()
-        if not largest <= LARGEST:
-            raise InputError(f"queries[{i}]: expected finite numbers, found {query[np.abs(query).argmax()]}")
-        if largest < SMALLEST:
-            raise InputError(f"queries[{i}]: expected a vector with a direction, found zero")
+        check_vector(query, f"queries[{i}]")
     return array
+
+
+def check_vector(vector: np.ndarray, name: str) -> None:
+    """Refuse a vector [D] that has no similarity to others.
+
+    Raises:
+        InputError: it is not finite, or zero; begins with the name.
+    """
+    vector = np.asarray(vector, np.float64)  # the limits are beyond float32's
+    largest = np.abs(vector).max()
+    if not largest <= LARGEST:
+        raise InputError(f"{name}: expected finite numbers, found {vector[np.abs(vector).argmax()]}")
+    if largest < SMALLEST:
+        raise InputError(f"{name}: expected a vector with a direction, found zero")
 
 
 def _tolerance(size: int) -> float:

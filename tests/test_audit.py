@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from gura_jax import Member, System, cli
 from gura_jax.audit import compare, subjects
 from gura_jax.audit.cases import CASES, RATIOS
-from gura_jax.errors import GuraError, InputError, SystemConfigError
+from gura_jax.errors import AudioError, GuraError, InputError, SystemConfigError
 
 FRAME = 400  # samples of a frame of the HEAR module
 
@@ -253,15 +253,34 @@ def test_a_module_that_fails_in_a_batch_is_a_failing_case(module: Any, clips: li
     assert "Traceback" not in told.output
 
 
-def test_clips_that_are_too_short_or_missing_are_failing_cases(module: Any, clips: list[str], tmp_path: Path) -> None:
+def test_clips_that_are_too_short_for_the_model_are_failing_cases(
+    module: Any, clips: list[str], tmp_path: Path
+) -> None:
     soundfile.write(tmp_path / "short.wav", speech(402), SAMPLE_RATE)
     module.embed = lambda audio: spectra(audio)[:, 1:]
-    files = "--audio", tmp_path / "short.wav", "--audio", tmp_path / "none.wav", *clips
-    short, missing, *others = as_json("hear:loud", *files, code=1)["results"]
+    short, *others = as_json("hear:loud", "--audio", tmp_path / "short.wav", *clips, code=1)["results"]
     assert short["clip"].endswith("short.wav")
     assert "finite" in short["problem"]  # the mean of no frames
-    assert "none.wav" in missing["problem"]
     assert {row["passed"] for row in others} == {True}
+
+
+def test_files_that_cannot_be_read_are_no_fault_of_the_models(module: Any, clips: list[str], tmp_path: Path) -> None:
+    """They are errors before it is loaded, or where only decoding tells, before it runs."""
+
+    def called(*arguments: object) -> None:
+        raise AssertionError("the model was asked")
+
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "nan.wav", np.full(SAMPLE_RATE, np.nan), SAMPLE_RATE, subtype="FLOAT")
+    module.embed, load = called, module.load_model
+    for name, message, load_model in (
+        ("none", "no such file", called),
+        ("empty", "cannot be decoded", called),
+        ("nan", "expected finite samples", load),
+    ):
+        module.load_model = load_model
+        with pytest.raises(AudioError, match=rf"{name}\.wav: .*{message}"):
+            audited("hear:loud", *clips, "--audio", tmp_path / f"{name}.wav")
 
 
 def test_a_model_that_is_not_deterministic_is_found_out(module: Any, clips: list[str]) -> None:

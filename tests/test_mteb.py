@@ -421,6 +421,11 @@ def test_list(command: Callable[..., Any]) -> None:
     [
         (["toy"], "expected SYSTEM and --out, or --list"),
         (["toy", "--out", "o"], "expected a benchmark or tasks, found neither"),
+        (
+            ["toy", "--out", "o", "--benchmark", "MAEB(audio-only)", "--tasks", "BeijingOpera"],
+            "expected a benchmark or tasks, found both: pass one of --benchmark and --tasks",
+        ),
+        (["--list", "--benchmark", "MAEB(audio-only)", "--tasks", "BeijingOpera"], "found both"),
         (["toy", "--out", "o", "--tasks", "beijingopra"], "'beijingopra' is not known; did you mean BeijingOpera?"),
         (["toy", "--out", "o", "--tasks", "zzz"], "task 'zzz' is not known; 'gura-jax mteb --list' shows"),
         (["toy", "--out", "o", "--benchmark", "maeb(audio)"], "did you mean MAEB(audio-only)"),

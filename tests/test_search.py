@@ -27,7 +27,7 @@ from gura_jax.dataset.sources import read_inputs
 from gura_jax.dataset.table import Settings
 from gura_jax.dataset.workers import Worker, work
 from gura_jax.errors import AudioError, GuraError, InputError, StoreError
-from gura_jax.search import open_index, read_queries
+from gura_jax.search import open_index, read_queries, results
 from gura_jax.search.results import clock
 
 SETTINGS = Settings(timestamps=True, shard_hours=3 / 3600, batch_seconds=2)
@@ -406,19 +406,97 @@ def test_vectors_from_files(tones: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "wrong.npy", np.ones(5))
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     np.save(tmp_path / "zero.npy", np.zeros(256))
+    np.save(tmp_path / "complex.npy", np.ones(256, complex))
     (tmp_path / "text.npy").write_text("no array")
+    with open(tmp_path / "archive.npy", "wb") as file:
+        np.savez(file, store["tone 5"].scene)
     longer = (tmp_path / "wrong.npy").read_bytes().replace(b"(5,), }          ", b"(500000000000,), }")
     (tmp_path / "longer.npy").write_bytes(longer)  # than the file is, and than memory
     for name, message in (
         ("wrong", "expected vectors of 256 numbers, as the scenes of"),
-        ("objects", "expected an array of numbers"),
-        ("text", "expected an array of numbers"),
-        ("longer", "expected an array of numbers"),
-        ("zero", "queries[0]: expected a vector with a direction, found zero"),
+        ("objects", "expected a .npy file of numbers, found a damaged one, or one of objects"),
+        ("text", "expected a .npy file of numbers, found another file"),
+        ("archive", "expected a .npy file of numbers, found another file"),
+        ("longer", "expected a .npy file of numbers, found a damaged one"),
+        ("complex", "expected a .npy file of real numbers, found complex128"),
+        ("zero", "expected a vector with a direction, found zero"),
         ("none", "cannot be read: No such file"),
     ):
-        with refuses(InputError, f"{name}.npy: ", message):
+        with refuses(InputError, f"{name}.npy: {message}"):
             read_queries(store, [str(tmp_path / f"{name}.npy")])
+
+
+def test_queries_that_fail_are_named_and_the_others_go_on(tones: Path, tmp_path: Path) -> None:
+    scene = EmbeddingStore(tones / "out")["tone 7"].scene
+    np.save(tmp_path / "two.npy", np.stack([np.zeros_like(scene), scene]))
+    np.save(tmp_path / "zero.npy", np.zeros(256))
+    (tmp_path / "text\x1b[31m.wav").write_text("no audio")
+    soundfile.write(tmp_path / "short.wav", np.full(200, 0.1), 16_000)
+    good = [str(tmp_path / "two.npy"), str(tones / "audio" / "2.wav"), "id:tone 4"]
+    bad = [*(str(tmp_path / name) for name in ("zero.npy", "text\x1b[31m.wav", "short.wav", "none.wav")), "id:nobody"]
+    mixed = [bad[0], good[0], *bad[1:3], good[1], *bad[3:], good[2]]
+    page = tmp_path / "page.html"
+    result = searched(tones / "out", *mixed, "--top", 1, "--out", page, code=3)
+    assert result.exit_code == cli.EXIT_SOME_INPUTS_FAILED
+    found = [line.split(maxsplit=2)[2] for line in result.stdout.splitlines() if line.startswith("  1")]
+    assert found == ["tone 7", "tone 2", "tone 4"]
+    assert page.read_text().count("<section>") == 3
+    told = result.stderr[result.stderr.index("6 queries failed:") :].splitlines()[1:]
+    names = [bad[0], f"{good[0]}[0]", *bad[1:]]
+    assert len(told) == 6
+    for line, name in zip(told, names, strict=True):
+        assert line.startswith("  " + name.replace("\x1b", "\\x1b") + ": ")
+    assert told[0].endswith("expected a vector with a direction, found zero")
+
+    content = json.loads(searched(tones / "out", *mixed, "--json", code=3).stdout)
+    assert [each["query"] for each in content["failed"]] == names
+    assert [each["query"] for each in content["queries"]] == [f"{good[0]}[1]", *good[1:]]
+    page.unlink()
+    result = searched(tones / "out", *bad, "--out", page, code=1)
+    assert result.exit_code == cli.EXIT_FAILED
+    assert not page.exists()
+
+
+def test_frames_that_a_store_does_not_have(made: Path, tmp_path: Path) -> None:
+    embedded(made.parent / "m.jsonl", tmp_path / "scenes", dataclasses.replace(SETTINGS, timestamps=False))
+    np.save(tmp_path / "one.npy", np.ones(3))
+    for query in (tmp_path / "one.npy", "id:clip-000", made.parent / "in" / "clip-000.wav"):
+        error = searched(tmp_path / "scenes", query, "--frames", code=1).exception
+        assert str(error).endswith("expected a store with timestamps, found scene embeddings alone")
+
+
+def test_what_is_wrong_is_found_before_the_search(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it searched")
+
+    monkeypatch.setattr(module, "search", search)
+    monkeypatch.setattr(module, "duplicates", search)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.html").mkdir()
+    for arguments, message in (
+        (["id:tone 1", "--out", tmp_path / "file" / "page.html"], "file: expected a folder that can be written to"),
+        (["--duplicates", 0.9, "--out", tmp_path / "file" / "page.html"], "expected a folder that can be written to"),
+        (["id:tone 1", "--out", tmp_path / "folder.html"], "--out: expected a page, found a folder"),
+        (
+            ["id:tone 1", "--index-folder", tmp_path / "index"],
+            "--index-folder says where the index is: expected --index",
+        ),
+        (["--duplicates", 0.9, "--index-folder", tmp_path / "index"], "--index-folder says where the index is"),
+    ):
+        assert message in str(searched(tones / "out", *arguments, code=1).exception)
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    hostile = "a\x1b[2J\nb\u202ec\u2028d\x9be\udc80"
+    shown = r"a\x1b[2J\nb\u202ec\u2028d\x9be\udc80"
+    hit = results.Hit({"id": hostile}, 0.5, 10.0)
+    plain = results.Hit({"id": "caf\u00e9 \u97f3\u3000\u97f3"}, 0.25)
+    assert list(results.table([results.Result(hostile, [hit, plain])])) == [
+        shown,
+        f"  1   0.5000  {shown}  0:00.01",
+        f"  2   0.2500  {plain.meta['id']}",
+    ]
+    assert list(results.pair_table([results.Result(hostile, [hit])])) == [f" 0.5000  {shown}  {shown}"]
 
 
 def test_a_page_of_matches(tones: Path, tmp_path: Path) -> None:

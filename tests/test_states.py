@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pyarrow import parquet
 from reference import relative, speech
 from toy import ALONE, Toy, contents, write_clips
 
@@ -186,6 +187,19 @@ def test_a_copy_keeps_them(kind: str, tmp_path: Path, request: pytest.FixtureReq
         assert own.keys() == theirs.keys()
         for name in own:
             np.testing.assert_array_equal(own[name][0], theirs[name][0])
+
+
+@pytest.mark.parametrize("kind", ["means", "frames"])
+def test_data_sets_have_no_columns_of_them(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Their rows in the store's files mean nothing without these files."""
+    store: EmbeddingStore = request.getfixturevalue(kind)
+    assert {name for name in store.meta.column_names if "state" in name}
+    export(store, tmp_path / "data", "datasets")
+    names = parquet.read_schema(next((tmp_path / "data" / "data").iterdir())).names
+    kept = ["id", "path", "offset", "duration", "num_samples"]
+    if kind == "frames":
+        kept += ["num_frames", "frame_offset_ms", "frame_hop_ms"]
+    assert sorted(names) == sorted([*kept, "scene"])
 
 
 def test_fusing_goes_on(means: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

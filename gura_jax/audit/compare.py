@@ -1,25 +1,25 @@
 """Each clip alone against the same clip in batches: differences, missing frames, and failures."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from gura_jax.audio import load_audio, synthetic_clip
+from gura_jax.audio import HEAR_RATE, load_audio, probe_audio, synthetic_clip
 from gura_jax.audit.cases import AGAIN, Case
 from gura_jax.audit.subjects import Embedding, Mode, Subject
-from gura_jax.errors import AudioError, GuraError
+from gura_jax.errors import GuraError
 
 PADDING_BOUND = 1e-5  # relative Euclidean: float32 rounding through the deepest encoder stays ten times below
 SECONDS = (2.0, 3.7)  # of the synthetic clips; their batches are of up to 18.5 s
 
 
 class Clip(NamedTuple):
-    """A clip to audit with, or why there is none."""
+    """A clip to audit with."""
 
     name: str
     audio: np.ndarray  # [samples] float32
-    problem: str | None = None
 
 
 class Result(NamedTuple):
@@ -60,15 +60,23 @@ def synthetic_clips(sample_rate: int) -> list[Clip]:
     return [Clip(f"synthetic {seconds:g} s", synthetic_clip(seconds, sample_rate)) for seconds in SECONDS]
 
 
-def read_clips(paths: Sequence[object], sample_rate: int) -> list[Clip]:
-    """Read audio files; what cannot be read becomes a failing case."""
-    clips = []
-    for path in map(str, paths):
-        try:
-            clips.append(Clip(path, load_audio(path, sample_rate=sample_rate)))
-        except AudioError as error:
-            clips.append(Clip(path, np.zeros(0, np.float32), str(error)))
-    return clips
+def check_files(paths: Sequence[Path]) -> None:
+    """Refuse, before a model is loaded, audio files that cannot be opened.
+
+    Raises:
+        AudioError: a file is missing, or is not audio; names it.
+    """
+    for path in paths:
+        probe_audio(path, sample_rate=HEAR_RATE)  # the model's rate is not known yet, and any will do
+
+
+def read_clips(paths: Sequence[Path], sample_rate: int) -> list[Clip]:
+    """Read audio files.
+
+    Raises:
+        AudioError: a file cannot be read: that is no fault of a model's.
+    """
+    return [Clip(str(path), load_audio(path, sample_rate=sample_rate)) for path in paths]
 
 
 def audit(subject: Subject, clips: Sequence[Clip]) -> Iterator[list[Result]]:
@@ -88,7 +96,7 @@ def audit(subject: Subject, clips: Sequence[Clip]) -> Iterator[list[Result]]:
     failed: list[Result] = []
     first = subject.modes[0]
     for clip in clips:
-        found = clip.problem or _try(subject, [clip.audio], 0, first)
+        found = _try(subject, [clip.audio], 0, first)
         if isinstance(found, str):
             failed.append(_result(subject, clip, first, AGAIN)._replace(problem=found))
         else:

@@ -48,6 +48,18 @@ class Duplicates(NamedTuple):
     complete: bool
 
 
+def vector_size(store: "EmbeddingStore", of: Of) -> int:
+    """Return the size of a store's scenes or frames.
+
+    Raises:
+        StoreError: it has no frames.
+    """
+    size = store.run.get("scene_embedding_size" if of == "scenes" else "timestamp_embedding_size")
+    if size is None:
+        raise StoreError(f"{store.folder}: expected a store with timestamps, found scene embeddings alone")
+    return int(size)
+
+
 class StoredVectors:
     """Scenes or frames of a store's clips, in its order, as rows of one matrix [n, D], read from the shards' files.
 
@@ -66,10 +78,7 @@ class StoredVectors:
     def __init__(self, store: "EmbeddingStore", of: Of = "scenes") -> None:
         if of not in get_args(Of):
             raise InputError(f"of: {expected(of, get_args(Of))}")
-        sizes = {"scenes": "scene_embedding_size", "frames": "timestamp_embedding_size"}
-        if store.run.get(sizes[of]) is None:
-            raise StoreError(f"{store.folder}: expected a store with timestamps, found scene embeddings alone")
-        self.store, self.size = store, int(store.run[sizes[of]])
+        self.store, self.size = store, vector_size(store, of)
         self.of: Of = of
         columns = ("shard", "row", "row") if of == "scenes" else ("shard", "frame_start", "num_frames")
         if not len(store):

@@ -93,11 +93,13 @@ def find_tasks(benchmark: str | None, names: Sequence[str] = ()) -> list[Any]:
 
     Args:
         benchmark: its name, or None.
-        names: of tasks.
+        names: of tasks, without a benchmark.
 
     Raises:
-        InputError: an unknown name, no name, or a task of another modality than audio.
+        InputError: an unknown name, neither or both, or a task of another modality than audio.
     """
+    if benchmark is not None and names:
+        raise InputError("expected a benchmark or tasks, found both: pass one of --benchmark and --tasks")
     tasks: dict[str, Any] = {}
     if benchmark is not None:
         tasks = {task.metadata.name: task for task in _benchmark(benchmark).tasks}

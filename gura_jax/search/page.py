@@ -12,7 +12,8 @@ from gura_jax.audio import resample
 from gura_jax.dataset.columns import describes_clip
 from gura_jax.dataset.preview import PREVIEW_RATE, clip_mp3, mp3
 from gura_jax.dataset.sources import printable
-from gura_jax.errors import AudioError
+from gura_jax.errors import AudioError, InputError
+from gura_jax.objects import SCHEMES
 from gura_jax.search.results import Hit, Result, clock
 
 CLIP_SECONDS = 10.0  # of each clip
@@ -34,6 +35,20 @@ audio { width: 100%; height: 34px; } section > audio { max-width: 420px; }
 """
 
 
+def check_page(path: Path) -> None:
+    """Refuse, before anything is searched, a page that could not be written. Creates its folder.
+
+    Raises:
+        InputError: another suffix, a URL, or the path of a folder.
+        StoreError: its folder cannot be created or written to.
+    """
+    if path.suffix != ".html" or path.parts[0].removesuffix(":") in SCHEMES:
+        raise InputError(f"--out: expected a page on this machine, PAGE.html, found {path}")
+    if files.is_folder(path):
+        raise InputError(f"--out: expected a page, found a folder, {path}")
+    files.open_folder(path.parent)
+
+
 def write_page(results: Sequence[Result], title: str, about: str, folder: Path, sample_rate: int, path: Path) -> int:
     """Write results as a page: each query and its clips, which play.
 
@@ -50,6 +65,7 @@ def write_page(results: Sequence[Result], title: str, about: str, folder: Path, 
         How many sounds play.
 
     Raises:
+        InputError: see :func:`check_page`.
         StoreError: the file cannot be written.
     """
     sounds = _Sounds()
@@ -67,7 +83,7 @@ def write_page(results: Sequence[Result], title: str, about: str, folder: Path, 
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_text(title)}</h1>\n<p>{_text(about)}</p>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
-    files.open_folder(path.parent)
+    check_page(path)
     files.write_file(path.parent, path.name, page.encode())
     return sounds.playing
 

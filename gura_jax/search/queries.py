@@ -1,20 +1,21 @@
 """Queries of a search: recordings, embedded by the system that the store was made with; vectors; clips of the store."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 from gura_jax.audio import load_segments
 from gura_jax.dataset.identity import as_json, describe_system, differences
 from gura_jax.dataset.reader import EmbeddingStore
-from gura_jax.dataset.search import Of
+from gura_jax.dataset.search import Of, vector_size
 from gura_jax.dataset.sources import open_clip
 from gura_jax.errors import AudioError, InputError, StoreError
 from gura_jax.loading import Weights, find_encoder, load_model
 from gura_jax.model import Model
-from gura_jax.nearest import check_queries
+from gura_jax.nearest import check_vector
 from gura_jax.systems import SYSTEMS, Member, System
 
 ID = "id:"  # begins a query that is a clip of the store
@@ -37,6 +38,18 @@ class Query(NamedTuple):
     clip: int | None = None
 
 
+class Failure(NamedTuple):
+    """A query that has no vector.
+
+    Attributes:
+        name: as it was given.
+        error: begins with the name.
+    """
+
+    name: str
+    error: InputError | AudioError
+
+
 def read_queries(
     store: EmbeddingStore, given: Sequence[str], of: Of = "scenes", weights: Weights = "pretrained"
 ) -> list[Query]:
@@ -55,17 +68,46 @@ def read_queries(
         AudioError: a recording that cannot be read, or is shorter than the system's shortest clip.
         StoreError: the system or its weights are not those that the store was made with.
     """
-    model: Model | None = None
     queries: list[Query] = []
-    for text in given:
-        if text.startswith(ID):
-            queries.append(_of_clip(store, text, of))
-        elif text.lower().endswith(VECTORS):
-            queries += _of_file(store, text, of)
-        else:
-            model = model or load_system(store, weights)
-            queries.append(_of_recording(model, text, of))
+    for found in try_queries(store, given, of, weights):
+        if isinstance(found, Failure):
+            raise found.error
+        queries.append(found)
     return queries
+
+
+def try_queries(
+    store: EmbeddingStore, given: Sequence[str], of: Of = "scenes", weights: Weights = "pretrained"
+) -> Iterator[Query | Failure]:
+    """Make a vector of each query, or say why it has none; as :func:`read_queries`, of which the arguments are.
+
+    Raises:
+        StoreError: the store has no frames, or the system or its weights are not those that it was made with.
+    """
+    size = vector_size(store, of)
+    model: Model | None = None
+    for text in given:
+        if not text.startswith(ID) and not text.lower().endswith(VECTORS):
+            model = model or load_system(store, weights)
+        try:
+            if text.startswith(ID):
+                found = [_of_clip(store, text, of)]
+            elif model is None or text.lower().endswith(VECTORS):
+                found = _of_file(store, text, size, of)
+            else:
+                found = [_of_recording(model, text, of)]
+        except (InputError, AudioError) as error:
+            yield Failure(text, error)
+        else:
+            yield from map(_checked, found)
+
+
+def _checked(query: Query) -> Query | Failure:
+    try:
+        check_vector(query.vector, query.name)
+    except InputError as error:
+        return Failure(query.name, error)
+    return query
 
 
 def _of_clip(store: EmbeddingStore, text: str, of: Of) -> Query:
@@ -75,31 +117,34 @@ def _of_clip(store: EmbeddingStore, text: str, of: Of) -> Query:
     clip = store[name]
     vector = clip.scene
     if of == "frames":
-        if clip.frames is None:
-            raise StoreError(f"{store.folder}: expected a store with timestamps, found scene embeddings alone")
+        if clip.frames is None or not len(clip.frames):
+            raise InputError(f"{text}: expected a clip with frames, found none")
         vector = clip.frames.mean(axis=0, dtype=np.float64)
     return Query(text, np.asarray(vector), clip=store.ids.index(name))
 
 
-def _of_file(store: EmbeddingStore, text: str, of: Of) -> list[Query]:
-    size = store.run["scene_embedding_size" if of == "scenes" else "timestamp_embedding_size"]
+def _of_file(store: EmbeddingStore, text: str, size: int, of: Of) -> list[Query]:
     try:
-        array = np.load(text, mmap_mode="r", allow_pickle=False)  # mapped: a wrong header reserves no memory
+        with open(text, "rb") as file:
+            magic = file.read(len(MAGIC_PREFIX))
+        # Mapped: a wrong header reserves no memory. Without the magic bytes, NumPy takes it for a pickle or an archive.
+        array = np.load(text, mmap_mode="r", allow_pickle=False) if magic == MAGIC_PREFIX else None
     except OSError as error:
         raise InputError(f"{text}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{text}: expected an array of numbers, as numpy.save writes it, found: {error}") from None
+    except (ValueError, EOFError, OverflowError):
+        # NumPy's own message is left out: it can advise to unpickle the file.
+        raise InputError(f"{text}: expected a .npy file of numbers, found a damaged one, or one of objects") from None
+    if array is None:
+        raise InputError(f"{text}: expected a .npy file of numbers, found another file")
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{text}: expected a .npy file of real numbers, found {array.dtype}")
     rows = array[None] if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != size or not len(rows):
         raise InputError(
             f"{text}: expected vectors of {size} numbers, as the {of} of {store.folder}, found {list(array.shape)}"
         )
-    try:
-        vectors = check_queries(rows, size)
-    except InputError as error:
-        raise InputError(f"{text}: {error}") from None
     names = [text] if array.ndim == 1 else [f"{text}[{i}]" for i in range(len(rows))]
-    return [Query(name, vector) for name, vector in zip(names, vectors, strict=True)]
+    return [Query(name, vector) for name, vector in zip(names, rows.astype(np.float64), strict=True)]
 
 
 def _of_recording(model: Model, text: str, of: Of) -> Query:

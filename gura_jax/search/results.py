@@ -1,6 +1,7 @@
 """Results of a search: as a table, as JSON, and as what a page shows."""
 
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import numpy as np
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.search import Duplicates, Matches
 from gura_jax.dataset.sources import printable
-from gura_jax.search.queries import Query
+from gura_jax.search.queries import Failure, Query
+
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of controls, bidi's among them, and line breaks
 
 
 class Hit(NamedTuple):
@@ -93,22 +96,34 @@ def pairs_as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
+def failed_as_json(failed: Sequence[Failure]) -> list[dict[str, str]]:
+    """Return queries without a vector as JSON has them."""
+    return [{"query": printable(failure.name), "error": printable(str(failure.error))} for failure in failed]
+
+
+def visible(text: str) -> str:
+    """Return a text as a terminal can show it in one line: control characters become escapes, as \\x1b."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _INVISIBLE else c for c in text)
+
+
 def table(results: Sequence[Result]) -> Iterator[str]:
     """Return the lines of a table: each query, and below it rank, similarity, id, and the time of a frame."""
     for result in results:
-        yield printable(result.name)
+        yield visible(result.name)
         rank = len(str(len(result.hits)))
-        width = max((len(hit.meta["id"]) for hit in result.hits), default=0)
-        for i, hit in enumerate(result.hits):
+        ids = [visible(hit.meta["id"]) for hit in result.hits]
+        width = max(map(len, ids), default=0)
+        for i, (name, hit) in enumerate(zip(ids, result.hits, strict=True)):
             time = "" if hit.time is None else f"  {clock(hit.time)}"
-            yield f"  {i + 1:{rank}}  {hit.similarity:7.4f}  {hit.meta['id']:{width}}{time}".rstrip()
+            yield f"  {i + 1:{rank}}  {hit.similarity:7.4f}  {name:{width}}{time}".rstrip()
 
 
 def pair_table(results: Sequence[Result]) -> Iterator[str]:
     """Return the lines of a table of duplicates: similarity, and both ids."""
-    width = max((len(result.name) for result in results), default=0)
-    for result in results:
-        yield f"{result.hits[0].similarity:7.4f}  {result.name:{width}}  {result.hits[0].meta['id']}"
+    names = [visible(result.name) for result in results]
+    width = max(map(len, names), default=0)
+    for name, result in zip(names, results, strict=True):
+        yield f"{result.hits[0].similarity:7.4f}  {name:{width}}  {visible(result.hits[0].meta['id'])}"
 
 
 def clock(milliseconds: float) -> str:

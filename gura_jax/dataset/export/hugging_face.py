@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gura_jax.dataset.columns import READ_COLUMNS, STATE_COLUMNS, STATE_FRAMES
 from gura_jax.dataset.reader import EmbeddingStore
 
 ROW_GROUP = 256  # clips
+_PLACES = {*READ_COLUMNS, *STATE_COLUMNS, "frame_start"}  # of rows in the store's files, which are not written here
 
 
 def write_datasets(store: EmbeddingStore, out: Path, timestamps: bool) -> None:
@@ -20,7 +22,7 @@ def write_datasets(store: EmbeddingStore, out: Path, timestamps: bool) -> None:
     value = pa.from_numpy_dtype(np.dtype(store.run["storage"]))
     schema = pa.schema(
         [
-            *(field for field in store.meta.schema if field.name not in ("shard", "row", "frame_start")),
+            *(field for field in store.meta.schema if _describes(field.name)),
             pa.field("scene", pa.list_(value, store.run["scene_embedding_size"])),
             *([pa.field("frames", pa.list_(pa.list_(value)))] if timestamps else []),
         ]
@@ -36,6 +38,11 @@ def write_datasets(store: EmbeddingStore, out: Path, timestamps: bool) -> None:
                 if timestamps:
                     arrays.append(_nested([clip.frames for clip in group if clip.frames is not None]))
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _describes(column: str) -> bool:
+    """Whether a column says something of what is written here."""
+    return column not in _PLACES and not column.startswith(STATE_FRAMES)
 
 
 def _nested(frames: list[np.ndarray]) -> "object":
