@@ -93,6 +93,15 @@ def test_rows_without_a_name_or_without_bytes(tmp_path: Path) -> None:
     assert set(EmbeddingStore(tmp_path / "out").ids) == {"clip-000.flac", "t#1", "clip-002.flac"}
 
 
+def test_columns_with_names_of_the_store(tmp_path: Path) -> None:
+    """They are renamed, and the store can be opened."""
+    path = write(tmp_path / "t.parquet", clips(2), columns={"row": [7, 8], "shard": ["x", "y"]})
+    embedded(path, tmp_path / "out", SETTINGS)
+    store = EmbeddingStore(tmp_path / "out")
+    found = {clip.meta["id"]: (clip.meta["row_row"], clip.meta["row_shard"]) for clip in store}
+    assert found == {"clip-000.flac": (7, "x"), "clip-001.flac": (8, "y")}
+
+
 def test_each_group_of_rows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although clips are sorted by length and decoded by several threads; once for the plan, once for the run."""
     path = write(tmp_path / "t.parquet", clips(24), group=4)
