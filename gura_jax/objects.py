@@ -91,12 +91,18 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        raise InputError(f"{kind}://...: expected a URL, found one that is none: {error}") from None
+    except ValueError:  # its text repeats what may be a part of a password
+        parts = None
+    if parts is None or (":" in parts.netloc and "@" not in parts.netloc and kind not in ("http", "https")):
+        raise InputError(
+            f"{kind}://...: expected a URL, found one whose host or port is none (not shown): credentials are taken "
+            "from the environment"
+        )
     secret = _SIGNED.search(url) or (kind in ("http", "https") and (parts.query or parts.fragment))
     if "@" in parts.netloc or secret:
+        shown = parts.path.split("&")[0].rpartition("@")[2]
         raise InputError(
-            f"{kind}://...{parts.path.split('&')[0]}: expected a URL without user, password, query or fragment in it, "
+            f"{kind}://...{shown}: expected a URL without user, password, query or fragment in it, "
             "found one with (not shown): credentials are taken from the environment, as the store's own tools do"
         )
     if not parts.netloc:
@@ -119,7 +125,9 @@ def check_place(text: str) -> str:
         InputError: a URL with one slash, which would be a local path.
     """
     if match := _ONE_SLASH.match(text):
-        raise InputError(f"{text}: expected a path or a URL, found one slash after {match[1]}: write {match[1]}://")
+        raise InputError(
+            f"{match[1]}:/...: expected a path or a URL, found one slash after {match[1]}: write {match[1]}://"
+        )
     return text
 
 
@@ -189,7 +197,7 @@ def why(error: BaseException) -> str:
     name = type(error).__name__
     if name in _REASONS:
         return _REASONS[name]
-    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))  # credentials of an endpoint are not repeated
+    text = re.sub(r"//\S*@", "//", " ".join(str(error).split()))  # credentials of an endpoint are not repeated
     for part, words in _KINDS.items():
         if part in text:
             return words
