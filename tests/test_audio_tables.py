@@ -148,7 +148,7 @@ def test_a_run_that_is_interrupted(tmp_path: Path) -> None:
 def test_tables_that_are_refused(tmp_path: Path) -> None:
     two = pa.table({"a": pa.array(clips(1), AUDIO), "b": pa.array(clips(1), AUDIO)})
     parquet.write_table(two, tmp_path / "two.parquet")
-    with refuses(InputError, "two.parquet: expected the columns id and path"):
+    with refuses(InputError, "two.parquet: expected one column of audio", "found the columns a, b"):
         read_inputs([tmp_path / "two.parquet"])
     write(tmp_path / "some" / "a.parquet", clips(1))
     parquet.write_table(two, tmp_path / "some" / "b.parquet")
@@ -166,6 +166,26 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
         open_clip("parquet://0//none.parquet!0/a.wav")
     with refuses(AudioError, "expected a Parquet table, found one that is damaged"):
         open_clip(f"parquet://9/{tmp_path}/some/a.parquet!0/a.wav")
+
+
+@pytest.mark.parametrize("content", [b"PAR1", None])
+def test_a_bad_table_before_good_ones(tmp_path: Path, content: bytes | None) -> None:
+    """One that is damaged, or has no audio: the others are read."""
+    write(tmp_path / "in" / "b.parquet", clips(2))
+    parquet.write_table(pa.table({"x": [1]}), tmp_path / "in" / "a.parquet")
+    if content is not None:
+        (tmp_path / "in" / "a.parquet").write_bytes(content)
+    (failure,) = embedded(tmp_path / "in", tmp_path / "out", SETTINGS).failed
+    assert failure.id.endswith("a.parquet")
+    assert sorted(EmbeddingStore(tmp_path / "out").ids) == ["clip-000.flac", "clip-001.flac"]
+
+
+def test_columns_that_differ_from_table_to_table(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", clips(1), columns={"x": [1]})
+    write(tmp_path / "b.parquet", clips(1, 1), columns={"x": ["one"]})
+    for given in ([tmp_path], [f"{tmp_path}/*.parquet"], [tmp_path / "a.parquet", tmp_path / "b.parquet"]):
+        with refuses(InputError, "expected inputs whose columns are of the same types, found: "):
+            read_inputs(given)
 
 
 def test_a_table_that_is_damaged_after_the_plan(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
+from pyarrow import parquet
 from refusals import refuses
 from toy import contents, embedded, opened, write_clips
 
@@ -191,6 +193,23 @@ def test_of_several_archives_the_others_go_on(tmp_path: Path) -> None:
     assert failure.id.endswith("b.tar")
     assert "found one that is cut within 'x.wav'" in failure.reason
     assert EmbeddingStore(tmp_path / "out").ids == ["a/x.wav", "c/x.wav"]
+
+
+def test_a_folder_of_several_kinds(tmp_path: Path, cache: Path) -> None:
+    """All are read; what cannot be is named."""
+    noise = write_clips(tmp_path / "clips", [0.5])[0].read_bytes()
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.tar", "b.tar.gz", "deep/c.tgz", "d.TAR", "e.tar.xz"):
+        packed = pack(folder / name, [("x.wav", noise)])
+        if name.endswith("gz"):
+            packed.write_bytes(gzip.compress(packed.read_bytes()))
+    audio = pa.array([{"bytes": noise, "path": "t.wav"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"audio": audio}), folder / "t.parquet")
+    (failure,) = embedded(folder, tmp_path / "out", Settings(batch_seconds=2)).failed
+    assert failure.id.endswith("e.tar.xz")
+    assert "found one compressed otherwise" in failure.reason
+    assert set(EmbeddingStore(tmp_path / "out").ids) == {"a/x.wav", "b/x.wav", "c/x.wav", "d/x.wav", "t.wav"}
 
 
 def test_archives_of_an_enemy(tmp_path: Path) -> None:

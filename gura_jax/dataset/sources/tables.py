@@ -10,7 +10,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.dataset.columns import is_written
@@ -31,15 +31,19 @@ class AudioTable(Container):
     """A table, or a pattern of tables; ids are the names that the column of audio has. Other columns are kept."""
 
     scheme = "parquet"
+    suffixes = (SUFFIX,)
     unit = r"^parquet://\d+/.+?\.parquet!"
 
     def recognises(self, given: str) -> bool:
-        if not given.endswith(SUFFIX):
-            return False
         try:
-            return all(_audio_column(_schema(path)) is not None for path in containers(given)[:1])
+            return given.endswith(SUFFIX) and bool(self.own(containers(given)))
         except (OSError, ValueError):
             return False  # a manifest's error says what it is
+
+    def own(self, paths: Sequence[str]) -> list[str]:
+        """All tables, if any has audio: others beside it are refused when they are read."""
+        tables = [path for path in paths if path.endswith(SUFFIX)]
+        return tables if any(map(_has_audio, tables)) else []
 
     def read(self, path: str) -> "pa.Table | None":
         return _rows(path)
@@ -70,17 +74,34 @@ def _schema(path: str) -> "pa.Schema":
         return parquet.read_schema(file)
 
 
-def _audio_column(schema: "pa.Schema") -> str | None:
-    """The column of audio: what Hugging Face's metadata say, else one with ``bytes`` inside. Several: ``audio``."""
+def _has_audio(path: str) -> bool:
+    """Whether a file is a table with one column of audio, or several; not a manifest, which may have such columns."""
     import pyarrow as pa
 
-    found = [
+    try:
+        schema = _schema(path)
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    manifest = {"id", "path"} <= set(schema.names)
+    return _audio_column(schema) is not None or (not manifest and bool(_audio_columns(schema)))
+
+
+def _audio_columns(schema: "pa.Schema") -> list[str]:
+    """The columns with ``bytes`` inside."""
+    import pyarrow as pa
+
+    return [
         field.name
         for field in schema
         if pa.types.is_struct(field.type)
         and (index := field.type.get_field_index("bytes")) >= 0
         and (pa.types.is_binary(kind := field.type.field(index).type) or pa.types.is_large_binary(kind))
     ]
+
+
+def _audio_column(schema: "pa.Schema") -> str | None:
+    """The column of audio: what Hugging Face's metadata say, else one with ``bytes`` inside. Several: ``audio``."""
+    found = _audio_columns(schema)
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         said = [name for name in found if features[name]["_type"] == "Audio"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from gura_jax.dataset.sources.containers import Container, open_container
 from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.gzips import RATIO, Gzip
-from gura_jax.dataset.sources.source import Options, clip_table
+from gura_jax.dataset.sources.source import clip_table
 from gura_jax.errors import AudioError, InputError
 from gura_jax.files import PositionedFile
 
@@ -31,19 +31,17 @@ class Tar(Container):
 
     scheme = "tar"
     distinct = False
+    suffixes = (".tar", *GZIPPED, *REFUSED)
 
     def recognises(self, given: str) -> bool:
-        return given.lower().endswith((".tar", *GZIPPED, *REFUSED)) and not os.path.isdir(given)
-
-    def table(self, given: str, options: Options) -> "pa.Table | None":
-        if given.lower().endswith(REFUSED):
-            raise InputError(
-                f"{given}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
-                "start: decompress it first"
-            )
-        return super().table(given, options)
+        return given.lower().endswith(self.suffixes) and not os.path.isdir(given)
 
     def read(self, path: str) -> "pa.Table | None":
+        if path.lower().endswith(REFUSED):
+            raise InputError(
+                f"{path}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
+                "start: decompress it first"
+            )
         return _members(path)
 
     def open_clip(self, path: str, version: str | None) -> BinaryIO:
