@@ -188,6 +188,18 @@ def test_columns_that_differ_from_table_to_table(tmp_path: Path) -> None:
             read_inputs(given)
 
 
+@pytest.mark.parametrize("name", ["audio", "x"])
+def test_a_column_twice(tmp_path: Path, name: str) -> None:
+    audio = pa.array(clips(1), AUDIO)
+    values = {"audio": audio, "x": pa.array([1])}
+    twice = pa.Table.from_arrays([audio, values["x"], values[name]], ["audio", "x", name])
+    write(tmp_path / "a.parquet", clips(1, 1))
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with refuses(InputError, f"b.parquet: expected each column once, found more of {name}"):
+        read_inputs([tmp_path / "b.parquet"])
+    assert read_inputs([tmp_path])["id"].to_pylist() == ["clip-001.flac", str(tmp_path / "b.parquet")]
+
+
 def test_a_table_that_is_damaged_after_the_plan(tmp_path: Path) -> None:
     """Its clips are named, the others are embedded."""
     path = write(tmp_path / "t.parquet", clips(6), compression="none")

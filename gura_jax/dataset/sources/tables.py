@@ -121,6 +121,8 @@ def _rows(path: str) -> "pa.Table | None":
         with open_container(path) as file:
             source = parquet.ParquetFile(file)
             schema = source.schema_arrow
+            if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+                raise InputError(f"{path}: expected each column once, found more of {', '.join(twice)}: rename them")
             audio = _audio_column(schema)
             if audio is None:
                 raise InputError(
