@@ -200,6 +200,13 @@ def test_a_column_twice(tmp_path: Path, name: str) -> None:
     assert read_inputs([tmp_path])["id"].to_pylist() == ["clip-001.flac", str(tmp_path / "b.parquet")]
 
 
+def test_a_column_that_has_the_new_name_of_another(tmp_path: Path) -> None:
+    for names in (("id", "row_id"), ("row_id", "id")):
+        columns = {name: [name] for name in names}
+        (row,) = read_inputs([write(tmp_path / "t.parquet", clips(1), columns=columns)]).to_pylist()
+        assert (row["row_row_id"], row["row_id"]) == ("id", "row_id")
+
+
 def test_a_table_that_is_damaged_after_the_plan(tmp_path: Path) -> None:
     """Its clips are named, the others are embedded."""
     path = write(tmp_path / "t.parquet", clips(6), compression="none")

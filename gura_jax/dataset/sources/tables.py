@@ -150,8 +150,12 @@ def _rows(path: str) -> "pa.Table | None":
         "offset": pa.array([0.0] * len(ids), pa.float64()),
         "duration": pa.nulls(len(ids), pa.float64()),
     }
+    taken = (*columns, *COLUMNS)
     for name in kept:
-        columns[f"row_{name}" if name in (*columns, *COLUMNS) or is_written(name) else name] = rows[name]
+        free = name
+        while free in taken or is_written(free) or (free != name and free in kept):
+            free = f"row_{free}"
+        columns[free] = rows[name]
     return pa.table(columns) if ids else None
 
 
