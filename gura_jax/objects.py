@@ -108,7 +108,7 @@ def check_url(url: str) -> str:
     if not parts.netloc:
         raise InputError(f"{url}: expected a bucket or a host after {kind}://, found none")
     url = url.rstrip("/")
-    key = url[len(bucket(url)) :].strip("/")
+    key = url[len(bucket(url)) + 1 :]
     odd = key and any(part in ("", ".", "..") for part in key.split("/"))
     if odd or not url.isprintable() or " " in parts.netloc:
         raise InputError(

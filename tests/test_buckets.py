@@ -149,6 +149,7 @@ def test_an_object_that_is_replaced_while_it_is_read(bucket: str) -> None:
         ("s3:///a.wav", "expected a bucket or a host after s3://"),
         ("s3://clips/a.wav?X-Amz-Signature=very-secret", "s3://.../a.wav: expected a URL without user"),
         ("s3://clips/a//b.wav", "expected a URL whose parts are names"),
+        ("s3://clips//b.wav", "expected a URL whose parts are names"),
         ("s3://clips/a/../b.wav", "expected a URL whose parts are names"),
         ("s3://clips/a\nb.wav", "expected a URL whose parts are names"),
         ("http://host:99999/a.wav", "http://...: expected a URL, found one whose host or port is none"),
@@ -172,6 +173,8 @@ def test_urls_that_are_refused(url: str, words: str) -> None:
 def test_places_of_stores_that_are_refused(bucket: str) -> None:
     with refuses(InputError, "https://...: expected a folder, or a URL of s3 or gs"):
         find_place("https://host/store")
+    with refuses(InputError, "expected a URL whose parts are names"):
+        find_place(f"{bucket}//store")
     with refuses(StoreError, "s3://nowhere/out: expected a bucket that can be written to", "no such object or bucket"):
         embedded([f"{bucket}/a.wav"], "s3://nowhere/out", SETTINGS)
     with refuses(StoreError, f"{bucket}/nothing: expected a folder of embeddings with a run.json, found none"):
