@@ -71,11 +71,12 @@ class Entry(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Some bytes of an object, its size, and its version where it has one."""
+    """Some bytes of an object, its size, its version where it has one, and when it was changed where that is known."""
 
     content: bytes
     size: int
     version: str | None
+    modified: str | None = None
 
 
 def check_url(url: str) -> str:
@@ -298,7 +299,10 @@ def _read(place: Place, span: tuple[int, int] | None = None, version: str | None
 
     def request() -> Answer:
         answer = _obstore().get(place.store, place.key, options=options)
-        return Answer(bytes(answer.bytes()), int(answer.meta["size"]), answer.meta.get("e_tag"))
+        meta = answer.meta
+        changed = meta["last_modified"]  # 1970: the server does not say it
+        modified = changed.isoformat() if changed.timestamp() else None
+        return Answer(bytes(answer.bytes()), int(meta["size"]), meta.get("e_tag"), modified)
 
     return _requested(request)
 
@@ -440,7 +444,7 @@ class ObjectFile(PositionedFile):
                 raise _as_os_error(error, name) from None
             answer, at = Answer(b"", 0, None), 0  # an empty object has no range
         self._start = at
-        self._block, self.size, self.version = answer
+        self._block, self.size, self.version, self.modified = answer
         self._next = BLOCK_BYTES
 
     def end(self) -> int:

@@ -1,6 +1,7 @@
 """Parquet tables with a column of audio: as datasets writes them, compressed or not, local, in a folder, on the hub."""
 
 import io
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -303,13 +304,18 @@ def test_a_data_set_on_the_hub(hub: hub_server.HubServer, tmp_path: Path) -> Non
     assert Inputs(["hf://datasets/owner/birds"]).signature is not None
 
 
-def test_files_of_a_data_set(hub: hub_server.HubServer, tmp_path: Path) -> None:
-    """Audio files and manifests, too."""
+def test_files_of_a_data_set(hub: hub_server.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audio files, manifests and compressed archives, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "points"))
     home = hub.root / "datasets" / "owner" / "files"
     write_clips(home / "deep", [0.5, 0.7])
     (home / "all.csv").write_text("id,path\na,deep/clip-001.wav\n")
+    with tarfile.open(home / "a.tar.gz", "w:gz") as tar:
+        tar.add(home / "deep" / "clip-001.wav", "x.wav")
     assert read_inputs(["hf://datasets/owner/files"])["id"].to_pylist() == ["deep/clip-000.wav", "deep/clip-001.wav"]
-    assert embedded("hf://datasets/owner/files/all.csv", tmp_path / "out", SETTINGS).done.clips == 1
+    inputs = ["hf://datasets/owner/files/all.csv", "hf://datasets/owner/files/a.tar.gz"]
+    assert embedded(inputs, tmp_path / "out", SETTINGS).done.clips == 2
+    assert len([path for path in (tmp_path / "points" / "gura_jax" / "gzip").iterdir() if path.name[0] != "."]) == 1
 
 
 def test_data_sets_that_are_refused(hub: hub_server.HubServer, tmp_path: Path) -> None:
