@@ -199,6 +199,8 @@ def why(error: BaseException) -> str:
     if name in _REASONS:
         return _REASONS[name]
     text = re.sub(r"//\S*@", "//", " ".join(str(error).split()))  # credentials of an endpoint are not repeated
+    if found := re.search(r'invalid path: Path "(.{1,200}?)" contained', text):
+        return f"the key {found[1]!r}, with an empty part or a dot, which obstore does not list: rename it"
     for part, words in _KINDS.items():
         if part in text:
             return words

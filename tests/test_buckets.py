@@ -521,6 +521,26 @@ def test_a_record_that_cannot_be_read(
     assert stored(OUT) == before
 
 
+def test_a_key_with_an_empty_part(bucket: str, server: str) -> None:
+    """No client of ours writes one, but others do: it is named, and where it was found."""
+    import boto3
+
+    access = environment(server)
+    client = boto3.client(
+        "s3",
+        endpoint_url=server,
+        region_name="us-east-1",
+        aws_access_key_id=access["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=access["AWS_SECRET_ACCESS_KEY"],
+    )
+    client.put_object(Bucket="clips", Key="in/x//b.wav", Body=b"x")
+    try:
+        with refuses(InputError, f"{bucket}/in: expected a bucket that can be listed", "'in/x//b.wav'", "rename it"):
+            read_inputs([f"{bucket}/in"])
+    finally:
+        client.delete_object(Bucket="clips", Key="in/x//b.wav")
+
+
 def test_credentials_of_an_endpoint_are_not_repeated(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     use(monkeypatch, "http://user:very-secret@127.0.0.1:1")
     with pytest.raises(OSError, match="no connection to its server") as failed:
