@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from gura_jax import hub
-from gura_jax.errors import InputError, StoreError
+from gura_jax.errors import InputError, StoreError, reason
 from gura_jax.files import PositionedFile
 
 T = TypeVar("T")
@@ -198,7 +198,7 @@ def why(error: BaseException) -> str:
     name = type(error).__name__
     if name in _REASONS:
         return _REASONS[name]
-    text = re.sub(r"//\S*@", "//", " ".join(str(error).split()))  # credentials of an endpoint are not repeated
+    text = re.sub(r"//\S*@", "//", reason(error))  # credentials of an endpoint are not repeated
     if found := re.search(r'invalid path: Path "(.{1,200}?)" contained', text):
         return f"the key {found[1]!r}, with an empty part or a dot, which obstore does not list: rename it"
     for part, words in _KINDS.items():
@@ -494,8 +494,8 @@ class ObjectFile(PositionedFile):
 
 def cannot_write(url: str, error: BaseException) -> StoreError:
     """Return the error for a prefix that cannot be written to."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else why(error)
+    said = error.strerror if isinstance(error, OSError) and error.strerror else why(error)
     return StoreError(
-        f"{url}: expected a bucket that can be written to, found: {reason}: check its name, the credentials and what "
+        f"{url}: expected a bucket that can be written to, found: {said}: check its name, the credentials and what "
         "they allow (reading, writing, listing and deleting)"
     )

@@ -521,6 +521,13 @@ def test_a_record_that_cannot_be_read(
     assert stored(OUT) == before
 
 
+def test_reasons_have_no_numbers() -> None:
+    """However often an error was raised from another."""
+    failed = objects._as_os_error(OSError(5, "no answer", "a.wav"), "a.wav")
+    assert failed.strerror == "no answer"
+    assert objects.why(OSError("[Errno 5] [Errno 5] no answer")) == "no answer"
+
+
 def test_a_key_with_an_empty_part(bucket: str, server: str) -> None:
     """No client of ours writes one, but others do: it is named, and where it was found."""
     import boto3

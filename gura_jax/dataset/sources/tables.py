@@ -17,7 +17,7 @@ from gura_jax.dataset.columns import is_written
 from gura_jax.dataset.plan import COLUMNS
 from gura_jax.dataset.sources.containers import Container, containers, open_container
 from gura_jax.dataset.sources.source import decoded, encoded, printable
-from gura_jax.errors import AudioError, InputError
+from gura_jax.errors import AudioError, InputError, reason
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,8 +134,7 @@ def _rows(path: str) -> "pa.Table | None":
             rows = source.read(columns=[*kept, *([f"{audio}.path"] if named else [])])
             sizes = [source.metadata.row_group(i).num_rows for i in range(source.metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: expected a Parquet table, found one that cannot be read: {reason}") from None
+        raise InputError(f"{path}: expected a Parquet table, found one that cannot be read: {reason(error)}") from None
     groups = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
     names = c.struct_field(rows[audio], "path").to_pylist() if named else [None] * len(rows)
     stem = os.path.splitext(os.path.basename(path))[0]
@@ -187,7 +186,7 @@ def _read_group(
     except FileNotFoundError:
         raise AudioError(f"{path}: expected a table, found none") from None
     except (pa.ArrowException, IndexError, ValueError, KeyError) as error:
-        raise AudioError(f"{path}: expected a Parquet table, found one that is damaged: {error}") from None
+        raise AudioError(f"{path}: expected a Parquet table, found one that is damaged: {reason(error)}") from None
 
 
 class _Groups:

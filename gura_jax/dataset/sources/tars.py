@@ -14,7 +14,7 @@ from gura_jax.dataset.sources.containers import Container, open_container
 from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.gzips import RATIO, Gzip
 from gura_jax.dataset.sources.source import clip_table
-from gura_jax.errors import AudioError, InputError
+from gura_jax.errors import AudioError, InputError, reason
 from gura_jax.files import PositionedFile
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def _members(archive: str) -> "pa.Table | None":
     except InputError:
         raise
     except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason}") from None
+        raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason(error)}") from None
     columns = {name: [found.get(key) for key in keys] for name, found in texts.items() if found}
     return clip_table(clips, **columns)  # pyright: ignore[reportArgumentType]
 
