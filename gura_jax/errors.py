@@ -5,6 +5,7 @@ alone and exits with 1; anything else that escapes is a bug.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -54,3 +55,9 @@ def expected(found: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(found), names)
     choices = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
     return f"{found!r} is not known; {choices}"
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of a library or the system says, in one line, without the number that Python adds to it."""
+    said = getattr(error, "strerror", None) or str(error)
+    return re.sub(r"\[Errno \d+\] ", "", " ".join(said.split()))

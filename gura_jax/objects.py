@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from gura_jax import hub
-from gura_jax.errors import InputError, StoreError
+from gura_jax.errors import InputError, StoreError, reason
 from gura_jax.files import PositionedFile
 
 T = TypeVar("T")
@@ -71,11 +71,12 @@ class Entry(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Some bytes of an object, its size, and its version where it has one."""
+    """Some bytes of an object, its size, its version where it has one, and when it was changed where that is known."""
 
     content: bytes
     size: int
     version: str | None
+    modified: str | None = None
 
 
 def check_url(url: str) -> str:
@@ -91,18 +92,24 @@ def check_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        raise InputError(f"{kind}://...: expected a URL, found one that is none: {error}") from None
+    except ValueError:  # its text repeats what may be a part of a password
+        parts = None
+    if parts is None or (":" in parts.netloc and "@" not in parts.netloc and kind not in ("http", "https")):
+        raise InputError(
+            f"{kind}://...: expected a URL, found one whose host or port is none (not shown): credentials are taken "
+            "from the environment"
+        )
     secret = _SIGNED.search(url) or (kind in ("http", "https") and (parts.query or parts.fragment))
     if "@" in parts.netloc or secret:
+        shown = parts.path.split("&")[0].rpartition("@")[2]
         raise InputError(
-            f"{kind}://...{parts.path.split('&')[0]}: expected a URL without user, password, query or fragment in it, "
+            f"{kind}://...{shown}: expected a URL without user, password, query or fragment in it, "
             "found one with (not shown): credentials are taken from the environment, as the store's own tools do"
         )
     if not parts.netloc:
         raise InputError(f"{url}: expected a bucket or a host after {kind}://, found none")
     url = url.rstrip("/")
-    key = url[len(bucket(url)) :].strip("/")
+    key = url[len(bucket(url)) + 1 :]
     odd = key and any(part in ("", ".", "..") for part in key.split("/"))
     if odd or not url.isprintable() or " " in parts.netloc:
         raise InputError(
@@ -119,7 +126,9 @@ def check_place(text: str) -> str:
         InputError: a URL with one slash, which would be a local path.
     """
     if match := _ONE_SLASH.match(text):
-        raise InputError(f"{text}: expected a path or a URL, found one slash after {match[1]}: write {match[1]}://")
+        raise InputError(
+            f"{match[1]}:/...: expected a path or a URL, found one slash after {match[1]}: write {match[1]}://"
+        )
     return text
 
 
@@ -189,7 +198,9 @@ def why(error: BaseException) -> str:
     name = type(error).__name__
     if name in _REASONS:
         return _REASONS[name]
-    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))  # credentials of an endpoint are not repeated
+    text = re.sub(r"//\S*@", "//", reason(error))  # credentials of an endpoint are not repeated
+    if found := re.search(r'invalid path: Path "(.{1,200}?)" contained', text):
+        return f"the key {found[1]!r}, with an empty part or a dot, which obstore does not list: rename it"
     for part, words in _KINDS.items():
         if part in text:
             return words
@@ -290,7 +301,10 @@ def _read(place: Place, span: tuple[int, int] | None = None, version: str | None
 
     def request() -> Answer:
         answer = _obstore().get(place.store, place.key, options=options)
-        return Answer(bytes(answer.bytes()), int(answer.meta["size"]), answer.meta.get("e_tag"))
+        meta = answer.meta
+        changed = meta["last_modified"]  # 1970: the server does not say it
+        modified = changed.isoformat() if changed.timestamp() else None
+        return Answer(bytes(answer.bytes()), int(meta["size"]), meta.get("e_tag"), modified)
 
     return _requested(request)
 
@@ -432,7 +446,7 @@ class ObjectFile(PositionedFile):
                 raise _as_os_error(error, name) from None
             answer, at = Answer(b"", 0, None), 0  # an empty object has no range
         self._start = at
-        self._block, self.size, self.version = answer
+        self._block, self.size, self.version, self.modified = answer
         self._next = BLOCK_BYTES
 
     def end(self) -> int:
@@ -480,8 +494,8 @@ class ObjectFile(PositionedFile):
 
 def cannot_write(url: str, error: BaseException) -> StoreError:
     """Return the error for a prefix that cannot be written to."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else why(error)
+    said = error.strerror if isinstance(error, OSError) and error.strerror else why(error)
     return StoreError(
-        f"{url}: expected a bucket that can be written to, found: {reason}: check its name, the credentials and what "
+        f"{url}: expected a bucket that can be written to, found: {said}: check its name, the credentials and what "
         "they allow (reading, writing, listing and deleting)"
     )

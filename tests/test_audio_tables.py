@@ -1,6 +1,7 @@
 """Parquet tables with a column of audio: as datasets writes them, compressed or not, local, in a folder, on the hub."""
 
 import io
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,15 @@ def test_rows_without_a_name_or_without_bytes(tmp_path: Path) -> None:
     assert set(EmbeddingStore(tmp_path / "out").ids) == {"clip-000.flac", "t#1", "clip-002.flac"}
 
 
+def test_columns_with_names_of_the_store(tmp_path: Path) -> None:
+    """They are renamed, and the store can be opened."""
+    path = write(tmp_path / "t.parquet", clips(2), columns={"row": [7, 8], "shard": ["x", "y"]})
+    embedded(path, tmp_path / "out", SETTINGS)
+    store = EmbeddingStore(tmp_path / "out")
+    found = {clip.meta["id"]: (clip.meta["row_row"], clip.meta["row_shard"]) for clip in store}
+    assert found == {"clip-000.flac": (7, "x"), "clip-001.flac": (8, "y")}
+
+
 def test_each_group_of_rows_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although clips are sorted by length and decoded by several threads; once for the plan, once for the run."""
     path = write(tmp_path / "t.parquet", clips(24), group=4)
@@ -139,7 +149,7 @@ def test_a_run_that_is_interrupted(tmp_path: Path) -> None:
 def test_tables_that_are_refused(tmp_path: Path) -> None:
     two = pa.table({"a": pa.array(clips(1), AUDIO), "b": pa.array(clips(1), AUDIO)})
     parquet.write_table(two, tmp_path / "two.parquet")
-    with refuses(InputError, "two.parquet: expected the columns id and path"):
+    with refuses(InputError, "two.parquet: expected one column of audio", "found the columns a, b"):
         read_inputs([tmp_path / "two.parquet"])
     write(tmp_path / "some" / "a.parquet", clips(1))
     parquet.write_table(two, tmp_path / "some" / "b.parquet")
@@ -157,6 +167,45 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
         open_clip("parquet://0//none.parquet!0/a.wav")
     with refuses(AudioError, "expected a Parquet table, found one that is damaged"):
         open_clip(f"parquet://9/{tmp_path}/some/a.parquet!0/a.wav")
+
+
+@pytest.mark.parametrize("content", [b"PAR1", None])
+def test_a_bad_table_before_good_ones(tmp_path: Path, content: bytes | None) -> None:
+    """One that is damaged, or has no audio: the others are read."""
+    write(tmp_path / "in" / "b.parquet", clips(2))
+    parquet.write_table(pa.table({"x": [1]}), tmp_path / "in" / "a.parquet")
+    if content is not None:
+        (tmp_path / "in" / "a.parquet").write_bytes(content)
+    (failure,) = embedded(tmp_path / "in", tmp_path / "out", SETTINGS).failed
+    assert failure.id.endswith("a.parquet")
+    assert sorted(EmbeddingStore(tmp_path / "out").ids) == ["clip-000.flac", "clip-001.flac"]
+
+
+def test_columns_that_differ_from_table_to_table(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", clips(1), columns={"x": [1]})
+    write(tmp_path / "b.parquet", clips(1, 1), columns={"x": ["one"]})
+    for given in ([tmp_path], [f"{tmp_path}/*.parquet"], [tmp_path / "a.parquet", tmp_path / "b.parquet"]):
+        with refuses(InputError, "expected inputs whose columns are of the same types, found: "):
+            read_inputs(given)
+
+
+@pytest.mark.parametrize("name", ["audio", "x"])
+def test_a_column_twice(tmp_path: Path, name: str) -> None:
+    audio = pa.array(clips(1), AUDIO)
+    values = {"audio": audio, "x": pa.array([1])}
+    twice = pa.Table.from_arrays([audio, values["x"], values[name]], ["audio", "x", name])
+    write(tmp_path / "a.parquet", clips(1, 1))
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with refuses(InputError, f"b.parquet: expected each column once, found more of {name}"):
+        read_inputs([tmp_path / "b.parquet"])
+    assert read_inputs([tmp_path])["id"].to_pylist() == ["clip-001.flac", str(tmp_path / "b.parquet")]
+
+
+def test_a_column_that_has_the_new_name_of_another(tmp_path: Path) -> None:
+    for names in (("id", "row_id"), ("row_id", "id")):
+        columns = {name: [name] for name in names}
+        (row,) = read_inputs([write(tmp_path / "t.parquet", clips(1), columns=columns)]).to_pylist()
+        assert (row["row_row_id"], row["row_id"]) == ("id", "row_id")
 
 
 def test_a_table_that_is_damaged_after_the_plan(tmp_path: Path) -> None:
@@ -255,13 +304,18 @@ def test_a_data_set_on_the_hub(hub: hub_server.HubServer, tmp_path: Path) -> Non
     assert Inputs(["hf://datasets/owner/birds"]).signature is not None
 
 
-def test_files_of_a_data_set(hub: hub_server.HubServer, tmp_path: Path) -> None:
-    """Audio files and manifests, too."""
+def test_files_of_a_data_set(hub: hub_server.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audio files, manifests and compressed archives, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "points"))
     home = hub.root / "datasets" / "owner" / "files"
     write_clips(home / "deep", [0.5, 0.7])
     (home / "all.csv").write_text("id,path\na,deep/clip-001.wav\n")
+    with tarfile.open(home / "a.tar.gz", "w:gz") as tar:
+        tar.add(home / "deep" / "clip-001.wav", "x.wav")
     assert read_inputs(["hf://datasets/owner/files"])["id"].to_pylist() == ["deep/clip-000.wav", "deep/clip-001.wav"]
-    assert embedded("hf://datasets/owner/files/all.csv", tmp_path / "out", SETTINGS).done.clips == 1
+    inputs = ["hf://datasets/owner/files/all.csv", "hf://datasets/owner/files/a.tar.gz"]
+    assert embedded(inputs, tmp_path / "out", SETTINGS).done.clips == 2
+    assert len([path for path in (tmp_path / "points" / "gura_jax" / "gzip").iterdir() if path.name[0] != "."]) == 1
 
 
 def test_data_sets_that_are_refused(hub: hub_server.HubServer, tmp_path: Path) -> None:

@@ -149,9 +149,16 @@ def test_an_object_that_is_replaced_while_it_is_read(bucket: str) -> None:
         ("s3:///a.wav", "expected a bucket or a host after s3://"),
         ("s3://clips/a.wav?X-Amz-Signature=very-secret", "s3://.../a.wav: expected a URL without user"),
         ("s3://clips/a//b.wav", "expected a URL whose parts are names"),
+        ("s3://clips//b.wav", "expected a URL whose parts are names"),
         ("s3://clips/a/../b.wav", "expected a URL whose parts are names"),
         ("s3://clips/a\nb.wav", "expected a URL whose parts are names"),
-        ("http://host:99999/a.wav", "http://...: expected a URL, found one that is none"),
+        ("http://host:99999/a.wav", "http://...: expected a URL, found one whose host or port is none"),
+        ("s3://key:very-secret/more@clips/a.wav", "s3://...: expected a URL, found one whose host or port is none"),
+        ("s3://key:/very-secret@clips/a.wav", "s3://...: expected a URL, found one whose host or port is none"),
+        ("https://key:very-secret/more@host/a.wav", "https://...: expected a URL, found one whose host or port"),
+        ("https://key:v@ery/very-secret@host/a.wav", "https://...host/a.wav: expected a URL without user"),
+        ("https://host:very-secret/a.wav", "https://...: expected a URL, found one whose host or port is none"),
+        ("s3:/key:very-secret@clips/a.wav", "s3:/...: expected a path or a URL, found one slash after s3"),
         ("s3:/clips/a.wav", "expected a path or a URL, found one slash after s3"),
         ("ftp://host/a.wav", "ftp://...: expected a path or a URL of s3, gs, az, https, http, hf"),
     ],
@@ -166,6 +173,8 @@ def test_urls_that_are_refused(url: str, words: str) -> None:
 def test_places_of_stores_that_are_refused(bucket: str) -> None:
     with refuses(InputError, "https://...: expected a folder, or a URL of s3 or gs"):
         find_place("https://host/store")
+    with refuses(InputError, "expected a URL whose parts are names"):
+        find_place(f"{bucket}//store")
     with refuses(StoreError, "s3://nowhere/out: expected a bucket that can be written to", "no such object or bucket"):
         embedded([f"{bucket}/a.wav"], "s3://nowhere/out", SETTINGS)
     with refuses(StoreError, f"{bucket}/nothing: expected a folder of embeddings with a run.json, found none"):
@@ -510,6 +519,33 @@ def test_a_record_that_cannot_be_read(
             EmbeddingStore(OUT)
     use(monkeypatch, server)
     assert stored(OUT) == before
+
+
+def test_reasons_have_no_numbers() -> None:
+    """However often an error was raised from another."""
+    failed = objects._as_os_error(OSError(5, "no answer", "a.wav"), "a.wav")
+    assert failed.strerror == "no answer"
+    assert objects.why(OSError("[Errno 5] [Errno 5] no answer")) == "no answer"
+
+
+def test_a_key_with_an_empty_part(bucket: str, server: str) -> None:
+    """No client of ours writes one, but others do: it is named, and where it was found."""
+    import boto3
+
+    access = environment(server)
+    client = boto3.client(
+        "s3",
+        endpoint_url=server,
+        region_name="us-east-1",
+        aws_access_key_id=access["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=access["AWS_SECRET_ACCESS_KEY"],
+    )
+    client.put_object(Bucket="clips", Key="in/x//b.wav", Body=b"x")
+    try:
+        with refuses(InputError, f"{bucket}/in: expected a bucket that can be listed", "'in/x//b.wav'", "rename it"):
+            read_inputs([f"{bucket}/in"])
+    finally:
+        client.delete_object(Bucket="clips", Key="in/x//b.wav")
 
 
 def test_credentials_of_an_endpoint_are_not_repeated(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:

@@ -87,6 +87,8 @@ def test_ids_that_look_like_numbers(tmp_path: Path, suffix: str) -> None:
         ([{"id": "a", "path": "x", "duration": 0.0}], "row 1: expected an offset .* and a duration over 0"),
         ([{"id": "a", "path": "x", "offset": "soon"}], "expected the column offset to hold seconds"),
         ([{"id": "a", "path": "x", "num_frames": 3}], "none that the store writes .*found num_frames: rename"),
+        ([{"id": "a", "path": "x", "row": 3}], "none that the store writes .*found row: rename"),
+        ([{"id": "a", "path": "x", "shard": 3}], "none that the store writes .*found shard: rename"),
         ([{"id": "a", "path": 3}], "expected the column path to hold strings"),
         ([{"id": ["a"], "path": "x"}], "expected the column id to hold strings"),
     ],

@@ -6,11 +6,14 @@ import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
+from pyarrow import parquet
 from refusals import refuses
 from toy import contents, embedded, opened, write_clips
 
@@ -163,11 +166,45 @@ def test_points_are_kept(tmp_path: Path, cache: Path, monkeypatch: pytest.Monkey
         assert [clips.index((f"{i:02d}.wav", content)) for i, content in zip([3, 20, 7, 11, 2], found, strict=True)]
 
 
+def test_points_are_kept_where_the_content_is_known(cache: Path) -> None:
+    """By a version, by the time of change, or by the name; else for this process alone."""
+    url, commit = "https://host/a.tar.gz", "hf://datasets/owner/name@" + 40 * "0" + "/a.tar.gz"
+    known = [("v1", None), ("v2", None), (None, "2026-01-01"), (None, "2026-01-02")]
+    names = [gzips._index(url, SimpleNamespace(version=v, modified=m), 9) for v, m in known]
+    names.append(gzips._index(commit, SimpleNamespace(version=None, modified=None), 9))
+    assert None not in names
+    assert len(set(names)) == 5
+    assert gzips._index(url, SimpleNamespace(version=None, modified=None), 9) is None
+
+
+def test_a_compressed_archive_that_cannot_be_read_for_a_while(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not damaged, and the reason is given."""
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(webdataset(tmp_path).read_bytes()))
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(5, "no answer in time")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gzips, "open_container", lambda path, version: io.BufferedReader(Failing(path)))
+        with refuses(InputError, f"{path}: expected a tar archive, found one that cannot be read: no answer in time"):
+            read_inputs([path])
+    assert len(read_inputs([path])) == len(SECONDS)
+
+
 def test_compressed_archives_that_are_refused(tmp_path: Path, cache: Path) -> None:
     archive = webdataset(tmp_path).read_bytes()
     path = tmp_path / "b.tar.gz"
     path.write_bytes(gzip.compress(archive)[:-3000])
     with refuses(InputError, f"{path}: expected a tar archive, found one that cannot be read"):
+        read_inputs([path])
+    flipped = bytearray(gzip.compress(archive))
+    flipped[-8] ^= 1  # of the checksum
+    path.write_bytes(flipped)
+    with refuses(InputError, f"{path}: expected a tar archive", "its compressed data are damaged or end too early"):
         read_inputs([path])
     path.write_bytes(b"")
     with refuses(InputError, f"{path}: expected a tar archive, found one that cannot be read"):
@@ -191,6 +228,23 @@ def test_of_several_archives_the_others_go_on(tmp_path: Path) -> None:
     assert failure.id.endswith("b.tar")
     assert "found one that is cut within 'x.wav'" in failure.reason
     assert EmbeddingStore(tmp_path / "out").ids == ["a/x.wav", "c/x.wav"]
+
+
+def test_a_folder_of_several_kinds(tmp_path: Path, cache: Path) -> None:
+    """All are read; what cannot be is named."""
+    noise = write_clips(tmp_path / "clips", [0.5])[0].read_bytes()
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.tar", "b.tar.gz", "deep/c.tgz", "d.TAR", "e.tar.xz"):
+        packed = pack(folder / name, [("x.wav", noise)])
+        if name.endswith("gz"):
+            packed.write_bytes(gzip.compress(packed.read_bytes()))
+    audio = pa.array([{"bytes": noise, "path": "t.wav"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"audio": audio}), folder / "t.parquet")
+    (failure,) = embedded(folder, tmp_path / "out", Settings(batch_seconds=2)).failed
+    assert failure.id.endswith("e.tar.xz")
+    assert "found one compressed otherwise" in failure.reason
+    assert set(EmbeddingStore(tmp_path / "out").ids) == {"a/x.wav", "b/x.wav", "c/x.wav", "d/x.wav", "t.wav"}
 
 
 def test_archives_of_an_enemy(tmp_path: Path) -> None:

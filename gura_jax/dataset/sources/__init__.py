@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.audio import HEAR_RATE, check_rate
 from gura_jax.dataset.sources.buckets import Objects
+from gura_jax.dataset.sources.containers import containers
 from gura_jax.dataset.sources.folders import File, Folder, Pattern
 from gura_jax.dataset.sources.hear import HearTask
 from gura_jax.dataset.sources.manifests import Manifest
-from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, printable
+from gura_jax.dataset.sources.source import Options, Source, decoded, encoded, joined, printable
 from gura_jax.dataset.sources.tables import AudioTable
 from gura_jax.dataset.sources.tars import Tar
 from gura_jax.errors import InputError
@@ -76,8 +77,6 @@ def read_inputs(
         InputError: no clips, a URL or a manifest that cannot be read, missing columns, a bad or repeated id, a path
             outside the root; names the row.
     """
-    import pyarrow as pa
-
     options = Options(check_rate(sample_rate), None if root is None else os.fspath(root), allow_outside)
     tables: list[pa.Table] = []
     distinct: list[bool] = []  # of each table
@@ -86,35 +85,30 @@ def read_inputs(
         if source is None:
             raise InputError(f"{check_url(given)}: expected an input of a known kind")
         table = source.table(given, options)
-        if table is None:
-            source, table = _packed(given, options) or (source, None)
-        if table is not None:
-            tables.append(table)
-            distinct.append(source.distinct)
+        for own, clips in [(source, table)] if table is not None else _packed(given):
+            tables.append(clips)
+            distinct.append(own.distinct)
     if not tables:
         raise InputError(f"expected audio files, found none in {', '.join(map(str, inputs)) or 'no inputs'}")
     if len(tables) == 1 and _all_differ(tables[0]["id"]):
         return tables[0]
-    try:
-        joined = pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"expected inputs whose columns are of the same types, found: {error}") from None
-    return _unique(joined, [each for each, table in zip(distinct, tables, strict=True) for _ in range(len(table))])
+    rows = [each for each, table in zip(distinct, tables, strict=True) for _ in range(len(table))]
+    return _unique(joined(tables), rows)
 
 
-def _packed(given: str, options: Options) -> "tuple[Source, pa.Table] | None":
-    """The clips in tables or archives of a folder, a prefix or a data set that has no audio files."""
+def _packed(given: str) -> "list[tuple[Source, pa.Table]]":
+    """The clips in tables and archives of a folder, a prefix or a data set that has no audio files, by their kind."""
     if scheme(given) in LISTED and not glob.has_magic(given):
-        folder = f"{given.rstrip('/')}/**/"
+        folder = given.rstrip("/")
     elif os.path.isdir(given):
-        folder = f"{glob.escape(given)}/**/"
+        folder = glob.escape(given)
     else:
-        return None
-    for source, suffix in ((AudioTable(), ".parquet"), (Tar(), ".tar"), (Tar(), ".tar.gz")):
-        pattern = f"{folder}*{suffix}"
-        if source.recognises(pattern) and (table := source.table(pattern, options)) is not None:
-            return source, table
-    return None
+        return []
+    kinds = (AudioTable(), Tar())
+    suffixes = tuple(suffix for source in kinds for suffix in source.suffixes)
+    found = containers(f"{folder}/**/*", suffixes)
+    tables = [(source, source.clips(source.own(found))) for source in kinds]
+    return [(source, table) for source, table in tables if table is not None]
 
 
 class Inputs:

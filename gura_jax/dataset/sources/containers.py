@@ -4,11 +4,12 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax import objects
 from gura_jax.dataset.sources.buckets import is_one, listed
-from gura_jax.dataset.sources.source import Options, Source, clip_table, printable
+from gura_jax.dataset.sources.source import Options, Source, clip_table, joined, printable
 from gura_jax.errors import AudioError, InputError
 
 if TYPE_CHECKING:
@@ -16,9 +17,18 @@ if TYPE_CHECKING:
 
 
 class Container(Source):
-    """A kind of file that holds many clips; an input is one, or a pattern of them."""
+    """A kind of file that holds many clips; an input is one, or a pattern of them.
+
+    Attributes:
+        suffixes: of its files, in small letters.
+    """
 
     distinct = True
+    suffixes: tuple[str, ...]
+
+    def own(self, paths: Sequence[str]) -> list[str]:
+        """Those of a folder's files that are of this kind."""
+        return [path for path in paths if path.lower().endswith(self.suffixes)]
 
     def read(self, path: str) -> "pa.Table | None":
         """List the clips of one file, as :meth:`Source.table` does.
@@ -33,15 +43,23 @@ class Container(Source):
         ...
 
     def table(self, given: str, options: Options) -> "pa.Table | None":
-        """The clips of all files.
+        """The clips of all files: see :meth:`clips`."""
+        return self.clips(containers(given))
+
+    def clips(self, paths: Sequence[str]) -> "pa.Table | None":
+        """The clips of files; None if there are none.
 
         Of several, one that cannot be read is a row that cannot be opened, and the others go on. Names that repeat from
         one file to another have its name before them.
+
+        Raises:
+            InputError: the only one cannot be read; or columns differ in type.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        paths, tables, owners = containers(given), [], []
+        tables: list[pa.Table] = []
+        owners: list[str] = []
         for path in paths:
             try:
                 table = self.read(path)
@@ -55,7 +73,7 @@ class Container(Source):
         if not tables:
             return None
         c: Any = pc  # its functions are made when it is imported
-        found = pa.concat_tables(tables, promote_options="permissive")
+        found = joined(tables)
         if len(tables) == 1 or c.count_distinct(found["id"]).as_py() == len(found):
             return found
         ids = c.binary_join_element_wise(pa.array(owners, pa.string()), found["id"], "/")
@@ -89,13 +107,14 @@ def _stem(path: str) -> str:
     return printable(path.rsplit("/", 1)[-1].split(".", 1)[0])
 
 
-def containers(given: str) -> list[str]:
-    """The files that an input names: one, or those that match a pattern, in order."""
+def containers(given: str, suffixes: tuple[str, ...] = ("",)) -> list[str]:
+    """The files that an input names: one, or those that match a pattern and have such a suffix, in order."""
     if objects.scheme(given):
         url = objects.pinned(objects.check_url(given))
-        return [url] if is_one(url) else sorted(entry.key for entry in listed(url))
+        return [url] if is_one(url) else sorted(key for key, *_ in listed(url) if key.lower().endswith(suffixes))
     if glob.has_magic(given) and not os.path.isfile(given):
-        return sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+        found = (path for path in glob.iglob(given, recursive=True) if path.lower().endswith(suffixes))
+        return sorted(path for path in found if os.path.isfile(path))
     return [given]
 
 

@@ -6,12 +6,13 @@ import hashlib
 import io
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 from gura_jax.dataset.sources.containers import open_container
 from gura_jax.errors import InputError
 from gura_jax.files import PositionedFile, cache_folder, locked, write_file
-from gura_jax.objects import scheme
+from gura_jax.objects import PINNED, scheme
 
 SPACING = 2 << 20  # bytes between points, each of which takes 32 KiB
 OPEN_ARCHIVES = 8
@@ -64,37 +65,38 @@ class _Archive:
                 f"{path}: expected indexed_gzip, to read within a compressed archive, found none: "
                 "pip install 'gura-jax[tar]'"
             ) from None
-        self._file = open_container(path, version=version)
-        self.size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(0)
-        self.version: str | None = getattr(self._file, "version", None)
-        changed = self.version or os.stat(path).st_mtime_ns
-        name = hashlib.sha256(f"{path}\n{self.size}\n{changed}".encode("utf-8", "surrogateescape")).hexdigest()
-        self._index = cache_folder() / "gzip" / name
+        file = open_container(path, version=version)
+        self._file = _Watched(file)
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self.version: str | None = getattr(file, "version", None)
+        self._index = _index(path, file, self.size)
         self._lock = threading.Lock()
         self._errors = (indexed_gzip.ZranError, indexed_gzip.NotCoveredError, EOFError, ValueError)
         self._content: Any = indexed_gzip.IndexedGzipFile(fileobj=self._file, spacing=SPACING, buffer_size=1 << 20)
-        with contextlib.suppress(*self._errors, OSError):
-            self._content.import_index(str(self._index))
+        if self._index is not None:
+            with contextlib.suppress(*self._errors, OSError):
+                self._content.import_index(str(self._index))
 
     def read(self, start: int, size: int) -> bytes:
         try:
             with self._lock:
+                self._file.error = None
                 self._content.seek(start)
                 return self._content.read(size)
-        except self._errors:
-            raise OSError(5, "its compressed data are damaged or end too early") from None
-        except OSError:
-            with _lock:  # whoever opens it next sees it as it is then
-                _archives.pop(self.key, None)
-            raise
+        except (*self._errors, OSError):  # indexed_gzip says the same of damage and of a file that cannot be read
+            if (error := self._file.error) is None:
+                raise OSError(5, "its compressed data are damaged or end too early") from None
+        with _lock:  # whoever opens it next sees it as it is then
+            _archives.pop(self.key, None)
+        raise error
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
 
     def keep(self) -> None:
-        if self._index.exists():
+        if self._index is None or self._index.exists():
             return
         with contextlib.suppress(OSError), self._lock:
             self._index.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,36 @@ class _Archive:
             self._content.export_index(fileobj=points)
             with locked(self._index.parent):
                 write_file(self._index.parent, self._index.name, points.getvalue())
+
+
+class _Watched:
+    """A file that remembers why it could not be read."""
+
+    error: OSError | None = None
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell, self.close, self._read = file.seek, file.tell, file.close, file.read
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._read(size)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _index(path: str, file: Any, size: int) -> Path | None:
+    """Where an archive's points are kept: by its name, its size, and what tells one content from another, if any."""
+    if scheme(path) in PINNED:
+        content = ""  # the name tells it
+    elif scheme(path):
+        content = file.version or file.modified
+    else:
+        content = os.stat(path).st_mtime_ns
+    if content is None:
+        return None
+    name = hashlib.sha256(f"{path}\n{size}\n{content}".encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder() / "gzip" / name
 
 
 _archives: "collections.OrderedDict[tuple[Any, ...], _Archive]" = collections.OrderedDict()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gura_jax.dataset.columns import STORE_COLUMNS, is_written
 from gura_jax.dataset.sources.source import Options, Source, check_inside, encoded
-from gura_jax.errors import InputError
+from gura_jax.errors import InputError, reason
 from gura_jax.objects import SCHEMES, WRITTEN, check_url, pinned, read_object, scheme
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ def _read_table(path: str) -> "pa.Table":
         str(table.column_names)  # may not be Unicode
         return table
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path}: expected a manifest in {FORMATS[suffix]}, found one that cannot be read: {reason}"
+            f"{path}: expected a manifest in {FORMATS[suffix]}, found one that cannot be read: {reason(error)}"
         ) from None
 
 

@@ -95,6 +95,20 @@ def clip_table(files: Sequence[tuple[str, str]], **columns: Sequence[Any]) -> "p
     )
 
 
+def joined(tables: "Sequence[pa.Table]") -> "pa.Table":
+    """Join tables of clips; a column that one lacks is null there.
+
+    Raises:
+        InputError: columns of one name have types that no type holds both of.
+    """
+    import pyarrow as pa
+
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"expected inputs whose columns are of the same types, found: {error}") from None
+
+
 def printable(text: str) -> str:
     """Return a file name as Unicode, with escapes for bytes that are not."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -10,14 +10,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gura_jax.dataset.columns import is_written
 from gura_jax.dataset.plan import COLUMNS
 from gura_jax.dataset.sources.containers import Container, containers, open_container
 from gura_jax.dataset.sources.source import decoded, encoded, printable
-from gura_jax.errors import AudioError, InputError
+from gura_jax.errors import AudioError, InputError, reason
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,15 +31,19 @@ class AudioTable(Container):
     """A table, or a pattern of tables; ids are the names that the column of audio has. Other columns are kept."""
 
     scheme = "parquet"
+    suffixes = (SUFFIX,)
     unit = r"^parquet://\d+/.+?\.parquet!"
 
     def recognises(self, given: str) -> bool:
-        if not given.endswith(SUFFIX):
-            return False
         try:
-            return all(_audio_column(_schema(path)) is not None for path in containers(given)[:1])
+            return given.endswith(SUFFIX) and bool(self.own(containers(given)))
         except (OSError, ValueError):
             return False  # a manifest's error says what it is
+
+    def own(self, paths: Sequence[str]) -> list[str]:
+        """All tables, if any has audio: others beside it are refused when they are read."""
+        tables = [path for path in paths if path.endswith(SUFFIX)]
+        return tables if any(map(_has_audio, tables)) else []
 
     def read(self, path: str) -> "pa.Table | None":
         return _rows(path)
@@ -70,17 +74,34 @@ def _schema(path: str) -> "pa.Schema":
         return parquet.read_schema(file)
 
 
-def _audio_column(schema: "pa.Schema") -> str | None:
-    """The column of audio: what Hugging Face's metadata say, else one with ``bytes`` inside. Several: ``audio``."""
+def _has_audio(path: str) -> bool:
+    """Whether a file is a table with one column of audio, or several; not a manifest, which may have such columns."""
     import pyarrow as pa
 
-    found = [
+    try:
+        schema = _schema(path)
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    manifest = {"id", "path"} <= set(schema.names)
+    return _audio_column(schema) is not None or (not manifest and bool(_audio_columns(schema)))
+
+
+def _audio_columns(schema: "pa.Schema") -> list[str]:
+    """The columns with ``bytes`` inside."""
+    import pyarrow as pa
+
+    return [
         field.name
         for field in schema
         if pa.types.is_struct(field.type)
         and (index := field.type.get_field_index("bytes")) >= 0
         and (pa.types.is_binary(kind := field.type.field(index).type) or pa.types.is_large_binary(kind))
     ]
+
+
+def _audio_column(schema: "pa.Schema") -> str | None:
+    """The column of audio: what Hugging Face's metadata say, else one with ``bytes`` inside. Several: ``audio``."""
+    found = _audio_columns(schema)
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         said = [name for name in found if features[name]["_type"] == "Audio"]
@@ -100,6 +121,8 @@ def _rows(path: str) -> "pa.Table | None":
         with open_container(path) as file:
             source = parquet.ParquetFile(file)
             schema = source.schema_arrow
+            if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+                raise InputError(f"{path}: expected each column once, found more of {', '.join(twice)}: rename them")
             audio = _audio_column(schema)
             if audio is None:
                 raise InputError(
@@ -111,8 +134,7 @@ def _rows(path: str) -> "pa.Table | None":
             rows = source.read(columns=[*kept, *([f"{audio}.path"] if named else [])])
             sizes = [source.metadata.row_group(i).num_rows for i in range(source.metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: expected a Parquet table, found one that cannot be read: {reason}") from None
+        raise InputError(f"{path}: expected a Parquet table, found one that cannot be read: {reason(error)}") from None
     groups = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
     names = c.struct_field(rows[audio], "path").to_pylist() if named else [None] * len(rows)
     stem = os.path.splitext(os.path.basename(path))[0]
@@ -127,8 +149,12 @@ def _rows(path: str) -> "pa.Table | None":
         "offset": pa.array([0.0] * len(ids), pa.float64()),
         "duration": pa.nulls(len(ids), pa.float64()),
     }
+    taken = (*columns, *COLUMNS)
     for name in kept:
-        columns[f"row_{name}" if name in (*columns, *COLUMNS) or is_written(name) else name] = rows[name]
+        free = name
+        while free in taken or is_written(free) or (free != name and free in kept):
+            free = f"row_{free}"
+        columns[free] = rows[name]
     return pa.table(columns) if ids else None
 
 
@@ -160,7 +186,7 @@ def _read_group(
     except FileNotFoundError:
         raise AudioError(f"{path}: expected a table, found none") from None
     except (pa.ArrowException, IndexError, ValueError, KeyError) as error:
-        raise AudioError(f"{path}: expected a Parquet table, found one that is damaged: {error}") from None
+        raise AudioError(f"{path}: expected a Parquet table, found one that is damaged: {reason(error)}") from None
 
 
 class _Groups:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from gura_jax.dataset.sources.containers import Container, open_container
 from gura_jax.dataset.sources.folders import is_audio
 from gura_jax.dataset.sources.gzips import RATIO, Gzip
-from gura_jax.dataset.sources.source import Options, clip_table
-from gura_jax.errors import AudioError, InputError
+from gura_jax.dataset.sources.source import clip_table
+from gura_jax.errors import AudioError, InputError, reason
 from gura_jax.files import PositionedFile
 
 if TYPE_CHECKING:
@@ -31,19 +31,17 @@ class Tar(Container):
 
     scheme = "tar"
     distinct = False
+    suffixes = (".tar", *GZIPPED, *REFUSED)
 
     def recognises(self, given: str) -> bool:
-        return given.lower().endswith((".tar", *GZIPPED, *REFUSED)) and not os.path.isdir(given)
-
-    def table(self, given: str, options: Options) -> "pa.Table | None":
-        if given.lower().endswith(REFUSED):
-            raise InputError(
-                f"{given}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
-                "start: decompress it first"
-            )
-        return super().table(given, options)
+        return given.lower().endswith(self.suffixes) and not os.path.isdir(given)
 
     def read(self, path: str) -> "pa.Table | None":
+        if path.lower().endswith(REFUSED):
+            raise InputError(
+                f"{path}: expected a .tar or .tar.gz, found one compressed otherwise, which can only be read from its "
+                "start: decompress it first"
+            )
         return _members(path)
 
     def open_clip(self, path: str, version: str | None) -> BinaryIO:
@@ -89,8 +87,7 @@ def _members(archive: str) -> "pa.Table | None":
     except InputError:
         raise
     except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason}") from None
+        raise InputError(f"{archive}: expected a tar archive, found one that cannot be read: {reason(error)}") from None
     columns = {name: [found.get(key) for key in keys] for name, found in texts.items() if found}
     return clip_table(clips, **columns)  # pyright: ignore[reportArgumentType]
 
