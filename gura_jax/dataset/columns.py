@@ -12,8 +12,3 @@ STORE_COLUMNS = (SAMPLES, *FRAME_COLUMNS, *STATE_COLUMNS, *READ_COLUMNS)
 def is_written(column: str) -> bool:
     """Whether a store writes a column of this name, or adds it when it is read."""
     return column in STORE_COLUMNS or column.startswith(STATE_FRAMES)
-
-
-def describes_clip(column: str) -> bool:
-    """Whether a column says what a clip is, not where its rows are."""
-    return not is_written(column)

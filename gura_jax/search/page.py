@@ -9,7 +9,7 @@ from typing import Any
 
 from gura_jax import files
 from gura_jax.audio import resample
-from gura_jax.dataset.columns import describes_clip
+from gura_jax.dataset.columns import is_written
 from gura_jax.dataset.preview import PREVIEW_RATE, clip_mp3, mp3
 from gura_jax.dataset.sources import printable
 from gura_jax.errors import AudioError, InputError
@@ -110,7 +110,7 @@ def _described(row: Mapping[str, Any]) -> str:
     values = (
         f"{name}: {value}"
         for name, value in row.items()
-        if describes_clip(name) and name not in _HIDDEN and value is not None
+        if not is_written(name) and name not in _HIDDEN and value is not None
     )
     return "; ".join([f"{row['duration']:.2f} s", *itertools.islice(values, SHOWN_VALUES)])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gura_jax.dataset.columns import describes_clip
+from gura_jax.dataset.columns import is_written
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.search import StoredVectors
 from gura_jax.dataset.sources import printable, read_inputs
@@ -70,7 +70,7 @@ class Clips(NamedTuple):
     @property
     def columns(self) -> list[str]:
         """Columns of the metadata that describe a clip."""
-        return list(filter(describes_clip, self.table.column_names))
+        return [name for name in self.table.column_names if not is_written(name)]
 
     def row(self, clip: int) -> dict[str, Any]:
         """Return the metadata of one clip."""
