@@ -106,10 +106,8 @@ class Fuser:
         described = find_system(system)
         self.states, self._where = store.kept_states, store.folder
         try:
-            rate, stored = (
-                store.run["sample_rate"],
-                {each["name"]: dict(each) for each in store.run["system"]["members"]},
-            )
+            rate = store.run["sample_rate"]
+            stored = {each["name"]: dict(each) for each in store.run["system"]["members"]}
             if missing := {member.name for member in self.states.members} ^ set(stored):
                 raise KeyError(*missing)
         except (KeyError, TypeError, ValueError):
