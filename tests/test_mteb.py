@@ -358,6 +358,7 @@ run(MtebEncoder(toy_model(), "toy"), tasks, Path({out!r}))
 """
 
 
+@pytest.mark.slow
 def test_killed(toy: MtebEncoder, tasks: Callable[[], list[Any]], recordings: Path, tmp_path: Path) -> None:
     """Killed while the second task's scores are written, a run goes on with it."""
     out = tmp_path / "out"
