@@ -122,7 +122,7 @@ def bench_memory(store: EmbeddingStore, timing: Timing, with_index: bool) -> Ite
     lengths = np.sqrt(np.einsum("nd,nd->n", scenes, scenes))
 
     def by_numpy(queries: np.ndarray) -> np.ndarray:
-        found = queries @ scenes.T / lengths
+        found = (scenes @ queries.T).T / lengths  # of one query far faster than the other way round
         best = np.argpartition(-found, TOP, axis=1)[:, :TOP]
         return np.take_along_axis(best, np.argsort(-np.take_along_axis(found, best, 1), axis=1), 1)
 
