@@ -27,6 +27,7 @@ from peers import HERE, MATRIX, PEERS, Peer
 from torch_recipe import random_weights
 
 import gura_jax
+from gura_jax.backend import processor
 
 PRODUCTS = 5  # matrix products of a contender in a round; the median of the faster one's is the machine's rate then
 
@@ -187,15 +188,11 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import jax
 
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     packages = ("jax", "flax", "torch", "transformers", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores of {cpu}, {jax.devices()[0].device_kind} for JAX",
+        "machine": f"{processor()}, {jax.devices()[0].device_kind} for JAX",
         "python": platform.python_version(),
         "versions": {"gura-jax": gura_jax.__version__} | versions,
     }

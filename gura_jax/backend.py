@@ -125,13 +125,14 @@ def platform_of(devices: Iterable[Any]) -> Platform:
 def describe_devices(devices: Iterable[Any]) -> str:
     """Name devices for people, as in ``2 x NVIDIA H200``; a CPU by its cores and model."""
     kinds = Counter(device.device_kind for device in devices)
-    return ", ".join(_processor() if kind == "cpu" else f"{count} x {kind}" for kind, count in kinds.items())
+    return ", ".join(f"CPU, {processor()}" if kind == "cpu" else f"{count} x {kind}" for kind, count in kinds.items())
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name this machine's processor: ``2 cores of AMD EPYC``."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # only Linux has it
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         model = next(names, model)
-    return f"CPU, {os.cpu_count()} cores of {model}"
+    return f"{os.cpu_count()} cores of {model}"

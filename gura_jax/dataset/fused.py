@@ -8,7 +8,6 @@ encoders that return what is stored.
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +21,12 @@ from gura_jax import checkpoint, parallel
 from gura_jax.audio import resampled_length
 from gura_jax.backend import platform_of
 from gura_jax.batching import bucket_length
-from gura_jax.dataset import commit
 from gura_jax.dataset.columns import SAMPLES, is_written
 from gura_jax.dataset.commit import Location
-from gura_jax.dataset.export.copy import begin_copy, check_whole, copy_plans, verified
-from gura_jax.dataset.identity import fingerprint
-from gura_jax.dataset.places import find_place
+from gura_jax.dataset.export.copy import copy_shards
+from gura_jax.dataset.identity import as_json, fingerprint, with_members
 from gura_jax.dataset.reader import EmbeddingStore
-from gura_jax.dataset.sinks import DEFAULT, SINKS, Shard
+from gura_jax.dataset.sinks import Shard
 from gura_jax.dataset.states import MemberStates, States
 from gura_jax.dataset.table import frame_columns
 from gura_jax.errors import StoreError
@@ -198,7 +195,7 @@ class Fuser:
             x = np.pad(np.asarray(x, np.float32), ((0, CLIPS_AT_ONCE - n), (0, 0), (0, 0)))  # one compiled shape
             members.append((x, np.full(len(x), x.shape[1], np.int32)))
         fusion = self.model.fusion
-        fused, _ = _combine(members, fusion.combination, fusion.feature_size)
+        fused, _ = combine_stored(members, fusion.combination, fusion.feature_size)
         return np.asarray(fused)[:n].reshape(n, -1)
 
     def _frames(self, row: Mapping[str, Any], clip: OfClip) -> tuple[np.ndarray, np.ndarray]:
@@ -282,33 +279,18 @@ def fuse_store(store: EmbeddingStore, system: str | Path | System, out: Location
         StoreError: see :class:`Fuser`; or ``store`` is a part of one, or the output cannot be written or holds
             something else.
     """
-    from tqdm import tqdm
-
     fuser = Fuser(store, system)
-    check_whole(store)
     if timestamps and fuser.states.of != "frames":
         raise StoreError(
             f"{store.folder}: expected frames of hidden states to make frames of, found means: embed with --states "
             "frames"
         )
-    place = find_place(out)
-    place.prepare()
-    with place.locked():
-        run = begin_copy(place, _run(fuser, store.run, timestamps))
-        copy_plans(store.place, place)
-    pending = commit.find_pending(place, run["fingerprint"], list(store.records))
-    for number in tqdm(pending, desc=str(place), unit="shard", disable=None):
-        with verified(store, number) as near:
-            commit.write_shard(
-                place,
-                number,
-                run=run["fingerprint"],
-                shard=_fused_shard(fuser, store.read_shard(number, near), store.run["storage"], timestamps),
-                failed=store.records[number].failed,
-                sink=SINKS[run.get("format", DEFAULT)],
-            )
-    failed = commit.write_failed(place)
-    commit.remove_temporary(place, commit.shard_numbers(place))
+    failed = copy_shards(
+        store,
+        out,
+        _run(fuser, store.run, timestamps),
+        lambda shard: _fused_shard(fuser, shard, store.run["storage"], timestamps),
+    )
     planned = range(store.run.get("shards", 0))
     return Fused(len(store), len(failed), sum(number not in store.records for number in planned))
 
@@ -334,20 +316,10 @@ def _fused_shard(fuser: Fuser, shard: Shard, storage: Any, timestamps: bool) -> 
 
 def _run(fuser: Fuser, run: Mapping[str, Any], timestamps: bool) -> dict[str, Any]:
     """Describe the fused store, as ``run.json`` has it."""
-    system = fuser.model.system
-    described = {
-        "name": system.name,
-        "members": [part.described for part in fuser.parts],
-        "combination": system.combination,
-        "feature_size": system.feature_size,
-        "scene_groups": system.scene_groups,
-    }
-    if system.sample_rate is not None:
-        described["sample_rate"] = system.sample_rate
     random = [part.described["name"] for part in fuser.parts if part.states.name in run["random_weights"]]
     fused = {key: value for key, value in run.items() if key not in ("states", "fingerprint", "inputs_signature")}
     fused |= {
-        "system": described,
+        "system": with_members(fuser.model.system, [part.described for part in fuser.parts]),
         "random_weights": random,
         "scene_embedding_size": fuser.model.scene_embedding_size,
         "timestamp_embedding_size": fuser.model.timestamp_embedding_size if timestamps else None,
@@ -374,7 +346,7 @@ def _parts(store: str, described: Mapping[str, Mapping[str, Any]], states: State
                     f"({', '.join(m.name for m in states.members)}), found another: give the members in that order"
                 )
             base = own.bases.index(first)
-        layers = {"name": member.name, "layers": json.loads(json.dumps(member.layers))}
+        layers = {"name": member.name, "layers": as_json(member.layers)}
         scene = {"scene": member.scene} if member.scene != "frames" else {}
         kept = {key: value for key, value in described.items() if key != "scene"}
         parts.append(Part(kept | layers | scene, own, _weights(where, member, own), base))
@@ -465,5 +437,6 @@ def _model(system: System, parts: Sequence[Part]) -> Model:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _combine(members: Any, combination: str, feature_size: int | None) -> tuple[jax.Array, jax.Array]:
+def combine_stored(members: Any, combination: str, feature_size: int | None) -> tuple[jax.Array, jax.Array]:
+    """Combine arrays that are stored, compiled once for each shape: see :func:`gura_jax.fusion.combine`."""
     return combine(members, combination, feature_size)

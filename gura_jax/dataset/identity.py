@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from gura_jax.dataset.table import Settings, batch_seconds
 from gura_jax.errors import StoreError
 from gura_jax.fusion import FusedMember
 from gura_jax.model import Model
-from gura_jax.systems import Member
+from gura_jax.systems import Member, System
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,10 +61,15 @@ def describe(model: Model, inputs_sha256: str, settings: Settings) -> dict[str, 
 
 def describe_system(model: Model) -> dict[str, Any]:
     """Describe a system and its weights, as ``run.json`` has them."""
-    system = model.system
-    described = {
+    members = zip(model.system.members, model.fusion.members, strict=True)
+    return with_members(model.system, [_member(model, *both) for both in members])
+
+
+def with_members(system: System, members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Describe a system whose members are described already."""
+    described: dict[str, Any] = {
         "name": system.name,
-        "members": [_member(model, *both) for both in zip(system.members, model.fusion.members, strict=True)],
+        "members": list(members),
         "combination": system.combination,
         "feature_size": system.feature_size,
         "scene_groups": system.scene_groups,

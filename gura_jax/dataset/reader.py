@@ -121,10 +121,7 @@ class EmbeddingStore:
         Raises:
             KeyError: there is none.
         """
-        positions = self._positions()
-        if name not in positions:
-            raise KeyError(f"{self.folder}: no clip {name!r}")
-        return self._clip(self.meta.slice(positions[name], 1).to_pylist()[0])
+        return self._clip(self._row(name))
 
     def __iter__(self) -> Iterator[StoredClip]:
         for row in self.iterate_meta():
@@ -226,11 +223,7 @@ class EmbeddingStore:
         if states.of != "frames":
             raise StoreError(f"{self.folder}: expected frames of hidden states, found {states.of}: see states")
         found = states.find(member)
-        positions = self._positions()
-        if name not in positions:
-            raise KeyError(f"{self.folder}: no clip {name!r}")
-        (row,) = self.meta.slice(positions[name], 1).to_pylist()
-        return self._states_of(row, states)[found.name][0].swapaxes(0, 1)
+        return self._states_of(self._row(name), states)[found.name][0].swapaxes(0, 1)
 
     def iterate_states(self) -> Iterator[Mapping[str, tuple[np.ndarray, np.ndarray]]]:
         """Iterate over the hidden states of the clips, in order, by member: see :mod:`gura_jax.dataset.states`.
@@ -317,6 +310,17 @@ class EmbeddingStore:
         table = self._read(number, self.records[number].sink.meta)
         table = table.append_column("shard", pa.array([number] * len(table), pa.int64()))
         return table.append_column("row", pa.array(range(len(table)), pa.int64()))
+
+    def _row(self, name: str) -> dict[str, Any]:
+        """The metadata of the clip of this id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        positions = self._positions()
+        if name not in positions:
+            raise KeyError(f"{self.folder}: no clip {name!r}")
+        return self.meta.slice(positions[name], 1).to_pylist()[0]
 
     def _positions(self) -> dict[str, int]:
         if self._index is None:

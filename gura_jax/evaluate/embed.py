@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from gura_jax.audio import resampled_length
 from gura_jax.batching import bucket_length
+from gura_jax.dataset.fused import combine_stored
 from gura_jax.dataset.reader import EmbeddingStore
 from gura_jax.dataset.run import open_run
 from gura_jax.dataset.table import Settings
@@ -22,7 +23,7 @@ from gura_jax.errors import InputError, SystemConfigError
 from gura_jax.evaluate.probes import Mixer
 from gura_jax.evaluate.protocol import Lookup
 from gura_jax.evaluate.task import Task
-from gura_jax.fusion import COMBINATIONS, FusedMember, Keep, combine, fused_size, resample_time
+from gura_jax.fusion import COMBINATIONS, FusedMember, Keep, fused_size, resample_time
 from gura_jax.loading import Size, Weights, find_weights, load_model, member_weights, outline
 from gura_jax.model import Model
 from gura_jax.models.encoder import Encoder
@@ -259,21 +260,15 @@ def _fused_frames(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fuse the members' frames of one clip, as a model would; returns frames [T, D] and times [T]."""
     clips = [embeddings[task.clip_id(split, file)] for embeddings in stores]
-    members, counts = [], []
+    members = []
     for clip in clips:
         assert clip.frames is not None
         padded = np.zeros((1, bucket_length(len(clip.frames)), clip.frames.shape[1]), np.float32)
         padded[0, : len(clip.frames)] = clip.frames
-        members.append(padded)
-        counts.append(np.array([len(clip.frames)], np.int32))
+        members.append((padded, np.array([len(clip.frames)], np.int32)))
     how = model.fusion.combination, model.fusion.feature_size
-    frames, count = jax.device_get(_combine(members, counts, *how))
+    frames, count = jax.device_get(combine_stored(members, *how))
     return frames[0, : count[0]], model.timestamps(int(clips[0].meta["num_samples"]))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _combine(members: Any, counts: Any, combination: str, feature_size: int | None) -> tuple[jax.Array, jax.Array]:
-    return combine(list(zip(members, counts, strict=True)), combination, feature_size)
 
 
 def _fused_scenes(model: Model, stores: Sequence[EmbeddingStore], parts: Sequence[Part]) -> Mapping[str, np.ndarray]:
@@ -299,8 +294,9 @@ def _fused_scenes(model: Model, stores: Sequence[EmbeddingStore], parts: Sequenc
     fused = np.zeros((len(names), size), np.float32)
     for start in range(0, len(names), COMBINED_AT_ONCE):
         some = [x[start : start + COMBINED_AT_ONCE, None] for x in vectors]  # [n, 1, D]
-        ones = [np.ones(len(x), np.int32) for x in some]
-        fused[start : start + COMBINED_AT_ONCE] = _combine(some, ones, fusion.combination, fusion.feature_size)[0][:, 0]
+        members = [(x, np.ones(len(x), np.int32)) for x in some]
+        combined, _ = combine_stored(members, fusion.combination, fusion.feature_size)
+        fused[start : start + COMBINED_AT_ONCE] = combined[:, 0]
     return dict(zip(names, fused, strict=True))
 
 

@@ -163,7 +163,9 @@ class _Study:
         tokens = self.fuser.tokens(list(store.iterate_states()))  # [n, N, F]
         train = {task.clip_id(split, file) for split in task.folds[0].train for file in task.clips[split]}
         rows = [i for i, name in enumerate(store.ids) if name in train]
-        self.groups = [len(list(own)) for _, own in itertools.groupby(self.fuser.token_names, key=lambda t: t[0])]
+        named = itertools.groupby(self.fuser.token_names, key=lambda token: token[0])
+        self.states = [[state for _, state in own] for _, own in named]  # of each member
+        self.groups = [len(own) for own in self.states]
         self.tokens = tokens
         sizes = np.maximum(np.sqrt(np.square(tokens[rows]).mean((0, 2), dtype=np.float64)), 1e-12)  # [N]
         # Hidden states differ in size by orders of magnitude: those of a member get its own, all together get 1.
@@ -327,7 +329,7 @@ class _Study:
         """
         weights = np.asarray(self.results[name]["weights"]) * self.scales[name]
         parts = np.split(weights, np.cumsum(self.groups)[:-1])
-        states = [own[0][1] is not None for own in self._names_by_member()]
+        states = [own[0] is not None for own in self.states]
         fixed = [float(own[0]) for own, has in zip(parts, states, strict=True) if not has]
         if name == JOINT and fixed:
             if len(fixed) > 1 or fixed[0] < np.finfo(np.float32).tiny:
@@ -339,9 +341,6 @@ class _Study:
             members.append(dataclasses.replace(member, layers=layers))
         combination = "average" if name == JOINT else self.system.combination
         return dataclasses.replace(self.system, members=tuple(members), combination=combination)
-
-    def _names_by_member(self) -> list[list[tuple[str, int | None]]]:
-        return [list(own) for _, own in itertools.groupby(self.fuser.token_names, key=lambda t: t[0])]
 
 
 def _subset_name(members: Sequence[Member]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from gura_jax.dataset.commit import Location
 from gura_jax.dataset.identity import check_same, in_format
 from gura_jax.dataset.places import Folder, Place, find_place
 from gura_jax.dataset.reader import EmbeddingStore
-from gura_jax.dataset.sinks import SINKS, Sink
+from gura_jax.dataset.sinks import DEFAULT, SINKS, Shard, Sink
 from gura_jax.errors import StoreError
 from gura_jax.files import json_bytes
 
@@ -34,32 +34,45 @@ def copy_store(store: EmbeddingStore, out: Location, form: str) -> None:
     Raises:
         StoreError: ``store`` is a part of one or damaged, or the output cannot be written or holds something else.
     """
+    copy_shards(store, out, in_format(store.run, form), lambda shard: shard)
+
+
+def copy_shards(
+    store: EmbeddingStore, out: Location, run: Mapping[str, Any], change: Callable[[Shard], Shard]
+) -> list[commit.Failure]:
+    """Write what becomes of each shard of a store to another place, through the commit protocol; or go on.
+
+    Args:
+        store: the whole store.
+        out: folder, or the URL of a bucket's prefix.
+        run: the ``run.json`` of what is written; its plan is the store's.
+        change: what becomes of a shard.
+
+    Returns:
+        The clips that have no embedding.
+
+    Raises:
+        StoreError: see :func:`copy_store`.
+    """
     from tqdm import tqdm
 
-    check_whole(store)
+    if len(store) != sum(record.clips for record in store.records.values()):
+        raise StoreError(f"{store.folder}: expected a whole store to copy, found a part: open it again")
     place = find_place(out)
     place.prepare()
     with place.locked():
-        run = begin_copy(place, in_format(store.run, form))
-        copy_plans(store.place, place)
+        run = _begin(place, run)
+        _copy_plans(store.place, place)
+    sink = SINKS[run.get("format", DEFAULT)]
     pending = commit.find_pending(place, run["fingerprint"], list(store.records))
     for number in tqdm(pending, desc=str(place), unit="shard", disable=None):
-        _copy_shard(store, number, place, run["fingerprint"], SINKS[form])
-    commit.write_failed(place)
+        _copy_shard(store, number, place, run["fingerprint"], sink, change)
+    failed = commit.write_failed(place)
     commit.remove_temporary(place, commit.shard_numbers(place))
+    return failed
 
 
-def check_whole(store: EmbeddingStore) -> None:
-    """Refuse a part of a store.
-
-    Raises:
-        StoreError: it is one.
-    """
-    if len(store) != sum(record.clips for record in store.records.values()):
-        raise StoreError(f"{store.folder}: expected a whole store to copy, found a part: open it again")
-
-
-def begin_copy(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:
+def _begin(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:
     """Write ``run.json``, or return the one that is there, if it is of the same run."""
     there = commit.read_run(place)
     if there is None:
@@ -73,7 +86,7 @@ def begin_copy(place: Place, run: Mapping[str, Any]) -> Mapping[str, Any]:
     return there
 
 
-def copy_plans(source: Place, place: Place) -> None:
+def _copy_plans(source: Place, place: Place) -> None:
     """Copy the plans that are not there: the first, which ``run.json`` has the hash of, and those of retries."""
     there = place.sizes()
     for number, name in enumerate(sorted(filter(commit.PLAN.fullmatch, source.sizes()))):
@@ -88,10 +101,12 @@ def copy_plans(source: Place, place: Place) -> None:
             )
 
 
-def _copy_shard(store: EmbeddingStore, number: int, place: Place, run: str, sink: Sink) -> None:
+def _copy_shard(
+    store: EmbeddingStore, number: int, place: Place, run: str, sink: Sink, change: Callable[[Shard], Shard]
+) -> None:
     """Copy a shard; nothing of it stays in memory."""
-    with verified(store, number) as near:
-        shard = store.read_shard(number, near)
+    with _verified(store, number) as near:
+        shard = change(store.read_shard(number, near))
         commit.write_shard(
             place,
             number,
@@ -111,7 +126,7 @@ def _read(place: Place, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def verified(store: EmbeddingStore, number: int) -> Iterator[Place]:
+def _verified(store: EmbeddingStore, number: int) -> Iterator[Place]:
     """Give a folder with the files of a shard, whose bytes are those that its record describes."""
     record = store.records[number]
     with contextlib.ExitStack() as stack:
